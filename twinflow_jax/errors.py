@@ -1,0 +1,22 @@
+"""The one exception that a user's mistake raises, and how a verb reports it."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something that the user can put right: one line saying what, where, and what to do."""
+
+
+def run_verb(main: Callable[[], int | None]) -> None:
+    """Runs a verb's `main` and exits with its status.
+
+    A `UserError` becomes one line on stderr and status 2; every other exception is a bug
+    and keeps its traceback. `main` returns the exit status (None means 0).
+    """
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)

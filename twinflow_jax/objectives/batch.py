@@ -1,0 +1,17 @@
+"""What an objective trains on."""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float
+
+
+class Batch(NamedTuple):
+    """One batch, rows in the order of the objective's roles.
+
+    x: data or latents (B, ...), channels last. cond, null_cond: pytrees of arrays with leading
+    B, the condition and what stands for its absence in classifier-free guidance.
+    """
+
+    x: Float[Array, "B ..."]
+    cond: Any
+    null_cond: Any

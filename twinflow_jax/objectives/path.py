@@ -1,0 +1,42 @@
+"""The linear path between data and noise, and what a velocity says about its two ends.
+
+`x_t = t z + (1 - t) x` with `t = 1` pure noise and `t = 0` data, so `dx_t/dt = z - x`
+(TwinFlow section 3; METHOD: "transport_type: Linear" in the released configs). Times are
+signed: a negative time lies on the fake (twin) trajectory, at distance |t| from its data end.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Velocity = Float[Array, "B ..."]
+
+
+def expand(t: Float[Array, "B"], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Reshapes per-row times (B,) so that they broadcast against x (B, ...)."""
+    return t.reshape(t.shape + (1,) * (x.ndim - 1))
+
+
+def interpolate(
+    x: Float[Array, "B ..."], z: Float[Array, "B ..."], t: Float[Array, "B"]
+) -> Float[Array, "B ..."]:
+    """The point `|t| z + (1 - |t|) x` of the path from data x to noise z."""
+    t = expand(jnp.abs(t), x)
+    return t * z + (1 - t) * x
+
+
+def velocity(x: Float[Array, "B ..."], z: Float[Array, "B ..."]) -> Velocity:
+    """The path's constant velocity `z - x`."""
+    return z - x
+
+
+def predict(
+    x_t: Float[Array, "B ..."], t: Float[Array, "B"], v: Velocity
+) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
+    """Data and noise `(x_hat, z_hat)` that a velocity v at the point x_t of time t implies."""
+    t = expand(jnp.abs(t), x_t)
+    return x_t - t * v, x_t + (1 - t) * v
+
+
+def clip(v: Velocity, limit: float) -> Velocity:
+    """Clips to [-limit, limit]; a limit of 0 means no clipping."""
+    return jnp.clip(v, -limit, limit) if limit else v

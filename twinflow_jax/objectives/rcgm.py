@@ -1,0 +1,79 @@
+"""Recursive consistency (RCGM): what the jump from t to r should have been.
+
+The network's jump `(t - r) F(x_t, t, r)` must equal a small step of size dt along the known
+velocity followed by `order` teacher jumps from `t1 = max(t - dt, r)` to r. Released code:
+`get_rcgm_target` and `multi_fwd`; paper: equation 1, special cases consistency (order 1,
+r = 0), shortcut and MeanFlow (order 1).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from twinflow_jax.objectives import path
+
+
+def equal_times(
+    t: Float[Array, "B"], r: Float[Array, "B"], order: int
+) -> list[Float[Array, "B"]]:
+    """`order + 1` times from t to r in equal sub-steps (the released choice)."""
+    return [t * (1 - i / order) + r * (i / order) for i in range(order + 1)]
+
+
+def random_times(
+    t: Float[Array, "B"], r: Float[Array, "B"], fractions: Float[Array, "B order-1"]
+) -> list[Float[Array, "B"]]:
+    """Times from t to r with `t_i = r + fraction_i (t_{i-1} - r)` between (the paper's choice)."""
+    times = [t]
+    for i in range(fractions.shape[1]):
+        times.append(r + fractions[:, i] * (times[-1] - r))
+    return [*times, r]
+
+
+def integrate(apply, params, x, times: list[Float[Array, "B"]], cond) -> Float[Array, "B ..."]:
+    """`sum_i (s_i - s_{i+1}) F(x_{s_i}, s_i, s_{i+1})` along the network's own jumps from x.
+
+    Costs `len(times) - 1` evaluations of x's rows. A row whose times are all equal adds zero.
+    """
+    total = jnp.zeros_like(x)
+    for start, end in zip(times[:-1], times[1:], strict=True):
+        step = path.expand(start - end, x) * apply(params, x, start, end, cond)
+        total = total + step
+        x = x - step
+    return total
+
+
+def error(
+    v_pred: path.Velocity,
+    jumps: Float[Array, "B ..."],
+    v: path.Velocity,
+    t: Float[Array, "B"],
+    r: Float[Array, "B"],
+    dt: float,
+) -> Float[Array, "B ..."]:
+    """How far the network's jump is from `dt v + jumps`, per unit of dt.
+
+    `((t - r) v_pred - jumps) / dt - v` where t - r >= dt; elsewhere the sub-steps span
+    nothing and it is the flow-matching error `v_pred - v`. The released code divides by t - r
+    on those rows, which is 0/0 at t = r; here nothing divides by a drawn time.
+    """
+    inside = path.expand(t < r + dt, v)
+    far = (path.expand(t - r, v) * v_pred - jumps) / dt
+    return jnp.where(inside, v_pred, far) - v
+
+
+def target(
+    apply, params, v_pred: path.Velocity, x_t: Float[Array, "B ..."], v: path.Velocity,
+    t: Float[Array, "B"], r: Float[Array, "B"], cond, config,
+) -> path.Velocity:
+    """`v_pred - clip(error)`, without gradient: the target of a loss on v_pred itself.
+
+    Its gradient has factor 1 where the paper's equation 1 has (t - r) / dt (released choice).
+    params: of the network that takes `config.order` equal sub-steps; config: order, dt, clip.
+    """
+    t_1 = jnp.maximum(t - config.dt, r)
+    jumps = integrate(
+        apply, params, x_t - config.dt * v, equal_times(t_1, r, config.order), cond
+    )
+    v_pred = jax.lax.stop_gradient(v_pred)
+    return v_pred - path.clip(error(v_pred, jumps, v, t, r, config.dt), config.clip)

@@ -1,0 +1,246 @@
+"""TwinFlow as released: one batch, four roles, one network.
+
+| role        | t       | r                         | what its rows learn                        |
+|-------------|---------|---------------------------|--------------------------------------------|
+| one_step    | 1       | 0                         | RCGM jump, and rectification               |
+| multi_step  | sampled | t - U t min(0.05, kappa)  | guided RCGM near the diagonal              |
+| any_step    | sampled | t - U t kappa             | guided RCGM                                |
+| adversarial | -t'     | -t'                       | the flow of the model's own one-step samples |
+
+Roles are static slices of the batch, so each network pass sees only the rows that use it: at
+the released settings and order 2, 4.25 forwards of the batch, one of them with gradient.
+RCGM (no adversarial rows, no rectification) and flow matching (only multi_step rows, kappa 0,
+order 0) are values of the same Config.
+
+Source: `training_step` of the released src/methodes/twinflow/twinflow.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.objectives import distances, path, rcgm, twin
+from twinflow_jax.objectives.batch import Batch
+from twinflow_jax.objectives.checks import check_shared
+from twinflow_jax.objectives.draws import (
+    Counts,
+    Draws,
+    allocate,
+    counts_of,
+    normal,
+    role_slices,
+    sample_times,
+)
+
+ROLES = ("one_step", "multi_step", "any_step", "adversarial")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Hyperparameters; the defaults are the `released` preset.
+
+    ratios: shares of the batch per role, in ROLES order.
+    consistency_ratio: kappa; r reaches down to t (1 - kappa). 0 leaves flow matching.
+    order: teacher sub-steps per jump; 0 trains only multi_step and adversarial rows, on velocities.
+    dt: length of the step along the known velocity.
+    clip, rectify_clip: limits on the RCGM error and on fake minus real; 0 switches off.
+    distance, barron_alpha, barron_scale: see distances.py.
+    sample_weight: whether rows weigh `tan((1 - (|t| - |r|)) pi / 2.5) + 1` (adversarial: 1).
+    guidance, guidance_range: classifier-free guidance built into the velocity target where
+        low < t < high; 0 switches off.
+    rectify_weight: weight of the rectification loss, a mean over one_step rows; 0 switches off.
+    time_distribution: (a, b, scale) of `t ~ scale Beta(a, b)`.
+    teacher_decay: the teacher is the student (0), its moving average (between), or frozen (1);
+        a frozen teacher gives guidance only and the student takes the sub-steps, as released.
+    image_free: train on the model's own one-step samples instead of data; needs a frozen teacher.
+    """
+
+    form: str = "twinflow"
+    ratios: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    consistency_ratio: float = 1.0
+    order: int = 2
+    dt: float = 0.01
+    clip: float = 1.0
+    distance: str = "barron"
+    barron_alpha: float = 1.0
+    barron_scale: float = 1e-3
+    sample_weight: bool = True
+    guidance: float = 0.8
+    guidance_range: tuple[float, float] = (0.0, 1.0)
+    rectify_weight: float = 0.5
+    rectify_clip: float = 1.0
+    time_distribution: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    teacher_decay: float = 0.99
+    image_free: bool = False
+
+    def __post_init__(self):
+        if len(self.ratios) != 4 or min(self.ratios) < 0 or sum(self.ratios) <= 0:
+            raise UserError(
+                f"objective.ratios is {self.ratios}: give four shares >= 0, one above 0, "
+                f"for {', '.join(ROLES)}"
+            )
+        check_shared(self)
+        if not 0 <= self.consistency_ratio <= 1:
+            raise UserError(
+                f"objective.consistency_ratio is {self.consistency_ratio}; it lies in [0, 1]"
+            )
+        if self.image_free and self.teacher_decay != 1:
+            raise UserError(
+                "objective.image_free needs a frozen teacher: set objective.teacher_decay=1"
+            )
+
+    @property
+    def rectifies(self) -> bool:
+        return self.rectify_weight > 0 and self.consistency_ratio == 1
+
+
+def counts(batch_size: int, config: Config) -> Counts:
+    """Rows per role of a batch."""
+    return allocate(batch_size, dict(zip(ROLES, config.ratios, strict=True)))
+
+
+def draw(
+    key: jax.Array, batch_size: int, sample_shape: tuple[int, ...], config: Config
+) -> Draws:
+    """Everything random in one step: noise, times and target times of each role's rows."""
+    draws = {}
+    for role, rows in counts(batch_size, config).items():
+        if rows == 0:
+            continue
+        key, *keys = jax.random.split(key, 6)
+        role_draws = {"z": normal(keys[0], rows, sample_shape)}
+        if role != "one_step":
+            role_draws["t"] = sample_times(keys[1], rows, config.time_distribution)
+        if role in ("multi_step", "any_step"):
+            role_draws["u"] = jax.random.uniform(keys[2], (rows,))
+        if role == "adversarial" or config.image_free:
+            role_draws["z_generator"] = normal(keys[3], rows, sample_shape)
+        if role == "one_step" and config.rectifies:
+            rectify_key, time_key = jax.random.split(keys[4])
+            role_draws["z_rectify"] = normal(rectify_key, rows, sample_shape)
+            role_draws["t_rectify"] = jax.random.uniform(time_key, (rows,))
+        draws[role] = role_draws
+    return draws
+
+
+def role_times(
+    role: str, draws: dict[str, Array], config: Config
+) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
+    """Times (t, r) of a role's rows."""
+    if role == "one_step":
+        ones = jnp.ones(draws["z"].shape[0], jnp.float32)
+        return ones, jnp.zeros_like(ones)
+    t = draws["t"]
+    if role == "adversarial":
+        return -t, -t
+    kappa = config.consistency_ratio
+    return t, t - draws["u"] * t * (min(0.05, kappa) if role == "multi_step" else kappa)
+
+
+def weight(t: Float[Array, "B"], r: Float[Array, "B"]) -> Float[Array, "B"]:
+    """`tan((1 - (|t| - |r|)) pi / 2.5) + 1`: 4.08 at r = t, 1 for the jump from 1 to 0."""
+    return jnp.tan((1 - (jnp.abs(t) - jnp.abs(r))) * jnp.pi / 2.5) + 1
+
+
+def loss(
+    apply, params, teacher_params, batch: Batch, draws: Draws, config: Config,
+    totals: Counts | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The released loss of one batch whose rows stand in ROLES order.
+
+    draws: from `draw`, for exactly these rows. totals: rows per role of the whole batch when
+    this is one micro-batch of it (default: it is whole); losses and terms of the micro-batches
+    then add up to the whole batch's. Returns the loss and its terms by name, which add up to it.
+    """
+    present = [role for role in ROLES if role in draws]
+    rows = counts_of(draws, ROLES)
+    at = role_slices(rows)
+    totals = totals or rows
+    batch_rows = sum(totals.values())
+    frozen = jax.lax.stop_gradient(params)
+    teacher = jax.lax.stop_gradient(teacher_params)
+    metric = distances.distance(config.distance, config.barron_alpha, config.barron_scale)
+
+    times = [role_times(role, draws[role], config) for role in present]
+    t = jnp.concatenate([time for time, _ in times])
+    r = jnp.concatenate([target for _, target in times])
+    z = jnp.concatenate([draws[role]["z"] for role in present])
+    x = training_samples(apply, frozen, batch, draws, config, present, at)
+    x_t, v = path.interpolate(x, z, t), path.velocity(x, z)
+
+    v_pred = apply(params, x_t, t, r, batch.cond)
+    if config.guidance and rows["multi_step"] + rows["any_step"]:
+        v = guided(apply, teacher, x_t, t, v, batch, config, at)
+
+    target = v
+    learns_jumps = config.order >= 1 and config.consistency_ratio > 0
+    real = at["any_step"].stop  # the adversarial rows, last, learn no jumps
+    if learns_jumps and totals["one_step"] + totals["any_step"] and real:
+        corrected = rcgm.target(
+            apply, frozen if config.teacher_decay == 1 else teacher,
+            v_pred[:real], x_t[:real], v[:real], t[:real], r[:real],
+            jax.tree.map(lambda a: a[:real], batch.cond), config,
+        )
+        target = jnp.concatenate([corrected, v[real:]])
+
+    per_row = metric(v_pred, jax.lax.stop_gradient(target))
+    trained = ROLES if config.order >= 1 else ("multi_step", "adversarial")
+    denominator = batch_rows if config.order >= 1 else sum(totals[role] for role in trained)
+    terms = {}
+    for role in present:
+        if role not in trained:
+            continue
+        role_loss = per_row[at[role]]
+        if config.sample_weight and role != "adversarial":
+            role_loss = role_loss * weight(t[at[role]], r[at[role]])
+        terms[role] = jnp.sum(role_loss) / denominator
+
+    if config.rectifies and rows["one_step"]:
+        first, mine = at["one_step"], draws["one_step"]
+        v_one = v_pred[first]
+        x_fake = jax.lax.stop_gradient(z[first] - v_one)
+        gap = twin.fake_minus_real(
+            apply, frozen, x_fake, mine["z_rectify"], mine["t_rectify"],
+            jax.tree.map(lambda a: a[first], batch.cond),
+        )
+        straight = jax.lax.stop_gradient(v_one - path.clip(gap, config.rectify_clip))
+        terms["rectify"] = (
+            config.rectify_weight * jnp.sum(metric(v_one, straight)) / totals["one_step"]
+        )
+    return sum(terms.values(), jnp.float32(0)), terms
+
+
+def training_samples(apply, params, batch: Batch, draws: Draws, config: Config, present, at):
+    """The data end of each row's path: data, or the model's own one-step samples (no gradient).
+
+    Adversarial rows always take samples; image-free training takes them for every row.
+    """
+    fake_from = at["adversarial"].start if not config.image_free else 0
+    roles = [role for role in present if at[role].start >= fake_from]
+    if not roles:
+        return batch.x
+    z = jnp.concatenate([draws[role]["z_generator"] for role in roles])
+    cond = jax.tree.map(lambda a: a[fake_from:], batch.cond)
+    return jnp.concatenate([batch.x[:fake_from], twin.one_step(apply, params, z, cond)])
+
+
+def guided(apply, teacher, x_t, t, v, batch: Batch, config: Config, at) -> path.Velocity:
+    """Velocity targets with guidance on the multi_step and any_step rows.
+
+    `v + g (F(cond) - F(null))` with the teacher's velocities at (x_t, t, t); image-free
+    training has no data velocity to start from and takes `F(null) + g (F(cond) - F(null))`.
+    One-step rows lie at t = 1, outside every released range, and are never guided.
+    """
+    rows = slice(at["multi_step"].start, at["any_step"].stop)
+    low, high = config.guidance_range
+    take = lambda tree: jax.tree.map(lambda a: a[rows], tree)
+    with_cond, without = twin.instantaneous_pair(
+        apply, teacher, x_t[rows], (t[rows], t[rows]), (take(batch.cond), take(batch.null_cond))
+    )
+    start = without if config.image_free else v[rows]
+    inside = path.expand((t[rows] > low) & (t[rows] < high), x_t)
+    guided_rows = jnp.where(inside, start + config.guidance * (with_cond - without), v[rows])
+    return jnp.concatenate([v[: rows.start], guided_rows, v[rows.stop :]])
