@@ -27,14 +27,13 @@ def sample_times(
 
 
 def allocate(batch_size: int, ratios: dict[str, float]) -> Counts:
-    """Rows per role: rounded shares, the remainder to the last role (released rule).
+    """Rows per role: rounded shares, the remainder to the last role in use (released rule).
 
-    Python's rounding (half to even), as in the released code; only the last of all roles takes
-    the remainder, even when its share is 0 there.
+    Python's rounding (half to even), as in the released code.
     """
     total = sum(ratios.values())
     counts = {role: int(round(batch_size * share / total)) for role, share in ratios.items()}
-    last = list(ratios)[-1]
+    last = [role for role, share in ratios.items() if share > 0][-1]
     counts[last] = batch_size - sum(n for role, n in counts.items() if role != last)
     return counts
 

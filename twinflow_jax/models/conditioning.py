@@ -1,0 +1,54 @@
+"""How the small networks see their times and their condition.
+
+`cond` is a dict: {"label": (B,) int32} for classes, where label num_classes stands for no
+class; {"tokens": (B, L, D), "mask": (B, L)} for text; {} for unconditional networks.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class RawTime(nn.Module):
+    """A scalar time through a small MLP of its own, as in the tutorial's networks."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B width"]:
+        hidden = nn.relu(nn.Dense(self.width)(t[:, None]))
+        return nn.Dense(self.width)(hidden)
+
+
+class SinusoidTime(nn.Module):
+    """A time through smooth low-frequency features and an MLP.
+
+    Frequencies are 2^k pi/2, k = 0..5: on t in [-1, 1] they resolve steps of 0.01 and leave
+    the derivative in t small enough to train through `(F(t) - F(t - dt)) / dt`.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B width"]:
+        angles = t[:, None] * (jnp.pi / 2) * 2.0 ** jnp.arange(6)
+        features = jnp.concatenate([t[:, None], jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        hidden = nn.silu(nn.Dense(self.width)(features))
+        return nn.Dense(self.width)(hidden)
+
+
+class Condition(nn.Module):
+    """One vector (B, width) for the condition: a class embedding, or the mean text token."""
+
+    width: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, cond: dict, rows: int) -> Float[Array, "B width"]:
+        if "label" in cond:
+            return nn.Embed(self.num_classes + 1, self.width)(cond["label"])
+        if "tokens" in cond:
+            mask = cond["mask"][..., None].astype(jnp.float32)
+            mean = (cond["tokens"] * mask).sum(1) / jnp.maximum(mask.sum(1), 1.0)
+            return nn.Dense(self.width)(mean)
+        return jnp.zeros((rows, self.width), jnp.float32)

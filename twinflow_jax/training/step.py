@@ -1,0 +1,141 @@
+"""One optimizer step as a pure function of (state, data)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.objectives import Batch, Objective
+from twinflow_jax.objectives.draws import counts_of
+from twinflow_jax.training import ema
+from twinflow_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """seed: of all draws. micro_steps: parts of a batch whose gradients add up before the
+    update. ema_decay: of the sampled average, 0 for none. unconditional: what stands for no
+    condition in guidance, "empty" (the model's own) or "permuted" (other rows' conditions, as
+    in the tutorial). flow_matching_steps: first steps that train another objective (warm-up).
+    """
+
+    seed: int
+    micro_steps: int
+    ema_decay: float
+    unconditional: str
+
+
+def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
+    """The batch in consecutive parts of equal size, as (batch, draws) pairs.
+
+    Rows stand in role order, so with several parts the roles rotate over them; a part may
+    hold a single row.
+    """
+    rows = batch.x.shape[0]
+    if rows % micro_steps:
+        raise UserError(
+            f"train.micro_steps is {micro_steps}, which does not divide the batch of {rows}"
+        )
+    size = rows // micro_steps
+    return [
+        (
+            jax.tree.map(lambda a: a[start : start + size], batch),  # noqa: B023
+            objective.cut(draws, start, start + size),
+        )
+        for start in range(0, rows, size)
+    ]
+
+
+def loss_and_gradient(
+    objective: Objective, apply, params, teacher_params, batch: Batch, draws, micro_steps: int = 1
+):
+    """`((loss, terms), gradient)` of a whole batch, computed in micro-steps.
+
+    The same value and gradient for any micro_steps: each part is normalised by the whole
+    batch's rows per role. Consecutive parts with the same rows per role run in one scan.
+    """
+    roles = objective.form.ROLES
+    totals = counts_of(draws, roles)
+
+    def part(batch: Batch, draws):
+        return jax.value_and_grad(objective.loss, argnums=1, has_aux=True)(
+            apply, params, teacher_params, batch, draws, totals
+        )
+
+    if micro_steps == 1:
+        return part(batch, draws)
+
+    groups: list[list] = []
+    for piece in micro_batches(objective, batch, draws, micro_steps):
+        same = groups and counts_of(groups[-1][0][1], roles) == counts_of(piece[1], roles)
+        groups[-1].append(piece) if same else groups.append([piece])
+
+    gradient = jax.tree.map(jnp.zeros_like, params)
+    loss, terms = jnp.float32(0), {}
+    for group in groups:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
+
+        def add(gradient, piece):
+            (part_loss, part_terms), part_gradient = part(*piece)
+            return jax.tree.map(jnp.add, gradient, part_gradient), (part_loss, part_terms)
+
+        gradient, (losses, group_terms) = jax.lax.scan(add, gradient, stacked)
+        loss = loss + losses.sum()
+        for name, values in group_terms.items():
+            terms[name] = terms.get(name, 0.0) + values.sum()
+    return (loss, terms), gradient
+
+
+def make_step(
+    objective: Objective, apply: Callable, null_cond: Callable[[int], Any],
+    optimizer: optax.GradientTransformation, config: StepConfig,
+) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted `(state, data) -> (state, metrics)`; the state's buffers are donated.
+
+    data: {"x": (B, ...), "cond": pytree}. metrics: the loss, each of its terms under
+    `loss/NAME`, gradient norm (before clipping) and parameter norm (after the update).
+    Released order: the teacher takes in the weights from before this step's update.
+    All randomness is `fold_in(seed, step)`, so a run can stop and resume anywhere.
+    """
+    if config.unconditional not in ("empty", "permuted"):
+        raise UserError(
+            f"train.unconditional is {config.unconditional!r}; choose 'empty' or 'permuted'"
+        )
+
+    def step(state: TrainState, data: dict):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        draw_key, null_key = jax.random.split(key)
+        x, cond = data["x"], data["cond"]
+        rows = x.shape[0]
+        draws = objective.draw(draw_key, rows, x.shape[1:])
+        if config.unconditional == "permuted":
+            order = jax.random.permutation(null_key, rows)
+            null = jax.tree.map(lambda a: a[order], cond)
+        else:
+            null = null_cond(rows)
+
+        decay = objective.config.teacher_decay
+        teacher = state.teacher
+        if teacher is not None and decay < 1:
+            teacher = ema.update(teacher, state.params, decay)
+        (loss, terms), gradient = loss_and_gradient(
+            objective, apply, state.params, state.params if teacher is None else teacher.params,
+            Batch(x, cond, null), draws, config.micro_steps,
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            average = ema.update(average, params, config.ema_decay)
+        metrics = {f"loss/{name}": value for name, value in terms.items()} | {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(gradient),
+            "parameter_norm": optax.global_norm(params),
+        }
+        return TrainState(state.step + 1, params, opt_state, teacher, average), metrics
+
+    return jax.jit(step, donate_argnums=0)
