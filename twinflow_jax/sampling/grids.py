@@ -54,7 +54,7 @@ def few_step(steps: int, **overrides: Any) -> Grid:
 
 
 RECOMMENDED = {
-    1: {"style": "few", "stochastic": 1.0, "gap": (0.001, 0.0)},
+    1: {"style": "few", "stochastic": 0.0, "gap": (0.0, 0.0)},
     2: {"style": "few", "stochastic": 1.0, "gap": (0.001, 0.6)},
     4: {"style": "few", "stochastic": 1.0, "gap": (0.001, 0.5)},
     8: {"style": "any", "stochastic": 0.0, "gap": (0.001, 0.5)},
@@ -142,7 +142,8 @@ def make_grid(
             shares = np.full_like(shares, shares[0])
     else:
         shares = np.full(n, float(stochastic))
-    if style == "few" and n > 1 and not shares.any() and order == 1:
+    shares[-1] = 0.0  # the last step ends at data, where noise has no weight
+    if style == "few" and n > 1 and stochastic == 0 and order == 1:
         warnings.warn(
             f"few-style sampling in {n} steps without fresh noise gets worse with every step: "
             "use stochastic 1, or style 'any'",

@@ -16,7 +16,8 @@ def schedule(learning_rate: float, warmup: int, decay_to: float, steps: int) -> 
         after = optax.cosine_decay_schedule(learning_rate, max(steps - warmup, 1), decay_to)
     if warmup == 0:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), after], [warmup])
+    before = optax.linear_schedule(0.0, learning_rate, warmup)
+    return optax.join_schedules([before, after], [warmup])
 
 
 def create(config, steps: int) -> optax.GradientTransformation:

