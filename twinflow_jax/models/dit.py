@@ -8,7 +8,6 @@ parameters with a leading `layers` axis, so that compile time does not grow with
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 

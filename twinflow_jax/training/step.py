@@ -27,6 +27,7 @@ class StepConfig:
     micro_steps: int
     ema_decay: float
     unconditional: str
+    condition_dropout: float = 0.0
 
 
 def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
@@ -108,7 +109,7 @@ def make_step(
 
     def step(state: TrainState, data: dict):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        draw_key, null_key = jax.random.split(key)
+        draw_key, null_key, drop_key = jax.random.split(key, 3)
         x, cond = data["x"], data["cond"]
         rows = x.shape[0]
         draws = objective.draw(draw_key, rows, x.shape[1:])
@@ -117,6 +118,14 @@ def make_step(
             null = jax.tree.map(lambda a: a[order], cond)
         else:
             null = null_cond(rows)
+        if config.condition_dropout:
+            dropped = jax.random.bernoulli(drop_key, config.condition_dropout, (rows,))
+            cond = jax.tree.map(
+                lambda empty, given: jnp.where(
+                    dropped.reshape((rows,) + (1,) * (given.ndim - 1)), empty, given
+                ),
+                null_cond(rows), cond,
+            )
 
         decay = objective.config.teacher_decay
         teacher = state.teacher

@@ -1,0 +1,222 @@
+"""Every form of the objective against plain PyTorch, draw by draw.
+
+JAX computes in float32, PyTorch in float64 from the same float32 weights, data and draws.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import torch_reference as reference
+from twinflow_jax import models, objectives
+from twinflow_jax.objectives import Batch
+from twinflow_jax.training import state as train_state
+from twinflow_jax.training import step as train_step
+
+torch = pytest.importorskip("torch")
+
+SHAPE = (3, 2, 1)
+CLASSES = 4
+MODEL = models.create(
+    {"name": "mlp", "sample_shape": SHAPE, "width": 16, "depth": 2, "num_classes": CLASSES}
+)
+
+RELEASED = [
+    {},
+    {"order": 0},
+    {"order": 1},
+    {"order": 3},
+    {"guidance": 0.0},
+    {"guidance_range": (0.3, 0.7)},
+    {"clip": 0.0},
+    {"rectify_clip": 0.0},
+    {"rectify_weight": 0.0},
+    {"teacher_decay": 0.0},
+    {"teacher_decay": 1.0, "guidance": 4.0},
+    {"image_free": True, "teacher_decay": 1.0, "guidance": 4.0},
+    {"image_free": True, "teacher_decay": 1.0, "guidance": 0.0, "order": 0},
+    {"distance": "l2"},
+    {"distance": "l2", "clip": 0.0, "rectify_clip": 0.0, "sample_weight": False},
+    {"barron_alpha": 2.0},
+    {"barron_alpha": 0.5, "barron_scale": 0.1},
+    {"consistency_ratio": 0.0},
+    {"consistency_ratio": 0.0, "order": 0},
+    {"consistency_ratio": 0.5},
+    {"sample_weight": False},
+    {"ratios": (1.0, 2.0, 0.0, 1.0)},
+    {"ratios": (0.0, 1.0, 1.0, 2.0), "time_distribution": (0.8, 1.2, 0.9)},
+    {"dt": 0.2},
+]
+TUTORIAL = [
+    {},
+    {"order": 1},
+    {"order": 3},
+    {"guidance": 0.0},
+    {"twin": False},
+    {"twin": False, "guidance": 0.0, "clip": 0.0},
+    {"clip": 0.0, "rectify_weight": 0.5},
+    {"teacher_decay": 0.0},
+    {"teacher_decay": 1.0, "guidance": 2.0},
+]
+PAPER = [
+    {},
+    {"order": 1},
+    {"order": 3, "clip": 1.0},
+    {"rectify_clip": 1.0, "rectify_weight": 0.5},
+    {"teacher_decay": 0.0},
+    {"twin_share": 0.0},
+    {"twin_share": 1.0},
+]
+CASES = (
+    [("released", fields) for fields in RELEASED]
+    + [("rcgm", {}), ("flow_matching", {}), ("image_free", {})]
+    + [("tutorial", fields) for fields in TUTORIAL]
+    + [("paper", fields) for fields in PAPER]
+)
+
+
+def name(case) -> str:
+    preset, fields = case
+    return "-".join([preset, *(f"{k}={v}" for k, v in fields.items())]).replace(" ", "")
+
+
+def flatten(tree) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def torch_model(params, dtype=torch.float64):
+    network = reference.MLP(SHAPE, 16, 2, CLASSES)
+    return reference.load_flax(network, params).to(dtype)
+
+
+def to_torch(tree, dtype=torch.float64):
+    return jax.tree.map(lambda a: torch.tensor(np.asarray(a)).to(dtype), tree)
+
+
+def labels_to_torch(labels):
+    return torch.tensor(np.asarray(labels), dtype=torch.int64)
+
+
+@functools.cache
+def weights():
+    """Student and teacher: different weights, larger than at the start of training."""
+    grown = lambda seed: jax.tree.map(
+        lambda a: a + 0.2 * jax.random.normal(jax.random.key(seed), a.shape),
+        MODEL.init(jax.random.key(seed)),
+    )
+    return grown(1), grown(2)
+
+
+@pytest.fixture(params=CASES, ids=name)
+def case(request):
+    """(objective, params, teacher, batch, draws) of a case, from a seed of its own."""
+    preset, fields = request.param
+    objective = objectives.build(objectives.preset(preset, **fields))
+    rows = 24
+    params, teacher = weights()
+    if objective.config.teacher_decay == 0:
+        teacher = params
+    keys = jax.random.split(jax.random.key(CASES.index(request.param)), 4)
+    batch = Batch(
+        jax.random.uniform(keys[0], (rows, *SHAPE), minval=-1.0),
+        MODEL.cond(jax.random.randint(keys[1], (rows,), 0, CLASSES)),
+        MODEL.cond(jax.random.randint(keys[2], (rows,), 0, CLASSES + 1)),
+    )
+    return objective, params, teacher, batch, objective.draw(keys[3], rows, SHAPE)
+
+
+def test_loss_terms_and_gradient_match_pytorch(case):
+    objective, params, teacher, batch, draws = case
+
+    @jax.jit
+    def run(params, teacher, batch, draws):
+        return train_step.loss_and_gradient(
+            objective, MODEL.apply, params, teacher, batch, draws
+        )
+
+    (loss, terms), gradient = run(params, teacher, batch, draws)
+
+    student = torch_model(params)
+    config = objective.config
+    expected, expected_terms = reference.LOSSES[config.form](
+        student,
+        student if config.teacher_decay == 0 else torch_model(teacher),
+        to_torch(batch.x),
+        labels_to_torch(batch.cond["label"]),
+        labels_to_torch(batch.null_cond["label"]),
+        to_torch(draws),
+        config,
+    )
+    expected.backward()
+
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    assert terms.keys() == expected_terms.keys()
+    for term, value in terms.items():
+        assert float(value) == pytest.approx(expected_terms[term].item(), rel=1e-5), term
+
+    mine, theirs = flatten(gradient), reference.to_flax(student, gradient=True)
+    assert mine.keys() == theirs.keys()
+    whole = np.sqrt(sum(np.square(g).sum() for g in theirs.values()))
+    assert whole > 0
+    for path, g in theirs.items():
+        scale = max(np.linalg.norm(g), 1e-3 * whole)
+        assert np.linalg.norm(mine[path] - g) <= 1e-4 * scale, path
+
+
+@pytest.mark.parametrize(
+    "preset, fields, unconditional",
+    [
+        ("tutorial", {}, "permuted"),
+        ("released", {"distance": "l2"}, "empty"),
+        ("released", {"teacher_decay": 0.0, "distance": "l2"}, "permuted"),
+        ("image_free", {"distance": "l2"}, "empty"),
+        ("rcgm", {"distance": "l2"}, "permuted"),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_training_follows_pytorch(preset, fields, unconditional):
+    """Five steps of the real train step, its Adam and its teacher against the Trainer."""
+    objective = objectives.build(objectives.preset(preset, **fields))
+    rows, seed, rate = 16, 3, 1e-3
+    params = weights()[0]
+    settings = train_step.StepConfig(seed, 1, 0.9, unconditional)
+    optimizer = optax.adam(rate)
+    step = train_step.make_step(objective, MODEL.apply, MODEL.null_cond, optimizer, settings)
+    state = train_state.create(
+        jax.tree.map(jnp.copy, params), optimizer, objective.config.teacher_decay, 0.9
+    )
+    trainer = reference.Trainer(torch_model(params), objective.config, rate)
+    average = reference.Average(trainer.model)
+
+    rng = np.random.default_rng(seed)
+    for number in range(5):
+        x = rng.uniform(-1, 1, (rows, *SHAPE)).astype(np.float32)
+        label = rng.integers(0, CLASSES, rows).astype(np.int32)
+        draw_key, null_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+        draws = objective.draw(draw_key, rows, SHAPE)
+        null = jnp.full((rows,), CLASSES)
+        if unconditional == "permuted":
+            null = label[jax.random.permutation(null_key, rows)]
+        state, metrics = step(state, {"x": x, "cond": MODEL.cond(label)})
+        loss, _ = trainer.step(
+            to_torch(x), labels_to_torch(label), labels_to_torch(null), to_torch(draws)
+        )
+        average.update(trainer.model, 0.9)
+        assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-4)
+
+    pairs = [(state.params, trainer.model), (state.average.params, average.model)]
+    if state.teacher is not None:
+        pairs.append((state.teacher.params, trainer.teacher))
+    start = flatten(params)
+    for mine, theirs in pairs:
+        mine, theirs = flatten(mine), reference.to_flax(theirs)
+        for path, value in theirs.items():
+            # In units of what a step can move: Adam moves a weight by at most about `rate`.
+            assert np.abs(mine[path] - value).max() <= 0.05 * rate, path
+    moved = max(np.abs(value - start[path]).max() for path, value in flatten(state.params).items())
+    assert moved > 2 * rate

@@ -1,0 +1,105 @@
+"""The folder of a run: whose it is, and what can be read from it."""
+
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from twinflow_jax import config as configs
+from twinflow_jax import files, models
+from twinflow_jax.checkpoints.saver import Saver
+from twinflow_jax.errors import UserError
+from twinflow_jax.training import ema
+
+# A run may go on with other values of these: they change what is reported, not what is learned.
+FREE = (
+    "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep",
+    "sample.steps", "sample.columns", "sample.score_count",
+)
+
+
+def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
+    """Makes a folder this config's run, or finds that it already is.
+
+    Raises:
+      UserError: the folder holds another run, or files that are no run.
+    """
+    folder = epath.Path(workdir)
+    record = folder / "config.json"
+    if record.exists():
+        mine, other = configs.flatten(config.to_dict()), configs.flatten(
+            read_config(folder).to_dict()
+        )
+        differing = [
+            f"{key} is {other.get(key)!r} there, {mine.get(key)!r} here"
+            for key in sorted(mine.keys() | other.keys())
+            if key not in FREE and mine.get(key) != other.get(key)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(
+                f"{folder} holds another run ({'; '.join(differing[:3])}{more}): "
+                "choose another --workdir, or the config that it was started with"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} is not empty and holds no run: choose another --workdir"
+        )
+    try:
+        files.write(record, configs.to_json(config).encode())
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def read_config(run: epath.PathLike) -> ml_collections.ConfigDict:
+    """The config that a run was started with.
+
+    Raises:
+      UserError: the folder is no run, or its record cannot be read.
+    """
+    record = epath.Path(run) / "config.json"
+    if not record.exists():
+        raise UserError(f"{run} is no run: it has no config.json (give the --workdir of training)")
+    try:
+        config = configs.from_json(record.read_text())
+        config.model.name, config.train.ema_decay  # noqa: B018 - a record of ours has both
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{record} cannot be read as a run's config ({error})") from error
+    return config
+
+
+def load_weights(
+    run: epath.PathLike, raw: bool = False, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, models.Model, Any, int]:
+    """`(config, model, params, step)` of a run: its average weights, or the raw ones.
+
+    step: of the checkpoint (default: the newest).
+    Raises:
+      UserError: no run, no such checkpoint, or one that cannot be read.
+    """
+    config = read_config(run)
+    model = models.create(config.model)
+    if not (epath.Path(run) / "checkpoints").exists():
+        raise UserError(f"{run} has no checkpoint yet")
+    saver = Saver(run, keep=config.train.keep)
+    try:
+        if not saver.steps:
+            raise UserError(f"{run} has no complete checkpoint")
+        if step is not None and step not in saver.steps:
+            raise UserError(
+                f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, saver.steps))}"
+            )
+        step = saver.steps[-1] if step is None else step
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
+            model.abstract_params(),
+        )
+        if raw or config.train.ema_decay == 0:
+            return config, model, saver.load(step, {"params": params})["params"], step
+        decay = jax.ShapeDtypeStruct((), "float32", sharding=device)
+        parts = saver.load(step, {"average": ema.Average(params, decay)})
+        return config, model, parts["average"].params, step
+    finally:
+        saver.close()

@@ -1,0 +1,146 @@
+"""Checkpoints of the train state through orbax: in the background, whole or not at all.
+
+WORKDIR/checkpoints/STEP/ holds `params`, `average` and `teacher` (where they exist) and
+`progress` (optimizer state and step) apart, so that a sampler reads only the weights it uses.
+"""
+
+import logging
+import sys
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.training.state import TrainState
+
+# What orbax reports about itself is of no use to somebody who trains.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def to_parts(state: TrainState) -> dict:
+    """The state as the items of a checkpoint."""
+    parts = {
+        "params": state.params,
+        "average": state.average,
+        "teacher": state.teacher,
+        "progress": {"optimizer": state.opt_state, "step": state.step},
+    }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def from_parts(parts: dict) -> TrainState:
+    progress = parts["progress"]
+    return TrainState(
+        progress["step"], parts["params"], progress["optimizer"],
+        parts.get("teacher"), parts.get("average"),
+    )
+
+
+class Saver:
+    """Saves and restores the checkpoints of one run; the last `keep` stay."""
+
+    def __init__(self, workdir: epath.PathLike, keep: int):
+        self.folder = epath.Path(workdir) / "checkpoints"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._pending: int | None = None
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, in order."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(self, state: TrainState) -> None:
+        """Starts saving the state; returns once its buffers may be donated.
+
+        Raises:
+          UserError: the save before this one failed, or this one could not start.
+        """
+        self.wait()
+        step = int(state.step)
+        if step in self.steps:
+            return
+        self._pending = step
+        try:
+            self._checkpointer.save_checkpointables_async(step, to_parts(state))
+        except Exception as error:
+            self._report(error)
+
+    def wait(self) -> None:
+        """Waits for the save in progress.
+
+        Raises:
+          UserError: it failed; what was saved before is untouched.
+        """
+        if self._pending is None:
+            return
+        try:
+            self._checkpointer.wait()
+        except Exception as error:
+            self._report(error)
+        self._pending = None
+
+    def _report(self, error: Exception):
+        step, self._pending = self._pending, None
+        raise UserError(
+            f"the checkpoint of step {step} could not be saved in {self.folder} "
+            f"({first_line(error)}): make room there, then start the same command again; "
+            f"complete checkpoints: {self.steps or 'none'}"
+        ) from error
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The newest readable state, or None where there is no checkpoint.
+
+        A checkpoint that cannot be read is passed over, loudly, for the one before.
+        Raises:
+          UserError: there are checkpoints, but none can be read.
+        """
+        for step in reversed(self.steps):
+            try:
+                return from_parts(self.load(step, to_parts(abstract)))
+            except UserError as error:
+                print(f"warning: {error}; trying the one before", file=sys.stderr)
+                torn = self.folder / f"unreadable_{step}"
+                (self.folder / str(step)).rename(torn)
+                self._checkpointer.reload()
+        if any(self.folder.glob("unreadable_*")):
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read: restore a copy, or start over in "
+                "another --workdir"
+            )
+        return None
+
+    def load(self, step: int, abstract_parts: dict) -> dict:
+        """The named parts of one checkpoint, as the abstract ones are shaped and laid out.
+
+        Raises:
+          UserError: it cannot be read, or is of another architecture.
+        """
+        try:
+            return self._checkpointer.load_checkpointables(step, abstract_parts)
+        except Exception as error:
+            raise UserError(
+                f"checkpoint {step} in {self.folder} cannot be read, torn or of another network "
+                f"({first_line(error)})"
+            ) from error
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def abstract(tree):
+    """Shapes, dtypes and layouts of a tree of arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,61 @@
+"""Samples as pictures: PNG files and labelled sheets, settings kept in the PNG's text."""
+
+import io
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from twinflow_jax import files
+
+MARGIN = 4
+
+
+def to_uint8(x: Float[np.ndarray, "... C"]) -> UInt8[np.ndarray, "... 3"]:
+    """Pixels of images in [-1, 1], clamped; one channel becomes three."""
+    pixels = np.round((np.clip(np.asarray(x, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def tile(x: Float[np.ndarray, "N H W C"], columns: int) -> UInt8[np.ndarray, "H_all W_all 3"]:
+    """Images in rows of `columns`, one dark pixel between them."""
+    pixels = np.pad(to_uint8(x), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=40)
+    rows = -(-len(pixels) // columns)
+    blank = np.full((rows * columns - len(pixels), *pixels.shape[1:]), 40, np.uint8)
+    pixels = np.concatenate([pixels, blank])
+    height, width = pixels.shape[1:3]
+    pixels = pixels.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return pixels.reshape(rows * height, columns * width, 3)
+
+
+def sheet(
+    blocks: dict[str, Float[np.ndarray, "N H W C"]], columns: int, title: str = ""
+) -> Image.Image:
+    """Blocks of images side by side, each under its caption, enlarged to be looked at."""
+    tiles = [tile(x, columns) for x in blocks.values()]
+    scale = max(1, 220 // tiles[0].shape[1])
+    tiles = [np.kron(t, np.ones((scale, scale, 1), np.uint8)) for t in tiles]
+    font = ImageFont.load_default(14)
+    head = 22 + (22 if title else 0)
+    width = sum(t.shape[1] + MARGIN for t in tiles) + MARGIN
+    picture = Image.new("RGB", (width, head + max(t.shape[0] for t in tiles) + MARGIN), "white")
+    draw = ImageDraw.Draw(picture)
+    if title:
+        draw.text((MARGIN + 2, 3), title, fill="black", font=font)
+    left = MARGIN
+    for caption, pixels in zip(blocks, tiles, strict=True):
+        draw.text((left + 2, head - 19), caption, fill="black", font=font)
+        picture.paste(Image.fromarray(pixels), (left, head))
+        left += pixels.shape[1] + MARGIN
+    return picture
+
+
+def save(path: epath.PathLike, picture: Image.Image, text: dict[str, str] | None = None) -> None:
+    """Writes a PNG with `text` in its text chunks."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    files.write(path, buffer.getvalue())
