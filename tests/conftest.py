@@ -1,6 +1,17 @@
-"""Lets the tests import the package and `benchmarks` from a checkout that is not installed."""
+"""Lets the tests import the package and the benchmarks from a checkout that is not installed."""
 
+import os
 import pathlib
 import sys
+import tempfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+# One compilation cache for the whole test run, also for the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "twinflow_jax_test_cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("TWINFLOW_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])

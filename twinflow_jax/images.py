@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from twinflow_jax import files
 
-MARGIN = 4
+MARGIN, LINE = 4, 90
 
 
 def to_uint8(x: Float[np.ndarray, "... C"]) -> UInt8[np.ndarray, "... 3"]:
@@ -19,10 +19,10 @@ def to_uint8(x: Float[np.ndarray, "... C"]) -> UInt8[np.ndarray, "... 3"]:
 
 
 def tile(x: Float[np.ndarray, "N H W C"], columns: int) -> UInt8[np.ndarray, "H_all W_all 3"]:
-    """Images in rows of `columns`, one dark pixel between them."""
-    pixels = np.pad(to_uint8(x), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=40)
+    """Images in rows of `columns`, one grey pixel between them."""
+    pixels = np.pad(to_uint8(x), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=LINE)
     rows = -(-len(pixels) // columns)
-    blank = np.full((rows * columns - len(pixels), *pixels.shape[1:]), 40, np.uint8)
+    blank = np.full((rows * columns - len(pixels), *pixels.shape[1:]), LINE, np.uint8)
     pixels = np.concatenate([pixels, blank])
     height, width = pixels.shape[1:3]
     pixels = pixels.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)

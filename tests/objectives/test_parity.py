@@ -10,64 +10,48 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+import torch_reference as reference
 
-from benchmarks import torch_reference as reference
 from twinflow_jax import models, objectives
 from twinflow_jax.objectives import Batch
 from twinflow_jax.training import state as train_state
 from twinflow_jax.training import step as train_step
 
-torch = pytest.importorskip("torch")
-
 SHAPE = (3, 2, 1)
 CLASSES = 4
-MODEL = models.create(
-    {"name": "mlp", "sample_shape": SHAPE, "width": 16, "depth": 2, "num_classes": CLASSES}
-)
+FIELDS = {"name": "mlp", "sample_shape": SHAPE, "width": 16, "depth": 1, "num_classes": CLASSES}
+MODEL = models.create(FIELDS)
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 RELEASED = [
     {},
     {"order": 0},
-    {"order": 1},
-    {"order": 3},
-    {"guidance": 0.0},
-    {"guidance_range": (0.3, 0.7)},
-    {"clip": 0.0},
-    {"rectify_clip": 0.0},
-    {"rectify_weight": 0.0},
-    {"teacher_decay": 0.0},
+    {"order": 1, "guidance_range": (0.3, 0.7)},
+    {"order": 3, "guidance": 0.0, "clip": 0.0},
+    {"rectify_clip": 0.0, "distance": "l2"},
+    {"rectify_weight": 0.0, "sample_weight": False},
+    {"teacher_decay": 0.0, "dt": 0.2},
     {"teacher_decay": 1.0, "guidance": 4.0},
-    {"image_free": True, "teacher_decay": 1.0, "guidance": 4.0},
     {"image_free": True, "teacher_decay": 1.0, "guidance": 0.0, "order": 0},
-    {"distance": "l2"},
-    {"distance": "l2", "clip": 0.0, "rectify_clip": 0.0, "sample_weight": False},
-    {"barron_alpha": 2.0},
-    {"barron_alpha": 0.5, "barron_scale": 0.1},
+    {"barron_alpha": 2.0, "clip": 0.0, "rectify_clip": 0.0, "sample_weight": False},
+    {"barron_alpha": 0.5, "barron_scale": 0.1, "ratios": (1.0, 2.0, 0.0, 1.0)},
     {"consistency_ratio": 0.0},
-    {"consistency_ratio": 0.0, "order": 0},
     {"consistency_ratio": 0.5},
-    {"sample_weight": False},
-    {"ratios": (1.0, 2.0, 0.0, 1.0)},
     {"ratios": (0.0, 1.0, 1.0, 2.0), "time_distribution": (0.8, 1.2, 0.9)},
-    {"dt": 0.2},
 ]
 TUTORIAL = [
     {},
-    {"order": 1},
-    {"order": 3},
-    {"guidance": 0.0},
-    {"twin": False},
+    {"order": 1, "teacher_decay": 0.0},
+    {"order": 3, "guidance": 0.0},
+    {"twin": False, "teacher_decay": 1.0, "guidance": 2.0},
     {"twin": False, "guidance": 0.0, "clip": 0.0},
     {"clip": 0.0, "rectify_weight": 0.5},
-    {"teacher_decay": 0.0},
-    {"teacher_decay": 1.0, "guidance": 2.0},
 ]
 PAPER = [
     {},
-    {"order": 1},
-    {"order": 3, "clip": 1.0},
-    {"rectify_clip": 1.0, "rectify_weight": 0.5},
-    {"teacher_decay": 0.0},
+    {"order": 1, "teacher_decay": 0.0},
+    {"order": 3, "clip": 1.0, "rectify_clip": 1.0, "rectify_weight": 0.5},
     {"twin_share": 0.0},
     {"twin_share": 1.0},
 ]
@@ -90,7 +74,7 @@ def flatten(tree) -> dict[str, np.ndarray]:
 
 
 def torch_model(params, dtype=torch.float64):
-    network = reference.MLP(SHAPE, 16, 2, CLASSES)
+    network = reference.MLP(SHAPE, FIELDS["width"], FIELDS["depth"], CLASSES)
     return reference.load_flax(network, params).to(dtype)
 
 
@@ -100,6 +84,20 @@ def to_torch(tree, dtype=torch.float64):
 
 def labels_to_torch(labels):
     return torch.tensor(np.asarray(labels), dtype=torch.int64)
+
+
+def numpy_draws(objective, rows: int, rng: np.random.Generator):
+    """Draws as the objective makes them, filled by NumPy, so that nothing need compile."""
+    shapes = jax.eval_shape(lambda key: objective.draw(key, rows, SHAPE), jax.random.key(0))
+    return {
+        role: {
+            name: (rng.normal if name.startswith("z") else rng.uniform)(size=array.shape).astype(
+                np.float32
+            )
+            for name, array in arrays.items()
+        }
+        for role, arrays in shapes.items()
+    }
 
 
 @functools.cache
@@ -112,6 +110,26 @@ def weights():
     return grown(1), grown(2)
 
 
+@pytest.mark.parametrize("classes", [0, CLASSES])
+def test_network_matches_pytorch(classes):
+    model = models.create(FIELDS | {"depth": 3, "num_classes": classes})
+    params = model.init(jax.random.key(0))
+    network = reference.load_flax(reference.MLP(SHAPE, 16, 3, classes), params)
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jax.random.normal(keys[0], (8, *SHAPE))
+    t, r = (jax.random.uniform(key, (8,), minval=-1.0) for key in keys[1:3])
+    label = jax.random.randint(keys[3], (8,), 0, classes + 1)
+    mine = model.apply(params, x, t, r, model.cond(label))
+    with torch.no_grad():
+        theirs = network(*to_torch((x, t, r), torch.float32), labels_to_torch(label))
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+    there = reference.to_flax(network)
+    assert there.keys() == flatten(params).keys()
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(there[path], leaf)
+
+
 @pytest.fixture(params=CASES, ids=name)
 def case(request):
     """(objective, params, teacher, batch, draws) of a case, from a seed of its own."""
@@ -121,19 +139,19 @@ def case(request):
     params, teacher = weights()
     if objective.config.teacher_decay == 0:
         teacher = params
-    keys = jax.random.split(jax.random.key(CASES.index(request.param)), 4)
+    rng = np.random.default_rng(CASES.index(request.param))
     batch = Batch(
-        jax.random.uniform(keys[0], (rows, *SHAPE), minval=-1.0),
-        MODEL.cond(jax.random.randint(keys[1], (rows,), 0, CLASSES)),
-        MODEL.cond(jax.random.randint(keys[2], (rows,), 0, CLASSES + 1)),
+        rng.uniform(-1, 1, (rows, *SHAPE)).astype(np.float32),
+        MODEL.cond(rng.integers(0, CLASSES, rows)),
+        MODEL.cond(rng.integers(0, CLASSES + 1, rows)),
     )
-    return objective, params, teacher, batch, objective.draw(keys[3], rows, SHAPE)
+    return objective, params, teacher, batch, numpy_draws(objective, rows, rng)
 
 
 def test_loss_terms_and_gradient_match_pytorch(case):
     objective, params, teacher, batch, draws = case
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, teacher, batch, draws):
         return train_step.loss_and_gradient(
             objective, MODEL.apply, params, teacher, batch, draws
@@ -172,15 +190,13 @@ def test_loss_terms_and_gradient_match_pytorch(case):
     "preset, fields, unconditional",
     [
         ("tutorial", {}, "permuted"),
-        ("released", {"distance": "l2"}, "empty"),
-        ("released", {"teacher_decay": 0.0, "distance": "l2"}, "permuted"),
-        ("image_free", {"distance": "l2"}, "empty"),
-        ("rcgm", {"distance": "l2"}, "permuted"),
+        ("released", {"teacher_decay": 0.0}, "empty"),
+        ("image_free", {}, "permuted"),
     ],
     ids=lambda value: str(value).replace(" ", ""),
 )
 def test_training_follows_pytorch(preset, fields, unconditional):
-    """Five steps of the real train step, its Adam and its teacher against the Trainer."""
+    """Five steps of the real train step with Adam: same losses, weights, teacher and average."""
     objective = objectives.build(objectives.preset(preset, **fields))
     rows, seed, rate = 16, 3, 1e-3
     params = weights()[0]

@@ -23,7 +23,8 @@ def sample(
 ) -> Float[Array, "B ..."]:
     """Samples from noise along the grid; `grid.nfe` evaluations of `apply`.
 
-    key: of the fresh noise in stochastic steps; unused where there is none.
+    key: of the fresh noise in stochastic steps, unused where there is none; or one key per row
+    (B,), so that a row's result does not depend on the rows beside it.
     """
     return _run(apply, params, noise, cond, grid, key)[0]
 
@@ -35,6 +36,14 @@ def trajectory(
     """The points that the sampler visits: the noise, then the state after each step."""
     states = _run(apply, params, noise, cond, grid, key)[1]
     return jnp.concatenate([noise[None].astype(jnp.float32), states])
+
+
+def fresh_noise(key: jax.Array, i, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+    """Noise of step i, from one key for all rows or from one key per row."""
+    if key.ndim == 0:
+        return jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+    of_row = lambda k: jax.random.normal(jax.random.fold_in(k, i), shape[1:], jnp.float32)
+    return jax.vmap(of_row)(key)
 
 
 def _run(apply, params, noise, cond, grid: Grid, key):
@@ -59,7 +68,7 @@ def _run(apply, params, noise, cond, grid: Grid, key):
         there = jnp.abs(then)
         z_next = z_hat
         if any(grid.stochastic):
-            fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, jnp.float32)
+            fresh = fresh_noise(key, i, x.shape)
             share = inputs["stochastic"]
             z_next = jnp.sqrt(1 - share) * z_hat + jnp.sqrt(share) * fresh
         x_next = (1 - there) * x_hat + there * z_next

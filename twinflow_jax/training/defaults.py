@@ -42,7 +42,7 @@ def get() -> ml_collections.ConfigDict:
             "sample": {
                 "steps": (1, 2, 4),  # of the pictures and metrics made while training
                 "columns": 8,  # pictures per class
-                "score_count": 1000,  # samples behind each metric
+                "score_count": 1000,  # samples behind each metric; 0: pictures only
             },
         }
     )

@@ -45,8 +45,8 @@ class Log:
         if bad:
             terms = [name for name in bad if name.startswith("loss/")] or bad
             raise UserError(
-                f"step {step}: {', '.join(terms)} became {values[terms[0]]}; training stopped, "
-                "the last checkpoint is good. A lower optimizer.learning_rate or "
+                f"step {step}: {', '.join(terms)} became {values[terms[0]]}; training stopped and "
+                "saved nothing of it. A lower optimizer.learning_rate or "
                 "optimizer.clip_norm=1.0 often helps"
             )
         self._since.append(values)

@@ -23,7 +23,8 @@ class Preview:
         self._labels = sample_labels(self._count, dataset.num_classes)
         noise_key, self._key = jax.random.split(jax.random.key(config.train.seed))
         self._noise = jax.random.normal(noise_key, (self._count, *model.sample_shape))
-        self._judge = evaluation.Judge.create(dataset) if model.config.num_classes else None
+        scored = model.config.num_classes > 0 and config.sample.score_count > 0
+        self._judge = evaluation.Judge.create(dataset) if scored else None
 
     def make(self, params, step: int) -> dict[int, dict[str, float]]:
         """Writes samples/step_STEP.png; returns scores by number of evaluations."""
@@ -47,8 +48,8 @@ class Preview:
     @staticmethod
     def line(step: int, scores: dict[int, dict[str, float]]) -> str:
         """The scores in one line."""
-        return f"step {step}: " + "   ".join(
-            f"{n} NFE accuracy {row['accuracy']:.3f} Frechet {row['frechet']:.1f} "
+        return f"step {step}: pictures" + "".join(
+            f"   {n} NFE accuracy {row['accuracy']:.3f} Frechet {row['frechet']:.1f} "
             f"diversity {row['diversity']:.1f}"
             for n, row in scores.items()
         )

@@ -142,8 +142,8 @@ def make_step(
             average = ema.update(average, params, config.ema_decay)
         metrics = {f"loss/{name}": value for name, value in terms.items()} | {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradient),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(gradient),
+            "parameter_norm": optax.tree.norm(params),
         }
         return TrainState(state.step + 1, params, opt_state, teacher, average), metrics
 

@@ -1,0 +1,38 @@
+"""The sampler's settings as command-line arguments, the same for every verb."""
+
+import argparse
+from typing import Any
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.sampling.grids import STYLES, Grid, few_step
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the settings; what is not given follows the recommendation for the step count."""
+    group = parser.add_argument_group("sampler", "default: recommended for the number of steps")
+    group.add_argument("--style", choices=STYLES, help="target time told to the network")
+    group.add_argument("--stochastic", type=_share, help="share of fresh noise in [0, 1], or SDE")
+    group.add_argument("--gap", type=float, nargs=2, metavar=("START", "END"),
+                       help="part of the time axis left out at noise and at data")
+    group.add_argument("--warp", type=float, nargs=3, metavar=("A", "B", "C"),
+                       help="Kumaraswamy warp of the time grid")
+    group.add_argument("--extrapolation", type=float, help="ratio against the step before")
+    group.add_argument("--order", type=int, help="1, or 2 with a corrector")
+
+
+def grid(args: argparse.Namespace, steps: int) -> Grid:
+    """The grid that parsed arguments ask for."""
+    names = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
+    given: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    if ("style" in given or "order" in given) and "stochastic" not in given:
+        given["stochastic"] = None  # the default that goes with that style
+    return few_step(steps, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def _share(text: str) -> float | str:
+    if text.upper() == "SDE":
+        return "SDE"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"--stochastic is {text!r}; give a share in [0, 1] or SDE") from error
