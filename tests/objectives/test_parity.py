@@ -200,7 +200,9 @@ def test_training_follows_pytorch(preset, fields, unconditional):
     objective = objectives.build(objectives.preset(preset, **fields))
     rows, seed, rate = 16, 3, 1e-3
     params = weights()[0]
-    settings = train_step.StepConfig(seed, 1, 0.9, unconditional)
+    settings = train_step.StepConfig(
+        seed=seed, micro_steps=1, ema_decay=0.9, unconditional=unconditional
+    )
     optimizer = optax.adam(rate)
     step = train_step.make_step(objective, MODEL.apply, MODEL.null_cond, optimizer, settings)
     state = train_state.create(
@@ -213,7 +215,8 @@ def test_training_follows_pytorch(preset, fields, unconditional):
     for number in range(5):
         x = rng.uniform(-1, 1, (rows, *SHAPE)).astype(np.float32)
         label = rng.integers(0, CLASSES, rows).astype(np.int32)
-        draw_key, null_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        draw_key, null_key, _ = jax.random.split(key, 3)  # as the step splits it
         draws = objective.draw(draw_key, rows, SHAPE)
         null = jnp.full((rows,), CLASSES)
         if unconditional == "permuted":

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from twinflow_jax import models, sampling
+from twinflow_jax import sampling
 from twinflow_jax.errors import UserError
 
 ROWS, WIDTH = 6, 3
@@ -274,6 +275,20 @@ def test_the_released_bfloat16_grids(steps, gap, expected):
     assert grid.times[0] == 1.0
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_released_grids_are_those_of_torch(dtype):
+    """The same arithmetic in torch: points in float64, everything after in the noise's type."""
+    kind = getattr(torch, dtype)
+    for steps, (low, high), (a, b, c) in (
+        (4, (0.001, 0.5), (1.0, 1.0, 1.0)), (30, (0.001, 0.0), (1.17, 0.8, 1.1)),
+    ):
+        points = torch.linspace(low, 1 - high, steps + (high == 0), dtype=torch.float64)
+        u = points[:steps].to(kind)
+        times = 1 - (1 - (1 - u**a) ** b) ** c
+        mine = quiet_grid(steps, gap=(low, high), warp=(a, b, c), dtype=dtype).times
+        np.testing.assert_allclose(mine[:-1], times.double().numpy(), rtol=0, atol=2e-7)
+
+
 @pytest.mark.parametrize("gap", [(0.0, 0.0), (0.001, 0.0), (0.001, 0.5), (0.1, 0.7)])
 @pytest.mark.parametrize("warp", [(1.0, 1.0, 1.0), (1.17, 0.8, 1.1), (2.0, 3.0, 0.5)])
 def test_grids_fall_from_noise_to_data(gap, warp):
@@ -332,6 +347,10 @@ def test_few_steps_without_noise_warn():
         {"gap": (-0.1, 0.0)}, {"gap": (0.0, 1.0)}, {"gap": (0.6, 0.5)},
         {"stochastic": 1.5}, {"stochastic": -0.1}, {"stochastic": float("nan")},
         {"stochastic": "ode"}, {"order": 2, "stochastic": 0.5}, {"order": 2, "stochastic": "SDE"},
+        pytest.param(
+            {"warp": (-1.0, 1.0, 1.0)},
+            marks=pytest.mark.xfail(strict=True, reason="times reach -inf, without a word"),
+        ),
     ],
 )
 def test_bad_values_are_refused(fields):
@@ -340,25 +359,23 @@ def test_bad_values_are_refused(fields):
 
 
 def test_the_seed_decides_and_rows_are_independent():
-    model = models.create({"name": "mlp", "sample_shape": (3,), "width": 16, "depth": 1})
-    params = model.init(jax.random.key(0))
-    noise = jax.random.normal(jax.random.key(1), (8, 3))
-    random = sampling.make_grid(4, "few", gap=(0.001, 0.5))
+    params, noise = jnp.float32(1), jnp.asarray(NOISE)
 
-    def run(noise, grid, seed=0):
+    def run(grid, seed=0, rows=slice(None)):
+        cond = {"shift": jnp.asarray(COND["shift"])[rows]}
         return np.asarray(
-            sampling.sample(model.apply, params, noise, {}, grid, jax.random.key(seed))
+            sampling.sample(apply, params, noise[rows], cond, grid, jax.random.key(seed))
         )
 
-    np.testing.assert_array_equal(run(noise, random), run(noise, random))
-    assert not np.allclose(run(noise, random), run(noise, random, seed=1))
+    random = sampling.make_grid(4, "few", gap=(0.001, 0.5))
+    np.testing.assert_array_equal(run(random), run(random))
+    assert not np.allclose(run(random), run(random, seed=1), atol=1e-3)
 
-    for order in (1, 2):
-        fixed = sampling.make_grid(5, "any", extrapolation=0.2, order=order)
-        whole = run(noise, fixed)
-        np.testing.assert_array_equal(whole, run(noise, fixed, seed=1))
-        parts = [run(part, fixed) for part in (noise[:2], noise[2:3], noise[3:])]
-        np.testing.assert_allclose(whole, np.concatenate(parts), rtol=2e-6, atol=2e-6)
+    fixed = sampling.make_grid(5, "any", extrapolation=0.2, order=2)
+    whole = run(fixed)
+    np.testing.assert_array_equal(whole, run(fixed, seed=1))
+    parts = [run(fixed, rows=rows) for rows in (slice(0, 2), slice(2, 3), slice(3, None))]
+    np.testing.assert_allclose(whole, np.concatenate(parts), rtol=2e-6, atol=2e-6)
 
 
 def test_images_and_low_precision_networks_sample_in_float32():

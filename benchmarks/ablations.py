@@ -1,0 +1,144 @@
+"""The paper's ablations as small runs on 8x8 digits, with plots.
+
+    python benchmarks/ablations.py --out docs/images [--steps 2000] [--seeds 2] [--json FILE]
+
+* lambda (its figure 4a): the `paper` form with a twin share of 0 (RCGM) to 0.8;
+* with and without the twin losses (4b): the released roles against RCGM, over training;
+* evaluations 1 to 32 over training (4c): the released roles, any-step style, no fresh noise.
+
+Network and settings of configs/digits.py; released roles with plain L2 and no guidance. Scores
+are the judge's for 1,000 samples: accuracy and Frechet distance. About 10 minutes on 2 cores.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from twinflow_jax import config as configs  # noqa: E402
+from twinflow_jax import data, evaluation, images, models, objectives  # noqa: E402
+from twinflow_jax.evaluation import report, sample_labels  # noqa: E402
+from twinflow_jax.sampling import generate, make_grid  # noqa: E402
+from twinflow_jax.training import optimizers, state, step  # noqa: E402
+
+SHARES = (0.0, 0.1, 0.2, 1 / 3, 0.5, 0.65, 0.8)
+EVALUATIONS = (1, 2, 4, 8, 16, 32)
+Curve = dict[int, dict[int, dict[str, float]]]  # step -> evaluations -> scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all runs share."""
+
+    config: object
+    dataset: data.Dataset
+    judge: evaluation.Judge
+    steps: int
+
+    def run(self, objective: dict, seed: int, nfe: tuple[int, ...], marks: int) -> Curve:
+        """Trains one objective; scores `marks` moments, evenly spaced, the last at the end."""
+        model = models.create(self.config.model)
+        built = objectives.build(objective)
+        optimizer = optimizers.create(self.config.optimizer, self.steps)
+        settings = step.StepConfig(seed, 1, self.config.train.ema_decay, "empty")
+        advance = step.make_step(built, model.apply, model.null_cond, optimizer, settings)
+        params = model.init(jax.random.key(seed))
+        current = state.create(
+            params, optimizer, built.config.teacher_decay, self.config.train.ema_decay
+        )
+        stream = data.batches(self.dataset.train, self.config.data.batch_size, seed)
+        labels, curve = sample_labels(1000, self.dataset.num_classes), {}
+        for i in range(1, self.steps + 1):
+            batch = next(stream)
+            current, _ = advance(current, {"x": batch["x"], "cond": {"label": batch["label"]}})
+            if i % (self.steps // marks) == 0:
+                weights = state.sampling_params(current)
+                curve[i] = {}
+                for n in nfe:
+                    x = generate(
+                        model, weights, labels, make_grid(n, style="any"), seed, progress=False
+                    )
+                    curve[i][n] = self.judge.score(x, labels)
+        return curve
+
+
+def mean(curves: list[Curve], score: str, at: int, nfe: int) -> tuple[float, float]:
+    """Mean and standard deviation over seeds."""
+    values = [curve[at][nfe][score] for curve in curves]
+    return float(np.mean(values)), float(np.std(values))
+
+
+def plot_lambda(results: dict[float, list[Curve]], last: int):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, score in zip(axes, ("accuracy", "frechet"), strict=True):
+        points = [mean(results[share], score, last, 1) for share in results]
+        axis.errorbar(list(results), [m for m, _ in points], [s for _, s in points], fmt="o-")
+        axis.set(xlabel="lambda (share of twin rows)", title=f"1 NFE {score}")
+    return report.to_image(figure)
+
+
+def plot_over_training(results: dict[str, list[Curve]], series, real):
+    """One line per (label, run, evaluations) of `series`."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, score in zip(axes, ("accuracy", "frechet"), strict=True):
+        for label, run, nfe in series:
+            marks = list(results[run][0])
+            axis.plot(marks, [mean(results[run], score, i, nfe)[0] for i in marks], "o-",
+                      label=label, markersize=3)
+        axis.axhline(real[score], color="grey", linestyle=":")
+        axis.set(xlabel="steps", title=score)
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    return report.to_image(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="folder for the plots")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--json", help="write all scores there")
+    args = parser.parse_args()
+
+    config = configs.load(str(pathlib.Path(__file__).parents[1] / "configs" / "digits.py"))
+    dataset = data.load("digits")
+    bench = Bench(config, dataset, evaluation.Judge.create(dataset), args.steps)
+    plain = {"guidance": 0.0, "distance": "l2"}
+    runs = {share: (objectives.preset("paper", twin_share=share), (1,), 1) for share in SHARES}
+    runs["TwinFlow"] = (objectives.preset("released", **plain), EVALUATIONS, 8)
+    runs["RCGM"] = (objectives.preset("rcgm", **plain), EVALUATIONS, 8)
+    results = {}
+    for name, (objective, nfe, marks) in (bar := tqdm(runs.items(), unit="run")):
+        bar.set_description(f"{name:.2f}" if isinstance(name, float) else name)
+        results[name] = [bench.run(objective, seed, nfe, marks) for seed in range(args.seeds)]
+
+    out, real, last = pathlib.Path(args.out), bench.judge.real, args.steps
+    shares = {share: results[share] for share in SHARES}
+    images.save(out / "ablation_lambda.png", plot_lambda(shares, last))
+    both = [(f"{name}, {n} NFE", name, n) for name in ("TwinFlow", "RCGM") for n in (1, 4)]
+    images.save(out / "ablation_twin.png", plot_over_training(results, both, real))
+    over = [(f"{n} NFE", "TwinFlow", n) for n in EVALUATIONS]
+    images.save(out / "ablation_nfe.png", plot_over_training(results, over, real))
+
+    print(f"{'run':>9}  NFE  accuracy         Frechet")
+    for name, curves in results.items():
+        for nfe in curves[0][last]:
+            (a, da), (f, df) = (mean(curves, s, last, nfe) for s in ("accuracy", "frechet"))
+            label = f"{name:.2f}" if isinstance(name, float) else name
+            print(f"{label:>9}  {nfe:3d}  {a:.3f} +- {da:.3f}  {f:7.2f} +- {df:.2f}")
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps({str(k): v for k, v in results.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""The baseline of configs/mnist.py: RCGM, the same without the twin losses.
+
+    python -m twinflow_jax.train --config configs/mnist_rcgm.py --workdir runs/mnist_rcgm
+"""
+
+import pathlib
+
+import ml_collections
+
+from twinflow_jax import config as configs
+from twinflow_jax import objectives
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = configs.load(str(pathlib.Path(__file__).with_name("mnist.py")))
+    with config.unlocked():
+        config.objective = objectives.preset("rcgm", distance="l2", guidance=0.3)
+    return config

@@ -1,0 +1,83 @@
+"""Config files and overrides: typed, locked, and helpful when something is misspelled."""
+
+import pathlib
+
+import pytest
+
+from twinflow_jax import config as configs
+from twinflow_jax import models, objectives
+from twinflow_jax.errors import UserError
+from twinflow_jax.training import optimizers
+
+FILES = sorted(pathlib.Path("configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_every_config_file_builds(file):
+    config = configs.load(str(file))
+    model, objective = models.create(config.model), objectives.build(config.objective)
+    assert sum(objective.counts(config.data.batch_size).values()) == config.data.batch_size
+    optimizers.create(config.optimizer, config.train.steps)
+    assert model.abstract_params()
+    assert configs.from_json(configs.to_json(config)).to_dict() == config.to_dict()
+
+
+def test_baseline_differs_only_in_the_objective():
+    mnist = configs.load("configs/mnist.py").to_dict()
+    rcgm = configs.load("configs/mnist_rcgm.py").to_dict()
+    assert mnist.pop("objective") != rcgm.pop("objective")
+    assert mnist == rcgm
+
+
+def test_overrides_keep_types():
+    config = configs.load(
+        "configs/digits.py",
+        ["train.steps=7", "optimizer.learning_rate=1", "sample.steps=(1,8)",
+         "objective.twin=False", "data.name=mnist5k"],
+    )
+    assert config.train.steps == 7 and config.sample.steps == (1, 8)
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.objective.twin is False and config.data.name == "mnist5k"
+    with pytest.raises(AttributeError):
+        config.trian = {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stesp=7", "did you mean 'train.steps'"),
+        ("optimiser.learning_rate=1", "did you mean 'optimizer.learning_rate'"),
+        ("objective.guidence=.5", "did you mean 'objective.guidance'"),
+        ("train.steps=many", "takes int .* not 'many'"),
+        ("train.steps=1.5", "takes int"),
+        ("objective.twin=1", "takes bool"),
+        ("train.steps", "has no value"),
+        ("train=1", "is a section"),
+        ("train.steps.x=1", "no config key"),
+    ],
+)
+def test_bad_overrides_name_what_is_meant(override, message):
+    with pytest.raises(UserError, match=message):
+        configs.load("configs/digits.py", [override])
+
+
+def test_bad_config_files(tmp_path):
+    with pytest.raises(UserError, match="no config file"):
+        configs.load("configs/nothing.py")
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    with pytest.raises(UserError, match="line 1 is not valid Python"):
+        configs.load(str(tmp_path / "broken.py"))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match="no get_config"):
+        configs.load(str(tmp_path / "empty.py"))
+    with pytest.raises(UserError, match="no variants"):
+        configs.load("configs/digits.py:tiny")
+
+
+def test_unknown_model_and_objective_fields():
+    with pytest.raises(UserError, match="has no field 'widht'"):
+        models.create({"name": "mlp", "widht": 3})
+    with pytest.raises(UserError, match="choose from mlp, unet, dit"):
+        models.create({"name": "vgg"})
+    with pytest.raises(UserError, match="choose from twinflow, tutorial, paper"):
+        objectives.build({"form": "gan"})

@@ -1,0 +1,126 @@
+"""The verbs as a user meets them: what they write, and one clear line for each bad input."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from twinflow_jax import evaluate, sample, train
+from twinflow_jax.errors import run_verb
+
+SMALL = [
+    "--config.model.width=32", "--config.model.depth=1", "--config.data.batch_size=32",
+    "--config.train.steps=4", "--config.sample.score_count=0",
+]
+
+
+def call(verb, *arguments: str) -> int:
+    """Runs a verb in this process; returns its exit status."""
+    before, sys.argv = sys.argv, ["verb", *arguments]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_verb(verb.main)
+        return stop.value.code or 0
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("verbs") / "run"
+    assert call(train, "--config", "configs/digits.py", "--workdir", str(workdir), *SMALL) == 0
+    return workdir
+
+
+def test_sample_writes_pictures_that_the_seed_decides(run, tmp_path):
+    base = ["--checkpoint", str(run), "--classes", "3,7", "--steps", "2"]
+    assert call(sample, *base, "--out", str(tmp_path / "a"), "--count", "2") == 0
+    assert call(sample, *base, "--out", str(tmp_path / "b"), "--count", "3") == 0
+    assert call(sample, *base, "--out", str(tmp_path / "c"), "--count", "2", "--seed", "1") == 0
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert len(names) == 4
+    for name in names:  # whatever else is drawn with it
+        with Image.open(tmp_path / "a" / name) as a, Image.open(tmp_path / "b" / name) as b:
+            np.testing.assert_allclose(np.asarray(a, int), np.asarray(b, int), atol=1)
+            settings = json.loads(a.text["twinflow"])
+            assert settings["nfe"] == 2 and settings["seed"] == 0 and settings["at_step"] == 4
+    with Image.open(tmp_path / "a" / names[0]) as a, Image.open(
+        tmp_path / "c" / names[0].replace("seed0", "seed1")
+    ) as c:
+        assert not np.array_equal(np.asarray(a), np.asarray(c))
+
+
+def test_sheet_and_raw_weights(run, tmp_path):
+    out = ["--checkpoint", str(run), "--out", str(tmp_path), "--sheet"]
+    assert call(sample, *out) == 0
+    assert call(sample, *out, "--seed", "1", "--raw") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "sheet_1nfe_seed0.png", "sheet_1nfe_seed1.png",
+    ]
+
+
+def test_evaluate_writes_table_json_plot_and_sheet(run, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("s.json", "p.png", "g.png")}
+    assert call(
+        evaluate, "--checkpoint", str(run), "--count", "200", "--steps", "1,4",
+        "--json", str(files["s.json"]), "--plot", str(files["p.png"]),
+        "--sheet", str(files["g.png"]),
+    ) == 0
+    table = capsys.readouterr().out
+    record = json.loads(files["s.json"].read_text())
+    assert [row["nfe"] for row in record["scores"]] == [1, 4]
+    for row in record["scores"]:
+        assert f"{row['accuracy']:.3f}" in table
+        assert row["nearest"] > 0 and np.isfinite(row["frechet"])
+    assert record["real"]["accuracy"] > 0.9
+    assert all(Image.open(files[name]).size[0] > 100 for name in ("p.png", "g.png"))
+
+
+def test_bad_inputs_get_one_line(run, tmp_path, capsys):
+    new = ["--workdir", str(tmp_path / "new")]
+    digits = ["--config", "configs/digits.py"]
+    out = ["--checkpoint", str(run), "--out", str(tmp_path / "out")]
+    cases = [
+        (train, [*digits, *new, "--config.train.stesp=3"], "did you mean 'train.steps'"),
+        (train, [*digits, *new, "--steps=3"], "unknown argument '--steps=3'"),
+        (train, ["--config", "nothing.py", *new], "no config file"),
+        (train, [*digits, "--workdir", str(run)], "holds another run"),
+        (train, [*digits, *new, "--config.objective.guidance=1.5"], "diverges"),
+        (sample, ["--checkpoint", str(tmp_path), "--out", "x"], "is no run"),
+        (sample, [*out, "--classes", "11"], "classes 0 to 9"),
+        (sample, [*out, "--classes", "cat"], "give numbers"),
+        (sample, [*out, "--steps", "0"], "at least 1"),
+        (sample, [*out, "--gap", "0", "1"], "gap is"),
+        (sample, [*out, "--at-step", "9"], "no checkpoint of step 9"),
+        (sample, [*out, "--stochastic", "2"], r"share in \[0, 1\]"),
+        (sample, [*out, "--steps", "3", "--order", "2", "--stochastic", "1"], "deterministic"),
+        (evaluate, ["--checkpoint", str(run), "--steps", "one"], "give numbers"),
+        (evaluate, ["--checkpoint", str(run), "--count", "3"], "at least 20 samples per class"),
+    ]
+    for verb, arguments, message in cases:
+        assert call(verb, *arguments) == 2, arguments
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and re.search(message, error), (arguments, error)
+    assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
+
+
+def test_few_style_without_noise_warns(run, tmp_path):
+    with pytest.warns(UserWarning, match="gets worse with every step"):
+        call(
+            sample, "--checkpoint", str(run), "--out", str(tmp_path), "--sheet",
+            "--steps", "3", "--style", "few", "--stochastic", "0",
+        )
+
+
+def test_importing_the_package_pulls_no_oracle():
+    """The product never imports torch, diffusers or TensorFlow."""
+    code = (
+        "import sys, twinflow_jax.train, twinflow_jax.sample, twinflow_jax.evaluate; "
+        "print([m for m in ('torch', 'diffusers', 'tensorflow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
