@@ -14,5 +14,5 @@ from twinflow_jax import objectives
 def get_config() -> ml_collections.ConfigDict:
     config = configs.load(str(pathlib.Path(__file__).with_name("mnist.py")))
     with config.unlocked():
-        config.objective = objectives.preset("rcgm", distance="l2", guidance=0.3)
+        config.objective = objectives.preset("rcgm", distance="l2", guidance=0.25)
     return config

@@ -18,7 +18,7 @@ with itself. It is unbiased, so data against data gives about 0 of either sign (
 Training: the tutorial's losses, all five (TwinFlow) or the first alone (RCGM): L2, order 2,
 teacher average .99, no guidance; Adam at 1e-3, batch 256. The student is sampled, as there.
 
-Expected, mean of 3 seeds at 3,000 steps (about 10 minutes on one CPU core):
+Expected, mean of 3 seeds at 3,000 steps (under 10 minutes on one CPU core):
 
     moons   RCGM 0.0040   TwinFlow 0.0004
     ring    RCGM 0.0022   TwinFlow 0.0007

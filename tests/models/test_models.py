@@ -301,7 +301,6 @@ def test_remat_keeps_value_and_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="the scanned layers are named after the class they wrap")
 def test_remat_keeps_the_parameter_tree():
     """A checkpoint trained with remat loads without it, and the other way round."""
     plain, remat = (

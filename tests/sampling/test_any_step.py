@@ -81,12 +81,7 @@ class Oracle:
 
     @staticmethod
     def correct(x, t, following, x_hat, z_hat, x_there, z_there):
-        z = (z_hat + z_there) / 2
-        if t == 1:
-            return (1 - following) * (x_hat + x_there) / 2 + following * z
-        return x * (1 - following) / (1 - t) + z * (
-            following - (1 - following) * t / (1 - t)
-        )
+        return x + (following - t) * (z_hat - x_hat + z_there - x_there) / 2
 
 
 def oracle_times(steps, order, gap, warp):
@@ -240,20 +235,11 @@ def test_second_order_beats_first_order_at_the_same_cost():
     assert gaussian_error(steps=33, order=2) < gaussian_error(steps=33) / 3
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the released formula divides by 1 - t: its correction is 30 to 250 times too large "
-    "in the first step of a grid that starts at .999",
-)
 def test_second_order_survives_a_start_just_below_one():
     error = gaussian_error(steps=17, order=2, gap=(0.001, 0.0))
     assert error < gaussian_error(steps=17, gap=(0.001, 0.0))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="at t = 1 the averages of both ends' data and noise give back the uncorrected step",
-)
 def test_the_correction_at_one_uses_its_evaluation():
     plain, corrected = (
         both(jnp.asarray(NOISE), quiet_grid(steps, "mul", order=order))[1]
@@ -347,10 +333,7 @@ def test_few_steps_without_noise_warn():
         {"gap": (-0.1, 0.0)}, {"gap": (0.0, 1.0)}, {"gap": (0.6, 0.5)},
         {"stochastic": 1.5}, {"stochastic": -0.1}, {"stochastic": float("nan")},
         {"stochastic": "ode"}, {"order": 2, "stochastic": 0.5}, {"order": 2, "stochastic": "SDE"},
-        pytest.param(
-            {"warp": (-1.0, 1.0, 1.0)},
-            marks=pytest.mark.xfail(strict=True, reason="times reach -inf, without a word"),
-        ),
+        {"warp": (0.0, 1.0, 1.0)}, {"warp": (-1.0, 1.0, 1.0)},
     ],
 )
 def test_bad_values_are_refused(fields):

@@ -104,7 +104,7 @@ class DiT(nn.Module):
             block, length=c.depth, variable_axes={"params": 0}, split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
         )
-        h, _ = layers(c)(h, nn.silu(context), mask)
+        h, _ = layers(c, name="layers")(h, nn.silu(context), mask)
         h = nn.LayerNorm()(h[:, -grid[0] * grid[1] :])
         out = nn.Dense(p * p * channels, kernel_init=nn.initializers.zeros)(h)
         out = out.reshape(rows, *grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)

@@ -77,19 +77,16 @@ def _run(apply, params, noise, cond, grid: Grid, key):
         return (x_next, (x_raw, z_raw)), x_next
 
     def correct(x, x_next, x_hat, z_hat, inputs):
-        """Repeats a step with the noise predictions of its two ends averaged.
+        """Repeats a step with the velocities of its two ends averaged (Heun).
 
-        The released formula x (1-u)/(1-t) + (u - (1-u) t/(1-t)) z keeps x on the line through
-        the averaged noise z; at t = 1, where that line says nothing about the data, the two
-        data predictions are averaged instead. The second evaluation's r follows the style.
+        The released formula, x (1-u)/(1-t) + (u - (1-u) t/(1-t)) times the averaged noise, was
+        never run there: it is the same step with the correction scaled by (1-u)/(1-t), which
+        is 250 from t = .999 to u = .75 and infinite from t = 1. The second evaluation's r
+        follows the style.
         """
-        now, then = jnp.abs(inputs["time"]), jnp.abs(inputs["next"])
         x_there, z_there = predict(x_next, inputs["next"], inputs["next_target"])
-        z_mean = (z_hat + z_there) / 2
-        data = jnp.where(
-            now == 1, (x_hat + x_there) / 2, (x - now * z_mean) / jnp.where(now == 1, 1, 1 - now)
-        )
-        return (1 - then) * data + then * z_mean
+        v_mean = ((z_hat - x_hat) + (z_there - x_there)) / 2
+        return x + (jnp.abs(inputs["next"]) - jnp.abs(inputs["time"])) * v_mean
 
     inputs = {
         "i": jnp.arange(grid.steps),

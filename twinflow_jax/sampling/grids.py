@@ -100,7 +100,8 @@ def make_grid(
     Raises:
       UserError: a value outside its range, or order 2 with fresh noise, which its corrector
         cannot follow (the released code ignores the noise there).
-    Warns: few-style sampling in several steps without noise, which gets worse with every step.
+    Warns: few-style sampling in several steps without noise, which gets worse with every step;
+      order 2 with another style than mul, whose jumps are not velocities to be averaged.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}; sampling takes at least 1")
@@ -112,6 +113,8 @@ def make_grid(
         raise UserError(
             f"gap is {tuple(gap)}; both ends lie in [0, 1) and leave something between them"
         )
+    if len(warp) != 3 or not all(w > 0 for w in warp):
+        raise UserError(f"warp is {tuple(warp)}; give three numbers (a, b, c) above 0")
     if stochastic is None:
         stochastic = 1.0 if style == "few" and steps > 1 and order == 1 else 0.0
     if stochastic != "SDE" and not (
@@ -147,6 +150,12 @@ def make_grid(
         warnings.warn(
             f"few-style sampling in {n} steps without fresh noise gets worse with every step: "
             "use stochastic 1, or style 'any'",
+            stacklevel=2,
+        )
+    if order == 2 and style != "mul" and n > 1:
+        warnings.warn(
+            f"order 2 averages instantaneous velocities; with style {style!r}, which predicts "
+            "jumps, it makes samples worse: use style 'mul', or order 1",
             stacklevel=2,
         )
     if fake:
