@@ -11,7 +11,7 @@ The JAX side is the train step of `twinflow_jax.training`, the other one is
 
 The whole process runs on one core. Time is CPU time of the process per step, the median over
 blocks of steps; blocks of the two sides alternate, so that a busy machine slows both. Compiling,
-each side's first block, batches and evaluation are not in it. Four fifths of a step are float32
+each side's first block, batches and evaluation are not in it. Most of a step is float32
 matrix products, so the ratio is first of all that of the two sides' matrix libraries on this
 processor; their speeds are printed along. About 11 minutes in all.
 """

@@ -4,6 +4,7 @@ WORKDIR/checkpoints/STEP/ holds `params`, `average` and `teacher` (where they ex
 `progress` (optimizer state and step) apart, so that a sampler reads only the weights it uses.
 """
 
+import contextlib
 import logging
 import sys
 
@@ -14,8 +15,9 @@ from orbax.checkpoint import v1 as ocp
 from twinflow_jax.errors import UserError
 from twinflow_jax.training.state import TrainState
 
-# What orbax reports about itself is of no use to somebody who trains.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs its failures with tracebacks from its threads, and raises them too: the second is
+# what reaches the user.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def to_parts(state: TrainState) -> dict:
@@ -130,7 +132,9 @@ class Saver:
             ) from error
 
     def close(self) -> None:
-        self._checkpointer.close()
+        """Lets go of the folder. A save that failed was reported by `save` or `wait`."""
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
 
 
 def abstract(tree):

@@ -64,12 +64,13 @@ class Objective:
           UserError: the batch is too small for each role in use to have a row.
         """
         counts = self.form.counts(batch_size, self.config)
-        least = next(n for n in range(1, 10_000) if self._fills(n))
         if not self._fills(batch_size):
+            larger = next(filter(self._fills, range(batch_size + 1, batch_size + 100_000)), None)
+            advice = f"a batch of {larger} fills all" if larger else "give it a larger share"
             raise UserError(
                 f"a batch of {batch_size} leaves a role without rows "
-                f"({', '.join(f'{role} {n}' for role, n in counts.items())}): use a batch of at "
-                f"least {least} per step; train.micro_steps splits it where memory is short"
+                f"({', '.join(f'{role} {n}' for role, n in counts.items())}): {advice}; "
+                "train.micro_steps splits a batch where memory is short"
             )
         return counts
 
@@ -100,4 +101,9 @@ def build(fields: dict[str, Any]) -> Objective:
         raise UserError(
             f"objective.form is {fields.get('form')!r}; choose from {', '.join(FORMS)}"
         )
-    return Objective(FORMS[fields["form"]].Config(**fields))
+    config_class = FORMS[fields["form"]].Config
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for field in fields:
+        if field not in known:
+            raise UserError(f"objective has no field {field!r}; it has {', '.join(known)}")
+    return Objective(config_class(**fields))

@@ -35,7 +35,13 @@ def barron(
 
 
 def distance(name: str, alpha: float = 1.0, scale: float = 1e-3):
-    """The distance called `name` ("l2" or "barron") as a function of (prediction, target)."""
+    """The distance called `name` ("l2" or "barron") as a function of (prediction, target).
+
+    Raises:
+      UserError: another name, or a scale that is not above 0.
+    """
+    if not scale > 0:
+        raise UserError(f"objective.barron_scale is {scale}; it lies above 0 (released: 0.001)")
     if name == "l2":
         return l2
     if name == "barron":

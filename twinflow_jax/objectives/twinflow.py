@@ -87,6 +87,18 @@ class Config:
             raise UserError(
                 f"objective.consistency_ratio is {self.consistency_ratio}; it lies in [0, 1]"
             )
+        distances.distance(self.distance, self.barron_alpha, self.barron_scale)
+        low, high = self.guidance_range
+        if not 0 <= low < high <= 1:
+            raise UserError(
+                f"objective.guidance_range is {self.guidance_range}; give low < high in [0, 1]"
+            )
+        a, b, scale = self.time_distribution
+        if not (a > 0 and b > 0 and 0 < scale <= 1):
+            raise UserError(
+                f"objective.time_distribution is {self.time_distribution}; give (a, b, scale) "
+                "of scale * Beta(a, b), a and b above 0 and scale in (0, 1]"
+            )
         if self.image_free and self.teacher_decay != 1:
             raise UserError(
                 "objective.image_free needs a frozen teacher: set objective.teacher_decay=1"

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import threading
 
 import jax
 from etils import epath
@@ -23,6 +25,7 @@ class Log:
         lines = self._file.read_text().splitlines() if self._file.exists() else []
         kept = [line for line in lines if _step_of(line) <= first_step]
         files.write(self._file, "".join(line + "\n" for line in kept).encode())
+        threading.excepthook = _without_os_errors(threading.excepthook)
         self._board = SummaryWriter(
             str(epath.Path(workdir) / "tensorboard"), purge_step=first_step + 1
         )
@@ -32,7 +35,10 @@ class Log:
         return self
 
     def __exit__(self, *_) -> None:
-        self._board.close()
+        try:
+            self._board.close()
+        except OSError:  # a full disk: it will be tried again at exit, in vain
+            sys.unraisablehook = _without_os_errors(sys.unraisablehook)
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes in one step's metrics; waits for that step to finish.
@@ -77,6 +83,17 @@ class Log:
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(name, value, row["step"])
+
+
+def _without_os_errors(hook):
+    """An exception hook that leaves out OSError: TensorBoard's own threads and exit handler on
+    a full disk. The loop's writes meet the same disk and end the run with one line."""
+
+    def filtered(arguments):
+        if not isinstance(arguments.exc_value, OSError):
+            hook(arguments)
+
+    return filtered
 
 
 def _step_of(line: str) -> float:

@@ -45,7 +45,19 @@ def train(
     dataset = data.load(config.data.name)
     check_fit(model, dataset)
     checkpoints.claim(workdir, config)
+    try:
+        return run(config, workdir, model, objective, optimizer, steps, dataset, progress)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {workdir} ({error.strerror or error}): make room there, then start "
+            "the same command again; it goes on from the last complete checkpoint"
+        ) from error
 
+
+def run(
+    config, workdir, model, objective, optimizer, steps, dataset, progress
+) -> state.TrainState:
+    """The loop itself, from the newest checkpoint of `workdir` to the last step."""
     with contextlib.ExitStack() as stack:
         saver = checkpoints.Saver(workdir, config.train.keep)
         stack.callback(saver.close)

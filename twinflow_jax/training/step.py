@@ -20,7 +20,7 @@ class StepConfig:
     """seed: of all draws. micro_steps: parts of a batch whose gradients add up before the
     update. ema_decay: of the sampled average, 0 for none. unconditional: what stands for no
     condition in guidance, "empty" (the model's own) or "permuted" (other rows' conditions, as
-    in the tutorial). flow_matching_steps: first steps that train another objective (warm-up).
+    in the tutorial). condition_dropout: share of rows that train without their condition.
     """
 
     seed: int
@@ -112,6 +112,7 @@ def make_step(
         draw_key, null_key, drop_key = jax.random.split(key, 3)
         x, cond = data["x"], data["cond"]
         rows = x.shape[0]
+        objective.counts(rows)  # refuses a batch too small for the roles
         draws = objective.draw(draw_key, rows, x.shape[1:])
         if config.unconditional == "permuted":
             order = jax.random.permutation(null_key, rows)
