@@ -63,6 +63,9 @@ def run(
         stack.callback(saver.close)
         current = start(config, model, objective, optimizer, saver)
         first = int(current.step)
+        if first >= config.train.steps:
+            print(f"{workdir} is complete: step {first} of {config.train.steps}", flush=True)
+            return current
         batches = data.batches(dataset.train, config.data.batch_size, config.train.seed, first)
         compiled = compile_steps(steps, current, model, first, config, progress)
         preview = Preview(config, model, dataset, workdir)
