@@ -13,6 +13,8 @@ from twinflow_jax import objectives
 
 def get_config() -> ml_collections.ConfigDict:
     config = configs.load(str(pathlib.Path(__file__).with_name("mnist.py")))
-    with config.unlocked():
-        config.objective = objectives.preset("rcgm", distance="l2", guidance=0.25)
+    baseline = objectives.preset("rcgm")
+    config.objective.update(
+        ratios=baseline["ratios"], rectify_weight=baseline["rectify_weight"]
+    )
     return config

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import pathlib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,14 +36,21 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{name} has no get_config(), so it is not a config file")
+        takes_variant = bool(inspect.signature(module.get_config).parameters)
+        if variant and not takes_variant:
+            raise UserError(f"{name} has no variants, but {variant!r} was asked for")
+        config = module.get_config(variant) if variant else module.get_config()
+    except UserError:
+        raise
     except SyntaxError as error:
         raise UserError(f"{name} line {error.lineno} is not valid Python: {error.msg}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{name} has no get_config(), so it is not a config file")
-    takes_variant = bool(inspect.signature(module.get_config).parameters)
-    if variant and not takes_variant:
-        raise UserError(f"{name} has no variants, but {variant!r} was asked for")
-    config = module.get_config(variant) if variant else module.get_config()
+    except Exception as error:  # the file is the user's, and its mistakes are too
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if f.filename == str(file)), "?")
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} line {line}: {type(error).__name__}: {reason}") from error
     return override(config, overrides)
 
 
@@ -78,7 +86,10 @@ def parse(key: str, text: str, present: Any) -> Any:
     if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(present, tuple | list) and isinstance(value, tuple | list):
-        return tuple(value)
+        if not present or (value and all(isinstance(v, int | float) for v in value)):
+            floats = present and all(isinstance(v, float) for v in present)
+            return tuple(float(v) for v in value) if floats else tuple(value)
+        raise UserError(f"config key {key!r} takes numbers like {present!r}, not {text!r}")
     if type(value) is not type(present):
         raise UserError(
             f"config key {key!r} takes {type(present).__name__} (now {present!r}), not {text!r}"

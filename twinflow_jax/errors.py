@@ -1,6 +1,7 @@
 """The one exception that a user's mistake raises, and how a verb reports it."""
 
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -11,12 +12,16 @@ class UserError(ValueError):
 def run_verb(main: Callable[[], int | None]) -> None:
     """Runs a verb's `main` and exits with its status.
 
-    A `UserError` becomes one line on stderr and status 2; every other exception is a bug
-    and keeps its traceback. `main` returns the exit status (None means 0).
+    A `UserError` becomes one line on stderr and status 2, Ctrl-C status 130; every other
+    exception is a bug and keeps its traceback. `main` returns the exit status (None means 0).
     """
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     sys.exit(status)

@@ -9,7 +9,6 @@ import argparse
 import json
 
 import numpy as np
-from etils import epath
 
 from twinflow_jax import checkpoints, data, evaluation, files, images
 from twinflow_jax.errors import UserError, run_verb
@@ -41,13 +40,15 @@ def main() -> int:
     except ValueError as error:
         raise UserError(f"--steps is {args.steps!r}; give numbers like 1,2,4") from error
     grids = [arguments.grid(args, n) for n in steps]
+    if args.count < 200:
+        raise UserError(f"--count is {args.count}; scores need at least 200 samples")
     loaded = {run: checkpoints.load_weights(run, args.raw) for run in args.checkpoint}
     names = {config.data.name for config, *_ in loaded.values()}
     if len(names) > 1:
         raise UserError(f"the runs were trained on different data ({', '.join(sorted(names))})")
     dataset = data.load(names.pop())
-    if args.count < 20 * dataset.num_classes:
-        raise UserError(f"--count is {args.count}; scores need at least 20 samples per class")
+    if any(model.config.num_classes == 0 for _, model, *_ in loaded.values()):
+        raise UserError("scores are of class-conditional samples, and a run has no classes")
     judge = evaluation.Judge.create(dataset)
     labels = sample_labels(args.count, dataset.num_classes)
 
@@ -60,7 +61,7 @@ def main() -> int:
             x = generate(model, params, labels, grid, args.seed, progress=False)
             scores = judge.score(x, labels)
             rows.append({"run": run, "step": step, "nfe": grid.nfe} | scores)
-            blocks[f"{epath.Path(run).name}, {grid.nfe} NFE"] = (x[shown], scores)
+            blocks[f"{run}, {grid.nfe} NFE"] = (x[shown], scores)
     print(report.table(rows, judge.real))
     try:
         if args.json:
@@ -75,7 +76,7 @@ def main() -> int:
             }
             images.save(args.sheet, images.sheet(captions, COLUMNS, "accuracy / Frechet distance"))
     except OSError as error:
-        raise UserError(f"cannot write {error.filename}: {error.strerror or error}") from error
+        raise UserError(f"cannot write the results: {error}") from error
     return 0
 
 

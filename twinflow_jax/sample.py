@@ -51,17 +51,20 @@ def main() -> int:
         }),
     }
     out = epath.Path(args.out)
+    weights = f"step{step}{'_raw' if args.raw else ''}"
+    run = epath.Path(args.checkpoint).name
+    name = f"{run}_{weights}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
     try:
         if args.sheet:
-            file = out / f"sheet_{grid.nfe}nfe_seed{args.seed}.png"
+            file = out / f"sheet_{name}.png"
             picture = images.sheet({f"{grid.nfe} NFE": x}, args.count, f"step {step}")
             images.save(file, picture, text | {"classes": json.dumps(classes.tolist())})
             print(f"{len(x)} samples in {file}")
             return 0
         for i, label in enumerate(labels):
-            name = f"class{label}_{i % args.count:04d}_{grid.nfe}nfe_seed{args.seed}.png"
+            file = out / f"class{label}_{i % args.count:04d}_{name}.png"
             pixels = Image.fromarray(images.to_uint8(x[i]))
-            images.save(out / name, pixels, text | {"class": str(label)})
+            images.save(file, pixels, text | {"class": str(label)})
     except OSError as error:
         raise UserError(f"cannot write pictures to {out}: {error.strerror or error}") from error
     print(f"{len(x)} pictures in {out}")
@@ -75,7 +78,8 @@ def parse_classes(text: str | None, num_classes: int) -> np.ndarray:
     if text is None:
         return np.arange(num_classes, dtype=np.int32)
     try:
-        classes = np.asarray([int(part) for part in text.split(",")], np.int32)
+        numbers = dict.fromkeys(int(part) for part in text.split(","))  # each once
+        classes = np.asarray(list(numbers), np.int32)
     except ValueError as error:
         raise UserError(f"--classes is {text!r}; give numbers like 3,1,4") from error
     if classes.min() < 0 or classes.max() >= num_classes:

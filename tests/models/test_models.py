@@ -223,7 +223,7 @@ def block_by_hand(layer, h, context, keep):
 
 
 def time_by_hand(weights, t):
-    angles = np.pi / 2 * t[:, None] * np.array([1, 2, 4, 8, 16, 32])
+    angles = np.pi / 2 * t[:, None] * np.array([1, 2])
     features = jnp.concatenate([t[:, None], jnp.cos(angles), jnp.sin(angles)], -1)
     return dense(weights["Dense_1"], jax.nn.silu(dense(weights["Dense_0"], features)))
 

@@ -22,15 +22,21 @@ FREE = (
 def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
     """Makes a folder this config's run, or finds that it already is.
 
+    A record without checkpoints is of a start that came to nothing, and is replaced.
     Raises:
-      UserError: the folder holds another run, or files that are no run.
+      UserError: the folder holds another run, or files that are no run; or it is not local
+        (metrics.jsonl and TensorBoard are appended to, which object storage cannot do).
     """
+    if "://" in str(workdir):
+        raise UserError(f"{workdir}: a run's folder must be local for now; copy it out afterwards")
     folder = epath.Path(workdir)
     record = folder / "config.json"
-    if record.exists():
-        mine, other = configs.flatten(config.to_dict()), configs.flatten(
-            read_config(folder).to_dict()
-        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --workdir")
+    config = configs.from_json(configs.to_json(config))
+    if record.exists() and (folder / "checkpoints").exists():
+        mine = configs.flatten(config.to_dict())
+        other = configs.flatten(read_config(folder).to_dict())
         differing = [
             f"{key} is {other.get(key)!r} there, {mine.get(key)!r} here"
             for key in sorted(mine.keys() | other.keys())
@@ -42,7 +48,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
                 f"{folder} holds another run ({'; '.join(differing[:3])}{more}): "
                 "choose another --workdir, or the config that it was started with"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif not record.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"{folder} is not empty and holds no run: choose another --workdir"
         )
@@ -64,7 +70,7 @@ def read_config(run: epath.PathLike) -> ml_collections.ConfigDict:
     try:
         config = configs.from_json(record.read_text())
         config.model.name, config.train.ema_decay  # noqa: B018 - a record of ours has both
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, OSError) as error:
         raise UserError(f"{record} cannot be read as a run's config ({error})") from error
     return config
 
@@ -82,7 +88,7 @@ def load_weights(
     model = models.create(config.model)
     if not (epath.Path(run) / "checkpoints").exists():
         raise UserError(f"{run} has no checkpoint yet")
-    saver = Saver(run, keep=config.train.keep)
+    saver = Saver(run, keep=config.train.keep, writes=False)
     try:
         if not saver.steps:
             raise UserError(f"{run} has no complete checkpoint")

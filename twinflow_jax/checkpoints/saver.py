@@ -40,16 +40,21 @@ def from_parts(parts: dict) -> TrainState:
 
 
 class Saver:
-    """Saves and restores the checkpoints of one run; the last `keep` stay."""
+    """Saves and restores the checkpoints of one run; the last `keep` stay.
 
-    def __init__(self, workdir: epath.PathLike, keep: int):
-        self.folder = epath.Path(workdir) / "checkpoints"
-        self.folder.mkdir(parents=True, exist_ok=True)
+    writes: whether this is the run's own saver. Only that one clears away saves that a kill
+    left half done; a reader beside a run that trains must not touch them.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int, writes: bool = True):
+        self.folder = epath.Path(workdir).resolve() / "checkpoints"  # orbax wants it absolute
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._pending: int | None = None
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writes,
         )
 
     @property
@@ -102,15 +107,19 @@ class Saver:
         Raises:
           UserError: there are checkpoints, but none can be read.
         """
+        unreadable = []
         for step in reversed(self.steps):
             try:
-                return from_parts(self.load(step, to_parts(abstract)))
+                state = from_parts(self.load(step, to_parts(abstract)))
             except UserError as error:
                 print(f"warning: {error}; trying the one before", file=sys.stderr)
-                torn = self.folder / f"unreadable_{step}"
-                (self.folder / str(step)).rename(torn)
-                self._checkpointer.reload()
-        if any(self.folder.glob("unreadable_*")):
+                unreadable.append(step)
+                continue
+            for torn in unreadable:  # out of the way of the step's next save
+                (self.folder / str(torn)).rename(self.folder / f"unreadable_{torn}")
+            self._checkpointer.reload()
+            return state
+        if unreadable:
             raise UserError(
                 f"no checkpoint in {self.folder} can be read: restore a copy, or start over in "
                 "another --workdir"

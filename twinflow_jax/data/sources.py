@@ -43,7 +43,7 @@ def split(name: str, x: np.ndarray, label: np.ndarray) -> Dataset:
 
 
 def digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8: 1,434 for training, 363 held out."""
+    """scikit-learn's 1,797 handwritten digits, 8x8: 1,433 for training, 364 held out."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -64,7 +64,7 @@ def mnist() -> Dataset:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(
-            "data 'mnist' needs tensorflow-datasets: pip install 'twinflow-jax[tfds]'"
+            "data 'mnist' needs tensorflow-datasets: pip install -e '.[tfds]'"
         ) from error
     try:
         sources = tfds.data_source("mnist", builder_kwargs={"file_format": "array_record"})

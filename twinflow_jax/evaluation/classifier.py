@@ -32,7 +32,8 @@ def load_or_train(dataset: Dataset):
     """
     network = Classifier(dataset.num_classes)
     digest = hashlib.sha256(dataset.train.x.tobytes())
-    digest.update(repr((STEPS, BATCH, RATE, SHIFT, network)).encode())
+    digest.update(dataset.train.label.tobytes())
+    digest.update(repr((STEPS, BATCH, RATE, SHIFT, network.fingerprint())).encode())
     file = cache_folder() / f"classifier-{dataset.name}-{digest.hexdigest()[:12]}.safetensors"
     try:
         flat = safetensors.numpy.load_file(file)

@@ -1,7 +1,7 @@
 """The linear path between data and noise, and what a velocity says about its two ends.
 
 `x_t = t z + (1 - t) x` with `t = 1` pure noise and `t = 0` data, so `dx_t/dt = z - x`
-(TwinFlow section 3; METHOD: "transport_type: Linear" in the released configs). Times are
+("transport_type: Linear" in the released configs). Times are
 signed: a negative time lies on the fake (twin) trajectory, at distance |t| from its data end.
 """
 

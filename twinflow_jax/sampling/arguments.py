@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-from twinflow_jax.errors import UserError
 from twinflow_jax.sampling.grids import STYLES, Grid, few_step
 
 
@@ -35,4 +34,4 @@ def _share(text: str) -> float | str:
     try:
         return float(text)
     except ValueError as error:
-        raise UserError(f"--stochastic is {text!r}; give a share in [0, 1] or SDE") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is no share in [0, 1] and not SDE") from error

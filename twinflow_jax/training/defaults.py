@@ -6,7 +6,7 @@ from twinflow_jax import objectives
 
 
 def get() -> ml_collections.ConfigDict:
-    """A config to change in a config file; `model` and `objective` are replaced whole there."""
+    """A locked config to change in a config file (`model` and `objective` whole, by assignment)."""
     return ml_collections.ConfigDict(
         {
             "data": {
@@ -45,4 +45,4 @@ def get() -> ml_collections.ConfigDict:
                 "score_count": 1000,  # samples behind each metric; 0: pictures only
             },
         }
-    )
+    ).lock()

@@ -14,10 +14,11 @@ from twinflow_jax.errors import UserError
 
 
 class Log:
-    """Metrics of a run, means over the steps between two writes.
+    """Metrics of a run, means over the steps between two writes (in this process: a mean
+    whose steps a stop divides is over those since the resume).
 
-    A resumed run drops the lines that lie beyond the step it resumes from, so that metrics.jsonl
-    reads as if it had never stopped.
+    A resumed run drops the lines that lie beyond the step it resumes from, so that each step
+    appears once in metrics.jsonl.
     """
 
     def __init__(self, workdir: epath.PathLike, first_step: int):
@@ -59,8 +60,10 @@ class Log:
 
     def write(self, step: int) -> str:
         """Writes the means since the last write; returns them as text for the progress bar."""
-        count = len(self._since)
-        means = {k: sum(v[k] for v in self._since) / count for k in self._since[-1]}
+        means = {}
+        for name in {name: None for row in self._since for name in row}:  # phases differ in terms
+            values = [row[name] for row in self._since if name in row]
+            means[name] = sum(values) / len(values)
         self._since = []
         self._record({"step": step} | means)
         terms = " ".join(

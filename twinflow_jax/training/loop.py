@@ -1,6 +1,7 @@
 """The training loop: step, watch, save, and leave cleanly whatever happens."""
 
 import contextlib
+import dataclasses
 import signal
 import time
 
@@ -10,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, data, models, objectives
+from twinflow_jax import config as configs
 from twinflow_jax.checkpoints.saver import abstract
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import optimizers, state, step
@@ -38,6 +40,7 @@ def train(
         a loss that became NaN (with its step and term).
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
+    check_values(config)
     model, objective = models.create(config.model), objectives.build(config.objective)
     objective.counts(config.data.batch_size)  # refuses a batch too small for the roles
     optimizer = optimizers.create(config.optimizer, config.train.steps)
@@ -63,13 +66,15 @@ def run(
         stack.callback(saver.close)
         current = start(config, model, objective, optimizer, saver)
         first = int(current.step)
+        preview = Preview(config, model, dataset, workdir)
+        log = stack.enter_context(Log(workdir, first))
+        if preview.missing(first):  # killed between a checkpoint and its pictures
+            log.write_samples(first, preview.make(state.sampling_params(current), first))
         if first >= config.train.steps:
             print(f"{workdir} is complete: step {first} of {config.train.steps}", flush=True)
             return current
         batches = data.batches(dataset.train, config.data.batch_size, config.train.seed, first)
         compiled = compile_steps(steps, current, model, first, config, progress)
-        preview = Preview(config, model, dataset, workdir)
-        log = stack.enter_context(Log(workdir, first))
         stopper = stack.enter_context(Stopper())
         bar = stack.enter_context(
             tqdm(total=config.train.steps, initial=first, unit="step", disable=not progress,
@@ -103,6 +108,45 @@ def run(
                 raise Interrupted(stopper.signal, done)
         saver.wait()
     return current
+
+
+def check_values(config) -> None:
+    """Refuses values that no run can have, before anything is written.
+
+    Raises:
+      UserError: names the key, its value and what it takes.
+    """
+    train, sample = config.train, config.sample
+    least = {
+        "train.steps": 1, "train.seed": 0, "train.micro_steps": 1, "train.log_every": 1,
+        "train.sample_every": 1, "train.checkpoint_every": 1, "train.keep": 1,
+        "train.flow_matching_steps": 0, "data.batch_size": 1, "sample.columns": 1,
+        "sample.score_count": 0, "optimizer.warmup": 0,
+    }
+    flat = configs.flatten(config.to_dict())
+    for key, bound in least.items():
+        if flat[key] < bound:
+            raise UserError(f"{key} is {flat[key]}; give {bound} or more")
+    for key in ("train.ema_decay", "train.condition_dropout"):
+        if not 0 <= flat[key] < 1:
+            raise UserError(f"{key} is {flat[key]}; it lies in [0, 1)")
+    if not sample.steps or min(sample.steps) < 1:
+        raise UserError(f"sample.steps is {sample.steps}; give evaluations like (1, 2, 4)")
+    if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
+        raise UserError(f"optimizer.betas is {config.optimizer.betas}; give two in [0, 1)")
+    frozen = config.objective.teacher_decay == 1
+    if frozen and not train.init_from:
+        raise UserError(
+            "objective.teacher_decay is 1, a frozen teacher, but it would be random weights: "
+            "set train.init_from to a trained run"
+        )
+    guided = config.objective.get("guidance", 0.0) > 0 and config.model.get("num_classes", 0) > 0
+    untrained = train.unconditional == "empty" and not (train.condition_dropout or train.init_from)
+    if guided and untrained:
+        raise UserError(
+            "objective.guidance compares with the empty condition, which nothing trains here: set "
+            "train.unconditional=permuted, train.condition_dropout=0.1, or train.init_from"
+        )
 
 
 def make_steps(config, model, objective, optimizer) -> dict:
@@ -179,21 +223,21 @@ def start(config, model, objective, optimizer, saver: checkpoints.Saver) -> stat
         return state.create(params, optimizer, *decays)
 
     key = jax.random.fold_in(jax.random.key(config.train.seed), 2**31 - 1)  # no step's key
-    if saver.steps:
-        restored = saver.restore(abstract(jax.jit(lambda: fresh(model.init(key)))()))
-        if restored is not None:
-            return restored
+    begin = jax.jit(lambda: fresh(model.init(key)))()
+    restored = saver.restore(abstract(begin))
+    if restored is not None:
+        return restored
     if config.train.init_from:
-        other, _, params, _ = checkpoints.load_weights(config.train.init_from)
-        if other.model.to_dict() != config.model.to_dict():
-            theirs, ours = other.model.to_dict(), config.model.to_dict()
-            differing = [k for k in theirs.keys() | ours if theirs.get(k) != ours.get(k)]
+        _, other, params, _ = checkpoints.load_weights(config.train.init_from)
+        theirs, ours = (dataclasses.asdict(m.config) for m in (other, model))
+        differing = [k for k in theirs.keys() | ours if theirs.get(k) != ours.get(k)]
+        if differing:
             raise UserError(
                 f"train.init_from {config.train.init_from} is another network: it differs in "
                 + ", ".join(f"model.{k} ({theirs.get(k)!r})" for k in sorted(differing))
             )
         return fresh(params)
-    return jax.jit(lambda: fresh(model.init(key)))()
+    return begin
 
 
 class Stopper:

@@ -18,6 +18,7 @@ class Preview:
     def __init__(self, config, model: models.Model, dataset: data.Dataset, workdir: str):
         self._model, self._folder = model, epath.Path(workdir) / "samples"
         self._grids = [few_step(steps) for steps in config.sample.steps]
+        self._every, self._last = config.train.sample_every, config.train.steps
         self._columns, self._classes = config.sample.columns, dataset.num_classes
         self._count = max(config.sample.score_count, self._columns * self._classes)
         self._labels = sample_labels(self._count, dataset.num_classes)
@@ -25,6 +26,14 @@ class Preview:
         self._noise = jax.random.normal(noise_key, (self._count, *model.sample_shape))
         scored = model.config.num_classes > 0 and config.sample.score_count > 0
         self._judge = evaluation.Judge.create(dataset) if scored else None
+
+    def missing(self, step: int) -> bool:
+        """Whether pictures were due at this step and are not there."""
+        due = step > 0 and (step % self._every == 0 or step == self._last)
+        return due and not self._file(step).exists()
+
+    def _file(self, step: int) -> epath.Path:
+        return self._folder / f"step_{step:06d}.png"
 
     def make(self, params, step: int) -> dict[int, dict[str, float]]:
         """Writes samples/step_STEP.png; returns scores by number of evaluations."""
@@ -42,7 +51,7 @@ class Preview:
             if self._judge:
                 scores[grid.nfe] = self._judge.score(x, self._labels)
         sheet = images.sheet(blocks, self._columns, title=f"step {step}")
-        images.save(self._folder / f"step_{step:06d}.png", sheet)
+        images.save(self._file(step), sheet)
         return scores
 
     @staticmethod
