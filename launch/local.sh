@@ -12,10 +12,18 @@ if [[ "${1:-}" == "--dry-run" ]]; then
   exit 0
 fi
 
+training=
+trap '[[ -n $training ]] && kill -TERM "$training"' TERM
 status=1
 for attempt in 1 2 3 4 5; do
-  python -m twinflow_jax.train "$@"
+  python -m twinflow_jax.train "$@" &
+  training=$!
+  wait "$training"
   status=$?
+  if kill -0 "$training" 2>/dev/null; then # a signal cut the wait short; training is saving
+    wait "$training"
+    status=$?
+  fi
   case $status in
     0 | 2 | 130 | 143) exit "$status" ;;
   esac

@@ -54,6 +54,7 @@ def test_overrides_keep_types():
         ("train.steps=1.5", "takes int"),
         ("objective.twin=1", "takes bool"),
         ("train.steps", "has no value"),
+        ("optimizer.betas=(.9,'x')", "takes numbers"),
         ("train=1", "is a section"),
         ("train.steps.x=1", "no config key"),
     ],
@@ -72,6 +73,13 @@ def test_bad_config_files(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match="no get_config"):
         configs.load(str(tmp_path / "empty.py"))
+    (tmp_path / "typo.py").write_text(
+        "from twinflow_jax.training import defaults\n"
+        "def get_config():\n    config = defaults.get()\n    config.train.update(stpes=3)\n"
+        "    return config\n"
+    )
+    with pytest.raises(UserError, match="line 4.*stpes"):
+        configs.load(str(tmp_path / "typo.py"))
     with pytest.raises(UserError, match="no variants"):
         configs.load("configs/digits.py:tiny")
 

@@ -9,15 +9,21 @@ class UserError(ValueError):
     """Something that the user can put right: one line saying what, where, and what to do."""
 
 
+def one_line(message: Warning | str, *_, **__) -> None:
+    """Shows a warning to somebody who does not read our source."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def run_verb(main: Callable[[], int | None]) -> None:
     """Runs a verb's `main` and exits with its status.
 
     A `UserError` becomes one line on stderr and status 2, Ctrl-C status 130; every other
     exception is a bug and keeps its traceback. `main` returns the exit status (None means 0).
     """
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        status = main()
+        with warnings.catch_warnings():
+            warnings.showwarning = one_line
+            status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from twinflow_jax import checkpoints, objectives
+from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import state
 from twinflow_jax.training.loop import train
@@ -38,7 +39,9 @@ def test_micro_steps_train_the_same_weights(small_config, tmp_path):
     """Roles rotating over parts of 4 rows: the same parameters up to rounding."""
     results = []
     for micro_steps in (1, 8):
-        config = small_config("train.steps=3", f"train.micro_steps={micro_steps}").unlock()
+        config = small_config(
+            "train.steps=3", f"train.micro_steps={micro_steps}", "train.unconditional=permuted"
+        ).unlock()
         config.objective = objectives.preset("released")
         results.append(trained(config, tmp_path / str(micro_steps)).params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), *results)
@@ -60,13 +63,15 @@ def test_starts_from_another_run(small_config, tmp_path):
 
 
 def test_nan_stops_with_step_and_term(small_config, tmp_path):
-    trained(small_config("train.steps=5"), tmp_path / "run")
-    config = small_config("optimizer.learning_rate=1e12")
-    with pytest.raises(UserError, match=r"step \d+: loss/\w+.* became (nan|inf)"):
-        trained(config, tmp_path / "nan")
-    saver = checkpoints.Saver(tmp_path / "nan", 3)
-    assert all(step < 5 for step in saver.steps)  # nothing with NaN was saved
-    saver.close()
+    """A rate that explodes after step 5 leaves the checkpoint of step 5, readable and finite."""
+    first = trained(small_config("train.steps=5"), tmp_path / "run")
+    record = tmp_path / "run/config.json"
+    record.write_text(configs.to_json(small_config("optimizer.learning_rate=1e12")))
+    with pytest.raises(UserError, match=r"step [678]: loss/\w+.* became (nan|inf)"):
+        trained(small_config("optimizer.learning_rate=1e12"), tmp_path / "run")
+    _, _, raw, step = checkpoints.load_weights(tmp_path / "run", raw=True)
+    assert step == 5
+    jax.tree.map(np.testing.assert_array_equal, raw, first.params)
 
 
 def test_folder_of_another_run_is_refused(small_config, tmp_path):
@@ -91,11 +96,70 @@ def test_folder_of_another_run_is_refused(small_config, tmp_path):
         (["optimizer.name=sgd"], "choose from 'adamw', 'adam', 'radam'"),
         (["objective.order=-1"], "sub-steps >= 0"),
         (["objective.guidance=1.0"], "diverges"),
+        (["objective.guidance=0.5"], "which nothing trains here"),
+        (["objective.teacher_decay=1.0"], "random weights"),
+        (["train.keep=0"], "train.keep is 0; give 1 or more"),
+        (["train.micro_steps=0"], "train.micro_steps is 0"),
+        (["train.ema_decay=1.0"], r"lies in \[0, 1\)"),
+        (["optimizer.betas=(0.9,)"], "give two"),
+        (["sample.steps=(0,)"], "give evaluations"),
     ],
 )
 def test_impossible_values_are_refused(small_config, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         trained(small_config(*overrides), tmp_path / "run")
+
+
+def test_phases_differ_in_terms_and_their_means_are_written(small_config, tmp_path):
+    """An interval of the log that holds flow-matching steps and others, and a resume between."""
+    config = small_config("train.flow_matching_steps=3", "train.log_every=5", "train.steps=10")
+    whole = trained(config, tmp_path / "run")
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert {"loss/multi_step", "loss/rcgm", "loss/rectify"} <= row.keys()
+    shutil.rmtree(tmp_path / "run/checkpoints/10")
+    jax.tree.map(
+        np.testing.assert_array_equal, trained(config, tmp_path / "run").params, whole.params
+    )
+
+
+def test_condition_dropout_trains_the_empty_condition(small_config, tmp_path):
+    """The embedding of "no class" moves only where rows lose their class."""
+    moved = {}
+    for dropout in (0.0, 0.5):
+        config = small_config("train.steps=2", f"train.condition_dropout={dropout}")
+        params = trained(config, tmp_path / str(dropout)).params
+        moved[dropout] = params["Condition_0"]["Embed_0"]["embedding"]
+    assert np.abs(moved[0.5][10] - moved[0.0][10]).max() > 1e-4
+
+
+def test_finished_run_draws_a_picture_that_a_kill_kept_from_it(small_config, tmp_path, capsys):
+    config = small_config("train.steps=3")
+    trained(config, tmp_path / "run")
+    picture = tmp_path / "run/samples/step_000003.png"
+    picture.unlink()
+    trained(config, tmp_path / "run")
+    assert picture.exists() and "is complete: step 3 of 3" in capsys.readouterr().out
+
+
+def test_reader_leaves_a_save_in_progress_alone(small_config, tmp_path):
+    trained(small_config("train.steps=1"), tmp_path / "run")
+    saving = tmp_path / "run/checkpoints/2.orbax-checkpoint-tmp"
+    saving.mkdir()
+    checkpoints.load_weights(tmp_path / "run")
+    assert saving.exists()
+
+
+def test_no_readable_checkpoint_never_starts_over(small_config, tmp_path):
+    config = small_config("train.steps=5")
+    trained(config, tmp_path / "run")
+    for file in (tmp_path / "run/checkpoints/5").rglob("*"):
+        if file.is_file() and file.stat().st_size > 2000:
+            file.write_bytes(b"")
+    metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+            trained(config, tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
 
 
 def test_torn_checkpoint_falls_back_loudly(small_config, tmp_path, capsys):
@@ -121,11 +185,8 @@ def test_no_room_for_a_checkpoint(small_config, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saver._checkpointer, "save_checkpointables_async", full)
-    five = trained(small_config("train.steps=5"), tmp_path / "copy").replace(
-        step=jax.numpy.asarray(6)
-    )
     with pytest.raises(UserError, match=r"step 6 could not be saved.*No space left.*\[5\]"):
-        saver.save(five)
+        saver.save(6, {"params": {"w": jax.numpy.zeros(3)}})
     saver.close()
 
 

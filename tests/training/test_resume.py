@@ -53,9 +53,9 @@ def final_state(workdir: pathlib.Path) -> state.TrainState:
     fresh = jax.jit(lambda: state.create(model.init(jax.random.key(0)), optimizer, 0.99, 0.99))()
     saver = checkpoints.Saver(workdir, 3)
     assert saver.steps[-1] == STEPS
-    restored = saver.restore(abstract(fresh))
+    restored = saver.restore(abstract(state.to_parts(fresh)))
     saver.close()
-    return restored
+    return state.from_parts(restored)
 
 
 def losses(workdir: pathlib.Path) -> list[dict]:

@@ -10,7 +10,6 @@ from twinflow_jax import config as configs
 from twinflow_jax import files, models
 from twinflow_jax.checkpoints.saver import Saver
 from twinflow_jax.errors import UserError
-from twinflow_jax.training import ema
 
 # A run may go on with other values of these: they change what is reported, not what is learned.
 FREE = (
@@ -102,10 +101,7 @@ def load_weights(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
             model.abstract_params(),
         )
-        if raw or config.train.ema_decay == 0:
-            return config, model, saver.load(step, {"params": params})["params"], step
-        decay = jax.ShapeDtypeStruct((), "float32", sharding=device)
-        parts = saver.load(step, {"average": ema.Average(params, decay)})
-        return config, model, parts["average"].params, step
+        which = "params" if raw or config.train.ema_decay == 0 else "average"
+        return config, model, saver.load(step, {which: params})[which], step
     finally:
         saver.close()

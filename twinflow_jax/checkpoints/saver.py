@@ -1,7 +1,7 @@
-"""Checkpoints of the train state through orbax: in the background, whole or not at all.
+"""Checkpoints through orbax: in the background, whole or not at all.
 
-WORKDIR/checkpoints/STEP/ holds `params`, `average` and `teacher` (where they exist) and
-`progress` (optimizer state and step) apart, so that a sampler reads only the weights it uses.
+WORKDIR/checkpoints/STEP/ holds each part of the state apart (`training.state.to_parts`): `params`,
+`average` and `teacher` (where they exist), `progress`; a sampler reads only the weights it uses.
 """
 
 import contextlib
@@ -13,30 +13,6 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.training.state import TrainState
-
-# Orbax logs its failures with tracebacks from its threads, and raises them too: the second is
-# what reaches the user.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-
-def to_parts(state: TrainState) -> dict:
-    """The state as the items of a checkpoint."""
-    parts = {
-        "params": state.params,
-        "average": state.average,
-        "teacher": state.teacher,
-        "progress": {"optimizer": state.opt_state, "step": state.step},
-    }
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def from_parts(parts: dict) -> TrainState:
-    progress = parts["progress"]
-    return TrainState(
-        progress["step"], parts["params"], progress["optimizer"],
-        parts.get("teacher"), parts.get("average"),
-    )
 
 
 class Saver:
@@ -50,6 +26,9 @@ class Saver:
         self.folder = epath.Path(workdir).resolve() / "checkpoints"  # orbax wants it absolute
         if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
+        # Orbax logs failures with tracebacks from its threads, and raises them too: the second
+        # is what reaches the user.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._pending: int | None = None
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
@@ -62,19 +41,18 @@ class Saver:
         """Steps with a complete checkpoint, in order."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-    def save(self, state: TrainState) -> None:
-        """Starts saving the state; returns once its buffers may be donated.
+    def save(self, step: int, parts: dict) -> None:
+        """Starts saving a step's parts; returns once their buffers may be donated.
 
         Raises:
           UserError: the save before this one failed, or this one could not start.
         """
         self.wait()
-        step = int(state.step)
         if step in self.steps:
             return
         self._pending = step
         try:
-            self._checkpointer.save_checkpointables_async(step, to_parts(state))
+            self._checkpointer.save_checkpointables_async(step, parts)
         except Exception as error:
             self._report(error)
 
@@ -100,8 +78,8 @@ class Saver:
             f"complete checkpoints: {self.steps or 'none'}"
         ) from error
 
-    def restore(self, abstract: TrainState) -> TrainState | None:
-        """The newest readable state, or None where there is no checkpoint.
+    def restore(self, abstract_parts: dict) -> dict | None:
+        """The newest readable parts, or None where there is no checkpoint.
 
         A checkpoint that cannot be read is passed over, loudly, for the one before.
         Raises:
@@ -110,7 +88,7 @@ class Saver:
         unreadable = []
         for step in reversed(self.steps):
             try:
-                state = from_parts(self.load(step, to_parts(abstract)))
+                parts = self.load(step, abstract_parts)
             except UserError as error:
                 print(f"warning: {error}; trying the one before", file=sys.stderr)
                 unreadable.append(step)
@@ -118,7 +96,7 @@ class Saver:
             for torn in unreadable:  # out of the way of the step's next save
                 (self.folder / str(torn)).rename(self.folder / f"unreadable_{torn}")
             self._checkpointer.reload()
-            return state
+            return parts
         if unreadable:
             raise UserError(
                 f"no checkpoint in {self.folder} can be read: restore a copy, or start over in "

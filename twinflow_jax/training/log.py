@@ -26,7 +26,8 @@ class Log:
         lines = self._file.read_text().splitlines() if self._file.exists() else []
         kept = [line for line in lines if _step_of(line) <= first_step]
         files.write(self._file, "".join(line + "\n" for line in kept).encode())
-        threading.excepthook = _without_os_errors(threading.excepthook)
+        self._hook = threading.excepthook
+        threading.excepthook = _without_os_errors(self._hook)
         self._board = SummaryWriter(
             str(epath.Path(workdir) / "tensorboard"), purge_step=first_step + 1
         )
@@ -40,6 +41,7 @@ class Log:
             self._board.close()
         except OSError:  # a full disk: it will be tried again at exit, in vain
             sys.unraisablehook = _without_os_errors(sys.unraisablehook)
+        threading.excepthook = self._hook
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes in one step's metrics; waits for that step to finish.

@@ -40,8 +40,8 @@ def train(
         a loss that became NaN (with its step and term).
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
-    check_values(config)
     model, objective = models.create(config.model), objectives.build(config.objective)
+    check_values(config)
     objective.counts(config.data.batch_size)  # refuses a batch too small for the roles
     optimizer = optimizers.create(config.optimizer, config.train.steps)
     steps = make_steps(config, model, objective, optimizer)
@@ -98,7 +98,7 @@ def run(
                 if pending:
                     log.add(*pending)  # a state with NaN is never saved
                     pending = None
-                saver.save(current)
+                saver.save(done, state.to_parts(current))
             if done % config.train.sample_every == 0 or last:
                 scores = preview.make(state.sampling_params(current), done)
                 log.write_samples(done, scores)
@@ -224,9 +224,9 @@ def start(config, model, objective, optimizer, saver: checkpoints.Saver) -> stat
 
     key = jax.random.fold_in(jax.random.key(config.train.seed), 2**31 - 1)  # no step's key
     begin = jax.jit(lambda: fresh(model.init(key)))()
-    restored = saver.restore(abstract(begin))
+    restored = saver.restore(abstract(state.to_parts(begin)))
     if restored is not None:
-        return restored
+        return state.from_parts(restored)
     if config.train.init_from:
         _, other, params, _ = checkpoints.load_weights(config.train.init_from)
         theirs, ours = (dataclasses.asdict(m.config) for m in (other, model))
