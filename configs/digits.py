@@ -1,6 +1,9 @@
 """TwinFlow on scikit-learn's 8x8 digits: a check that everything works, in seconds.
 
     python -m twinflow_jax.train --config configs/digits.py --workdir runs/digits
+
+About a minute on 2 cores. At 1 NFE accuracy .978, Frechet distance 55 (mean of 3 seeds of
+benchmarks/digits.py, the same settings; real held-out digits .978 and 2.8).
 """
 
 import ml_collections
