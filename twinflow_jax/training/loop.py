@@ -11,10 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, data, models, objectives
-from twinflow_jax import config as configs
 from twinflow_jax.checkpoints.saver import abstract
 from twinflow_jax.errors import UserError
-from twinflow_jax.training import optimizers, state, step
+from twinflow_jax.training import checks, optimizers, state, step
 from twinflow_jax.training.log import Log
 from twinflow_jax.training.preview import Preview
 
@@ -41,12 +40,12 @@ def train(
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
     model, objective = models.create(config.model), objectives.build(config.objective)
-    check_values(config)
+    checks.check_values(config)
     objective.counts(config.data.batch_size)  # refuses a batch too small for the roles
     optimizer = optimizers.create(config.optimizer, config.train.steps)
     steps = make_steps(config, model, objective, optimizer)
     dataset = data.load(config.data.name)
-    check_fit(model, dataset)
+    checks.check_fit(model, dataset)
     checkpoints.claim(workdir, config)
     try:
         return run(config, workdir, model, objective, optimizer, steps, dataset, progress)
@@ -110,45 +109,6 @@ def run(
     return current
 
 
-def check_values(config) -> None:
-    """Refuses values that no run can have, before anything is written.
-
-    Raises:
-      UserError: names the key, its value and what it takes.
-    """
-    train, sample = config.train, config.sample
-    least = {
-        "train.steps": 1, "train.seed": 0, "train.micro_steps": 1, "train.log_every": 1,
-        "train.sample_every": 1, "train.checkpoint_every": 1, "train.keep": 1,
-        "train.flow_matching_steps": 0, "data.batch_size": 1, "sample.columns": 1,
-        "sample.score_count": 0, "optimizer.warmup": 0,
-    }
-    flat = configs.flatten(config.to_dict())
-    for key, bound in least.items():
-        if flat[key] < bound:
-            raise UserError(f"{key} is {flat[key]}; give {bound} or more")
-    for key in ("train.ema_decay", "train.condition_dropout"):
-        if not 0 <= flat[key] < 1:
-            raise UserError(f"{key} is {flat[key]}; it lies in [0, 1)")
-    if not sample.steps or min(sample.steps) < 1:
-        raise UserError(f"sample.steps is {sample.steps}; give evaluations like (1, 2, 4)")
-    if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
-        raise UserError(f"optimizer.betas is {config.optimizer.betas}; give two in [0, 1)")
-    frozen = config.objective.teacher_decay == 1
-    if frozen and not train.init_from:
-        raise UserError(
-            "objective.teacher_decay is 1, a frozen teacher, but it would be random weights: "
-            "set train.init_from to a trained run"
-        )
-    guided = config.objective.get("guidance", 0.0) > 0 and config.model.get("num_classes", 0) > 0
-    untrained = train.unconditional == "empty" and not (train.condition_dropout or train.init_from)
-    if guided and untrained:
-        raise UserError(
-            "objective.guidance compares with the empty condition, which nothing trains here: set "
-            "train.unconditional=permuted, train.condition_dropout=0.1, or train.init_from"
-        )
-
-
 def make_steps(config, model, objective, optimizer) -> dict:
     """The jitted steps of the two phases: flow matching first, where asked for, then the rest."""
     train = config.train
@@ -198,21 +158,6 @@ def model_inputs(model: models.Model, batch: dict[str, np.ndarray]) -> dict:
     """What a step takes, from a batch of labelled images."""
     cond = {"label": batch["label"]} if model.config.num_classes else {}
     return {"x": batch["x"], "cond": cond}
-
-
-def check_fit(model: models.Model, dataset: data.Dataset) -> None:
-    """Refuses a network that does not take this data."""
-    shape = dataset.train.x.shape[1:]
-    if tuple(model.sample_shape) != shape:
-        raise UserError(
-            f"model.sample_shape is {tuple(model.sample_shape)}, but data {dataset.name!r} has "
-            f"images of {shape}"
-        )
-    if model.config.num_classes not in (0, dataset.num_classes):
-        raise UserError(
-            f"model.num_classes is {model.config.num_classes}, but data {dataset.name!r} has "
-            f"{dataset.num_classes} classes"
-        )
 
 
 def start(config, model, objective, optimizer, saver: checkpoints.Saver) -> state.TrainState:
