@@ -89,22 +89,23 @@ def run(
             pending = (i + 1, metrics)
             done, last = i + 1, i + 1 == config.train.steps
             bar.update()
-            if done % config.train.log_every == 0 or last:
-                log.add(*pending)
+            stop = stopper.signal  # read once: one that comes later waits for the next step
+            report = done % config.train.log_every == 0 or last
+            keep = done % config.train.checkpoint_every == 0 or last or stop
+            if report or keep:
+                log.add(*pending)  # a state with NaN is never saved
                 pending = None
+            if report:
                 bar.set_postfix_str(log.write(done))
-            if done % config.train.checkpoint_every == 0 or last or stopper.signal:
-                if pending:
-                    log.add(*pending)  # a state with NaN is never saved
-                    pending = None
+            if keep:
                 saver.save(done, state.to_parts(current))
             if done % config.train.sample_every == 0 or last:
                 scores = preview.make(state.sampling_params(current), done)
                 log.write_samples(done, scores)
                 bar.write(Preview.line(done, scores)) if progress else None
-            if stopper.signal and not last:
+            if stop and not last:
                 saver.wait()
-                raise Interrupted(stopper.signal, done)
+                raise Interrupted(stop, done)
         saver.wait()
     return current
 
