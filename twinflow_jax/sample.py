@@ -1,74 +1,225 @@
-"""Draw samples: `python -m twinflow_jax.sample --checkpoint runs/mnist --out samples`.
+"""Draw samples with trained weights, by class or from prompts.
 
-Writes one PNG per sample, or one labelled sheet with --sheet. The settings are in each PNG's
-text chunks; the same seed gives the same picture, whatever else is drawn with it.
+    python -m twinflow_jax.sample --checkpoint runs/mnist --out samples
+    python -m twinflow_jax.sample --checkpoint checkpoints/qwen_image --out samples \\
+        --prompt "a fox in the snow" --steps 2
+
+The checkpoint is a training run's --workdir, or an imported one (tools/convert.py). Writes one PNG
+per sample, or one labelled sheet with --sheet. The settings are in each PNG's text chunks; the same
+seed gives the same picture, whatever else is drawn with it.
 """
 
 import argparse
 import json
+import re
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from twinflow_jax import checkpoints, images
+from twinflow_jax import checkpoints, images, models, text_to_image
+from twinflow_jax.checkpoints import imported
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.sampling import arguments, generate
 
+BASE_STEPS, BASE_GUIDANCE = 50, 4.0  # of the published pipelines
+
 
 def main() -> int:
+    args = parse()
+    folder = args.checkpoint
+    run = None if imported.is_imported(folder) else checkpoints.read_config(folder)
+    from_text = run is None or models.settings_of(run.model)[0].text_to_image is not None
+    other = CLASS_ONLY if from_text else TEXT_ONLY
+    strange = [name for name in other if getattr(args, name) is not None]
+    if strange:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
+        drawn = "from prompts" if from_text else "by class"
+        raise UserError(f"{folder} draws {drawn}: {flags} cannot be used with it")
+    try:
+        return draw_prompts(args, run) if from_text else draw_classes(args)
+    except OSError as error:
+        raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from error
+
+
+CLASS_ONLY = ("classes",)
+TEXT_ONLY = (
+    "prompt", "prompts", "embeddings", "save_embeddings", "size", "batch", "base", "guidance",
+    "negative", "dtype", "tile", "pipeline",
+)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m twinflow_jax.sample", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
+    parser.add_argument("--checkpoint", required=True, help="a run's --workdir, or imported")
     parser.add_argument("--out", required=True, help="folder for the pictures")
-    parser.add_argument("--steps", type=int, default=1, help="network evaluations (default 1)")
-    parser.add_argument("--classes", help="comma-separated classes (default: all)")
-    parser.add_argument("--count", type=int, default=8, help="samples per class (default 8)")
+    parser.add_argument("--steps", type=int, help="network evaluations (default 1; --base: 50)")
+    parser.add_argument("--count", type=int, help="samples per class (8) or per prompt (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", action="store_true", help="one labelled sheet instead of files")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of the average")
     parser.add_argument("--at-step", type=int, help="checkpoint to read (default: the newest)")
+    group = parser.add_argument_group("by class")
+    group.add_argument("--classes", help="comma-separated classes (default: all)")
+    group = parser.add_argument_group("from prompts")
+    group.add_argument("--prompt", action="append", help="what to draw; may be given again")
+    group.add_argument("--prompts", help="a file with one prompt a line")
+    group.add_argument("--embeddings", help="encoded prompts, from --save-embeddings")
+    group.add_argument("--save-embeddings", help="write the encoded prompts to this file")
+    group.add_argument("--size", help="pixels, like 1024 or 1328x800 (width x height)")
+    group.add_argument("--batch", type=int, help="pictures denoised at once (default 1 a device)")
+    group.add_argument(
+        "--base", action="store_const", const=True,
+        help="the base model's own sampling: many steps, its time grid and guidance",
+    )
+    group.add_argument("--guidance", type=float, help="of --base; 1 is none (default 4)")
+    group.add_argument("--negative", help="negative prompt of --base (default: the model's own)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"),
+                       help="of the computation (default: bfloat16, float32 on a CPU)")
+    group.add_argument("--tile", type=int, help="decode larger pictures in tiles of these pixels")
+    group.add_argument("--pipeline", help="the imported checkpoint of a run (default: as it says)")
     arguments.add(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    grid = arguments.grid(args, args.steps)
-    if args.count < 1:
-        raise UserError(f"--count is {args.count}; draw at least one sample per class")
+
+def draw_classes(args) -> int:
+    """Samples of a class-conditional run."""
+    grid = arguments.grid(args, 1 if args.steps is None else args.steps)
+    count = 8 if args.count is None else args.count
+    if count < 1:
+        raise UserError(f"--count is {count}; draw at least one sample per class")
     config, model, params, step = checkpoints.load_weights(args.checkpoint, args.raw, args.at_step)
     classes = parse_classes(args.classes, config.model.num_classes)
-    labels = np.repeat(classes, args.count)
+    labels = np.repeat(classes, count)
     x = generate(model, params, labels, grid, args.seed)
 
-    text = {
-        "Software": "twinflow_jax",
-        "twinflow": json.dumps({
-            "checkpoint": args.checkpoint, "at_step": step, "raw": args.raw, "seed": args.seed,
-            "nfe": grid.nfe, "style": grid.style, "times": grid.times,
-            "stochastic": grid.stochastic, "extrapolation": grid.extrapolation,
-            "order": grid.order,
-        }),
-    }
-    out = epath.Path(args.out)
+    text = describe(args, at_step=step, raw=args.raw, **grid_settings(grid))
     weights = f"step{step}{'_raw' if args.raw else ''}"
     run = epath.Path(args.checkpoint).name
     name = f"{run}_{weights}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
-    try:
-        if args.sheet:
-            file = out / f"sheet_{name}.png"
-            picture = images.sheet({f"{grid.nfe} NFE": x}, args.count, f"step {step}")
-            images.save(file, picture, text | {"classes": json.dumps(classes.tolist())})
-            print(f"{len(x)} samples in {file}")
-            return 0
-        for i, label in enumerate(labels):
-            file = out / f"class{label}_{i % args.count:04d}_{name}.png"
-            pixels = Image.fromarray(images.to_uint8(x[i]))
-            images.save(file, pixels, text | {"class": str(label)})
-    except OSError as error:
-        raise UserError(f"cannot write pictures to {out}: {error.strerror or error}") from error
+    out = epath.Path(args.out)
+    if args.sheet:
+        file = out / f"sheet_{name}.png"
+        picture = images.sheet({f"{grid.nfe} NFE": x}, count, f"step {step}")
+        images.save(file, picture, text | {"classes": json.dumps(classes.tolist())})
+        print(f"{len(x)} samples in {file}")
+        return 0
+    for i, label in enumerate(labels):
+        file = out / f"class{label}_{i % count:04d}_{name}.png"
+        pixels = Image.fromarray(images.to_uint8(x[i]))
+        images.save(file, pixels, text | {"class": str(label)})
     print(f"{len(x)} pictures in {out}")
     return 0
+
+
+def draw_prompts(args, run) -> int:
+    """Pictures of prompts, by an imported checkpoint or by a run's transformer within one."""
+    count = 1 if args.count is None else args.count
+    if count < 1:
+        raise UserError(f"--count is {count}; draw at least one picture per prompt")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch is {args.batch}; denoise at least one picture at once")
+    pipeline = text_to_image.open_pipeline(
+        args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline
+    )
+    shape = pipeline.latent_shape(parse_size(args.size))
+    tile = pipeline.tile_of(args.tile)
+    if args.base:
+        steps = BASE_STEPS if args.steps is None else args.steps
+        guidance = BASE_GUIDANCE if args.guidance is None else args.guidance
+        times = pipeline.base_times(steps, shape)
+        draw = pipeline.base(times, guidance)
+        settings = {"base": True, "nfe": steps * (1 if guidance == 1 else 2), "times": times,
+                    "guidance": guidance}
+        label = f"base{steps}steps"
+    else:
+        if args.guidance is not None or args.negative is not None:
+            raise UserError("--guidance and --negative belong to --base: a few steps need neither")
+        guidance = 1.0
+        grid = arguments.grid(args, 1 if args.steps is None else args.steps)
+        draw = pipeline.few_step(grid)
+        settings, label = grid_settings(grid), f"{grid.style}{grid.nfe}nfe"
+
+    prompts, embeddings = read_prompts(args, pipeline)
+    null = None
+    if guidance != 1:
+        negative = pipeline.family.negative_prompt if args.negative is None else args.negative
+        null = pipeline.embed([negative], negative=True)
+        embeddings, null = text_to_image.same_length(embeddings, null)
+        settings["negative"] = negative
+    if args.save_embeddings:
+        embeddings.save(args.save_embeddings, prompts)
+    owners, numbers = np.divmod(np.arange(len(prompts) * count), count)
+    latents = pipeline.denoise(
+        draw, embeddings, owners, numbers, shape, args.seed, args.batch, null
+    )
+    pictures = pipeline.decode(latents, tile)
+
+    text = describe(args, raw=args.raw, dtype=pipeline.dtype, **settings)
+    out = epath.Path(args.out)
+    if args.sheet:
+        file = out / f"sheet_{label}_seed{args.seed}.png"
+        picture = images.sheet({label: np.stack(pictures)}, count)
+        images.save(file, picture, text | {"prompts": json.dumps(prompts)})
+        print(f"{len(pictures)} samples in {file}")
+    else:
+        for i, number, x in zip(owners, numbers, pictures, strict=True):
+            name = re.sub(r"\W+", "_", prompts[i]).strip("_")[:40] or "prompt"
+            file = out / f"{i:04d}_{name}_{number:02d}_{label}_seed{args.seed}.png"
+            pixels = Image.fromarray(images.to_uint8(x))
+            images.save(file, pixels, text | {"prompt": prompts[i], "number": str(number)})
+        print(f"{len(pictures)} pictures in {out}")
+    for line in pipeline.clock.lines():
+        print(line)
+    return 0
+
+
+def describe(args, **settings) -> dict[str, str]:
+    """A PNG's text chunks: what it was made with."""
+    record = {"checkpoint": args.checkpoint, "seed": args.seed} | settings
+    return {"Software": "twinflow_jax", "twinflow": json.dumps(record)}
+
+
+def grid_settings(grid) -> dict:
+    return {
+        "nfe": grid.nfe, "style": grid.style, "times": grid.times, "stochastic": grid.stochastic,
+        "extrapolation": grid.extrapolation, "order": grid.order,
+    }
+
+
+def read_prompts(args, pipeline) -> tuple[list[str], text_to_image.Embeddings]:
+    """The prompts and their embeddings, from the one source that was given."""
+    given = [name for name in ("prompt", "prompts", "embeddings") if getattr(args, name)]
+    if len(given) != 1:
+        raise UserError("give one of --prompt, --prompts and --embeddings")
+    if args.embeddings:
+        return text_to_image.Embeddings.read(
+            args.embeddings, pipeline.config("transformer").text_width
+        )
+    prompts = args.prompt
+    if args.prompts:
+        try:
+            lines = epath.Path(args.prompts).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {args.prompts} cannot be read ({error})") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"--prompts {args.prompts} is empty: write one prompt a line")
+    return prompts, pipeline.embed(prompts)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`(height, width)` of "1024" or "1328x800" (width x height)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise UserError(f"--size is {text!r}; give pixels like 1024 or 1328x800 (width x height)")
+    width = int(match[1])
+    return int(match[2] or width), width
 
 
 def parse_classes(text: str | None, num_classes: int) -> np.ndarray:

@@ -1,6 +1,12 @@
 """Runs on disk: their config, checkpoints of their state, and the weights to sample from."""
 
-from twinflow_jax.checkpoints.run import claim, load_weights, read_config
+from twinflow_jax.checkpoints.run import (
+    claim,
+    load_weights,
+    open_weights,
+    pipeline_of,
+    read_config,
+)
 from twinflow_jax.checkpoints.saver import Saver
 
-__all__ = ["Saver", "claim", "load_weights", "read_config"]
+__all__ = ["Saver", "claim", "load_weights", "open_weights", "pipeline_of", "read_config"]

@@ -1,5 +1,7 @@
 """The folder of a run: whose it is, and what can be read from it."""
 
+import contextlib
+import json
 from typing import Any
 
 import jax
@@ -8,8 +10,11 @@ from etils import epath
 
 from twinflow_jax import config as configs
 from twinflow_jax import files, models
+from twinflow_jax.checkpoints import store
 from twinflow_jax.checkpoints.saver import Saver
 from twinflow_jax.errors import UserError
+
+RANDOM = "random"  # the `pipeline` of runs that make small random networks for themselves
 
 # A run may go on with other values of these: they change what is reported, not what is learned.
 FREE = (
@@ -85,6 +90,59 @@ def load_weights(
     """
     config = read_config(run)
     model = models.create(config.model)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), model.abstract_params()
+    )
+    with _reader(run, config, step) as (saver, step):
+        which = _which(config, raw)
+        return config, model, saver.load(step, {which: params})[which], step
+
+
+def open_weights(
+    run: epath.PathLike, raw: bool = False, step: int | None = None
+) -> tuple[ml_collections.ConfigDict, store.Arrays, int]:
+    """`(config, arrays, step)`: the same weights, open and not yet read.
+
+    Raises:
+      UserError: as `load_weights`.
+    """
+    config = read_config(run)
+    with _reader(run, config, step) as (saver, step):
+        folder = saver.folder / str(step) / _which(config, raw)
+    base = store.location(folder)
+    metadata = json.loads((folder / "_METADATA").read_text())
+    paths = [
+        "/".join(part["key"] for part in entry["key_metadata"])
+        for entry in metadata["tree_metadata"].values()
+    ]
+    return config, {
+        path: store.open_array(
+            {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
+        )
+        for path in paths
+    }, step
+
+
+def pipeline_of(run: epath.PathLike, config: ml_collections.ConfigDict) -> str:
+    """The imported checkpoint whose text encoder and autoencoder go with a run.
+
+    Raises:
+      UserError: the run has none.
+    """
+    if not config.get("pipeline"):
+        raise UserError(f"{run} names no imported checkpoint, so its prompts cannot be encoded")
+    return config.pipeline if config.pipeline != RANDOM else str(epath.Path(run) / RANDOM)
+
+
+def _which(config: ml_collections.ConfigDict, raw: bool) -> str:
+    """The part of a checkpoint to sample from."""
+    return "params" if raw or config.train.ema_decay == 0 else "average"
+
+
+@contextlib.contextmanager
+def _reader(run: epath.PathLike, config: ml_collections.ConfigDict, step: int | None):
+    """`(saver, step)` to read a run's checkpoint with."""
     if not (epath.Path(run) / "checkpoints").exists():
         raise UserError(f"{run} has no checkpoint yet")
     saver = Saver(run, keep=config.train.keep, writes=False)
@@ -95,13 +153,6 @@ def load_weights(
             raise UserError(
                 f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, saver.steps))}"
             )
-        step = saver.steps[-1] if step is None else step
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        params = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
-            model.abstract_params(),
-        )
-        which = "params" if raw or config.train.ema_decay == 0 else "average"
-        return config, model, saver.load(step, {which: params})[which], step
+        yield saver, saver.steps[-1] if step is None else step
     finally:
         saver.close()

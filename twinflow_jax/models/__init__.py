@@ -1,23 +1,26 @@
 """Networks, all behind one contract: `apply(params, x_t, t, r, cond) -> velocity`.
 
-A family is a module with a Config dataclass and a Flax class; FAMILIES finds it by name, and
-adding one touches its own file and one line here. Flax lives only in this room.
+A family has a Config dataclass and a Flax module; FAMILIES finds it by name, and adding one
+touches its own file or folder and one line here. Flax lives only in this room.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import dit, mlp, unet
+from twinflow_jax.models import dit, mlp, qwen_image, unet
+from twinflow_jax.models.family import Family, logical_axes
 
 FAMILIES = {
-    "mlp": (mlp.Config, mlp.MLP),
-    "unet": (unet.Config, unet.UNet),
-    "dit": (dit.Config, dit.DiT),
+    "mlp": Family(mlp.Config, mlp.MLP),
+    "unet": Family(unet.Config, unet.UNet),
+    "dit": Family(dit.Config, dit.DiT),
+    "qwen_image": qwen_image.FAMILY,
 }
 
 
@@ -26,12 +29,15 @@ class Model:
     """A network as pure functions.
 
     apply(params, x_t (B, ...), t (B,), r (B,), cond) -> velocity of x_t's shape.
-    init(key) -> params. null_cond(rows) -> the condition that stands for none.
+    init(key) -> params. axes() -> the logical axes of each parameter. null: the condition that
+    stands for none, of one row.
     """
 
     config: Any
     init: Callable[[jax.Array], Any]
     apply: Callable[..., jax.Array]
+    axes: Callable[[], Any]
+    null: dict[str, jax.Array]
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -42,40 +48,54 @@ class Model:
         return {"label": jnp.asarray(labels, jnp.int32)} if self.config.num_classes else {}
 
     def null_cond(self, rows: int) -> dict[str, jax.Array]:
-        return self.cond(jnp.full((rows,), self.config.num_classes))
+        """`null` for a number of rows."""
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (rows, *a.shape[1:])), self.null)
 
     def abstract_params(self):
         """Shapes and dtypes of the parameters, without computing any."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
-def create(config: dict[str, Any], cond: dict[str, jax.Array] | None = None) -> Model:
-    """The network that a config's `model` fields describe.
+def settings_of(config: dict[str, Any]) -> tuple[Family, Any]:
+    """The family and settings that a config's `model` fields describe.
 
-    cond: an example condition, where it is not a class label.
     Raises:
-      UserError: unknown family or field, or a sample shape that the network cannot take.
+      UserError: unknown family or field, or values that the network cannot have.
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items()}
     name = fields.get("name")
     if name not in FAMILIES:
         raise UserError(f"model.name is {name!r}; choose from {', '.join(FAMILIES)}")
-    config_class, module_class = FAMILIES[name]
-    known = [field.name for field in dataclasses.fields(config_class)]
+    family = FAMILIES[name]
+    known = [field.name for field in dataclasses.fields(family.config)]
     for field in fields:
         if field not in known:
             raise UserError(f"model {name!r} has no field {field!r}; it has {', '.join(known)}")
-    settings = config_class(**fields)
-    module = module_class(settings)
+    return family, family.config(**fields)
 
-    def init(key: jax.Array):
+
+def create(config: dict[str, Any], null: dict[str, jax.Array] | None = None) -> Model:
+    """The network that a config's `model` fields describe.
+
+    null: the condition that stands for none, of one row, where it is not the class after the
+    last one.
+    Raises:
+      UserError: unknown family or field, or a sample shape that the network cannot take.
+    """
+    family, settings = settings_of(config)
+    module = family.module(settings)
+    if null is None and settings.num_classes:
+        null = {"label": jnp.full((1,), settings.num_classes, jnp.int32)}
+
+    def boxed(key: jax.Array):
         x = jnp.zeros((1, *settings.sample_shape), jnp.float32)
-        example = cond if cond is not None else model.null_cond(1)
         times = jnp.zeros((1,), jnp.float32)
-        return module.init(key, x, times, times, example)["params"]
+        return module.init(key, x, times, times, null or {})["params"]
 
     def apply(params, x_t, t, r, cond):
         return module.apply({"params": params}, x_t, t, r, cond)
 
-    model = Model(settings, init, apply)
-    return model
+    return Model(
+        settings, init=lambda key: nn.meta.unbox(boxed(key)), apply=apply,
+        axes=lambda: logical_axes(jax.eval_shape(boxed, jax.random.key(0))), null=null or {},
+    )

@@ -1,5 +1,6 @@
 """Plain ODE sampling for multi-step base models: Euler or Heun, classifier-free guidance."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,24 +11,30 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.objectives import path, twin
 
 
-def guided_velocity(apply, params, x, t, cond, null_cond, guidance: float) -> path.Velocity:
-    """`v_null + guidance (v_cond - v_null)` at r = t; guidance 1 is one evaluation, no null."""
-    if guidance == 1.0:
-        return apply(params, x, t, t, cond)
-    with_cond, without = twin.instantaneous_pair(
-        apply, params, x, (t, t), (cond, null_cond)
-    )
+def guide(with_cond: path.Velocity, without: path.Velocity, guidance: float) -> path.Velocity:
+    """Classifier-free guidance: `without + guidance (with_cond - without)`."""
     return without + guidance * (with_cond - without)
 
 
-@partial(jax.jit, static_argnames=("apply", "times", "guidance", "method"))
+def guided_velocity(
+    apply, params, x, t, cond, null_cond, guidance: float, rule: Callable = guide
+) -> path.Velocity:
+    """The guided velocity at r = t; guidance 1 is one evaluation, without the null condition."""
+    if guidance == 1.0:
+        return apply(params, x, t, t, cond)
+    pair = twin.instantaneous_pair(apply, params, x, (t, t), (cond, null_cond))
+    return rule(*pair, guidance)
+
+
+@partial(jax.jit, static_argnames=("apply", "times", "guidance", "method", "rule"))
 def solve(
     apply, params, noise: Float[Array, "B ..."], cond, null_cond, times: tuple[float, ...],
-    guidance: float = 1.0, method: str = "euler",
+    guidance: float = 1.0, method: str = "euler", rule: Callable = guide,
 ) -> Float[Array, "B ..."]:
     """Integrates dx/dt = F(x, t, t) along `times` (from 1 down to 0) from noise to data.
 
-    method: "euler", or "heun" with a second evaluation per step except the last.
+    method: "euler", or "heun" with a second evaluation per step except the last. rule: how
+    guidance combines the two velocities.
     NFE: (n or 2n - 1 for n steps) times 2 with guidance != 1.
     """
     if method not in ("euler", "heun"):
@@ -36,7 +43,9 @@ def solve(
 
     def velocity(x, t):
         t = jnp.full((rows,), t, jnp.float32)
-        return guided_velocity(apply, params, x, t, cond, null_cond, guidance).astype(jnp.float32)
+        return guided_velocity(
+            apply, params, x, t, cond, null_cond, guidance, rule
+        ).astype(jnp.float32)
 
     def step(x, ends, second: bool):
         now, then = ends

@@ -1,0 +1,115 @@
+"""Import published checkpoints, export trained ones, compare the two.
+
+    python tools/convert.py import Qwen/Qwen-Image checkpoints/qwen_image
+    python tools/convert.py export runs/qwen exported/qwen --dtype bfloat16
+    python tools/convert.py verify Qwen/Qwen-Image checkpoints/qwen_image
+
+SRC is a pipeline folder as diffusers writes it (transformer/, vae/, text_encoder/, tokenizer/),
+the folder of one network, or a hub id that is in the local cache. Paths may be local or gs://.
+"""
+
+import argparse
+import signal
+
+from etils import epath
+
+from twinflow_jax import checkpoints, models
+from twinflow_jax.checkpoints import exporting, imported, importing
+from twinflow_jax.errors import UserError, run_verb
+
+README = """\
+# {name}
+
+Written by twinflow_jax from `{source}`{weights}. `diffusers` loads this folder.
+
+{note}
+"""
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
+    args = parse()
+    return {"import": run_import, "export": run_export, "verify": run_verify}[args.verb](args)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python tools/convert.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("import", help="a published folder into a checkpoint of ours")
+    verb.add_argument("source", metavar="SRC")
+    verb.add_argument("target", metavar="DST")
+    verb.add_argument("--dtype", choices=importing.DTYPES, help="default: the source's")
+    verb.add_argument(
+        "--shards", type=int, default=1, metavar="N",
+        help="lay weights out for N devices, each of which reads only its part",
+    )
+    verb = verbs.add_parser("export", help="a checkpoint or a run into a folder for diffusers")
+    verb.add_argument("source", metavar="SRC", help="an imported checkpoint, or a run's --workdir")
+    verb.add_argument("target", metavar="DST")
+    verb.add_argument(
+        "--dtype", choices=importing.DTYPES, help="of the transformer (default: as stored)"
+    )
+    _weights(verb)
+    verb = verbs.add_parser("verify", help="compare a published folder with a checkpoint")
+    verb.add_argument("source", metavar="SRC")
+    verb.add_argument("target", metavar="CHECKPOINT", help="imported, or a run's --workdir")
+    _weights(verb)
+    return parser.parse_args()
+
+
+def _weights(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--raw", action="store_true", help="a run's raw weights, not the average")
+    verb.add_argument("--at-step", type=int, help="a run's checkpoint (default: the newest)")
+    verb.add_argument("--pipeline", help="the imported checkpoint of a run (default: as it says)")
+
+
+def run_import(args) -> int:
+    if args.shards < 1:
+        raise UserError(f"--shards is {args.shards}; give the number of devices, 1 or more")
+    checkpoint = importing.import_folder(args.source, args.target, args.dtype, args.shards)
+    for name, network in checkpoint.record["networks"].items():
+        added = f", {len(network['added'])} tensors added" if network["added"] else ""
+        print(f"{name}: imported{added}")
+    print(f"{args.source} is in {args.target}")
+    return 0
+
+
+def run_export(args) -> int:
+    checkpoint, trained, text = open_weights(args)
+    readme = README.format(
+        name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
+        note=models.FAMILIES[checkpoint.family].text_to_image.export_note,
+    )
+    exporting.export_folder(checkpoint, args.target, args.dtype, trained, readme)
+    print(f"{args.source} is in {args.target}")
+    return 0
+
+
+def run_verify(args) -> int:
+    args.source, args.folder = args.target, args.source
+    checkpoint, trained, _ = open_weights(args)
+    differs = False
+    for name, found in exporting.compare(args.folder, checkpoint, trained).items():
+        converted = f", {found.converted} equal after conversion" if found.converted else ""
+        print(f"{name}: {found.identical} tensors identical{converted}, {len(found.lines)} not")
+        for line in found.lines:
+            print(f"  {line}")
+        differs = differs or bool(found.lines)
+    return 1 if differs else 0
+
+
+def open_weights(args):
+    """`(imported checkpoint, trained arrays or None, a phrase that says which weights)`."""
+    if imported.is_imported(args.source):
+        return imported.open_imported(args.source), None, ""
+    config, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
+    base = args.pipeline or checkpoints.pipeline_of(args.source, config)
+    which = "raw" if args.raw else "average"
+    return imported.open_imported(base), arrays, f", trained for {step} steps ({which} weights)"
+
+
+if __name__ == "__main__":
+    run_verb(main)

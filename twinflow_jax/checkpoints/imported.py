@@ -1,0 +1,113 @@
+"""Imported checkpoints: a family's networks as arrays by tree path, and what export needs.
+
+    DST/checkpoint.json            what it is
+    DST/NETWORK/arrays/PATH/       one stored array per leaf
+    DST/NETWORK/carried/KEY/       tensors that the network does not compute with
+    DST/files/                     tokenizer, scheduler and the like, as they were
+"""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+from etils import epath
+
+from twinflow_jax import files, models
+from twinflow_jax.checkpoints import store
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.models.family import Network
+
+RECORD = "checkpoint.json"
+FORMAT = 1
+
+
+def array_folder(folder: epath.Path, network: str, path: str) -> epath.Path:
+    return folder / network / "arrays" / path.replace("/", ".")
+
+
+def carried_folder(folder: epath.Path, network: str, key: str) -> epath.Path:
+    return folder / network / "carried" / key
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A complete imported checkpoint."""
+
+    folder: epath.Path
+    record: dict[str, Any]
+
+    @property
+    def family(self) -> str:
+        return self.record["family"]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks that it holds."""
+        return tuple(self.record["networks"])
+
+    def network(self, name: str) -> Network:
+        """Raises UserError where the checkpoint holds no such network."""
+        if name not in self.parts:
+            raise UserError(
+                f"{self.folder} holds only {', '.join(self.parts)}, no {name}: import the whole "
+                "pipeline folder"
+            )
+        return models.FAMILIES[self.family].text_to_image.networks[name]
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - few, small, and living as long as the process
+    def config(self, name: str):
+        """Our config of a network, read anew from the published one."""
+        network = self.network(name)
+        return network.config.from_published(self.record["networks"][name]["published"])
+
+    def arrays(self, name: str) -> store.Arrays:
+        """The arrays of a network by path, open and not yet read."""
+        table = self.network(name).table(self.config(name))
+        return {
+            rule.path: store.open_array(
+                store.location(array_folder(self.folder, name, rule.path))
+            )
+            for rule in table.rules
+        }
+
+    def carried(self, name: str) -> store.Arrays:
+        """The tensors that are only kept for export, by published key."""
+        return {
+            key: store.open_array(store.location(carried_folder(self.folder, name, key)))
+            for key in self.record["networks"][name]["carried"]
+        }
+
+
+def is_imported(folder: epath.PathLike) -> bool:
+    folder = epath.Path(folder)
+    return (folder / RECORD).exists() or (folder / files.UNFINISHED).exists()
+
+
+def open_imported(folder: epath.PathLike) -> Imported:
+    """The checkpoint in a folder.
+
+    Raises:
+      UserError: there is none, its import did not finish, or its record cannot be read.
+    """
+    folder = epath.Path(folder)
+    if (folder / files.UNFINISHED).exists():
+        raise UserError(f"{folder} was not imported to its end: run the import again")
+    if not (folder / RECORD).exists():
+        raise UserError(f"{folder} is no imported checkpoint: it has no {RECORD}")
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        known = record["format"] == FORMAT and record["family"] in models.FAMILIES
+        networks = models.FAMILIES[record["family"]].text_to_image.networks if known else {}
+        known = known and record["networks"].keys() <= networks.keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / RECORD} cannot be read ({error!r}): import again") from error
+    if not known:
+        raise UserError(f"{folder / RECORD} is of another version of this project: import again")
+    return Imported(folder, record)
+
+
+def leaf_paths(config, network: Network) -> dict[str, Any]:
+    """Abstract leaves of a network by path."""
+    return names.flatten(network.abstract(config)[0])

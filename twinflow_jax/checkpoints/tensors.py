@@ -1,0 +1,127 @@
+"""Safetensors files as streams: one tensor in memory at a time, local or object storage.
+
+The safetensors library maps local files and builds a new file whole in memory; a 40 GB
+checkpoint in a bucket allows neither. The format is simple: 8 bytes with the header's length
+(little-endian), a JSON header with dtype, shape and place of each tensor, then the data.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from twinflow_jax.errors import UserError
+
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # the safetensors library's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: `offset` bytes from the start of its file."""
+
+    file: epath.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The tensor itself.
+
+        Raises:
+          UserError: the file ends before the tensor does.
+        """
+        with self.file.open("rb") as handle:
+            handle.seek(self.offset)
+            data = handle.read(self.nbytes)
+        if len(data) != self.nbytes:
+            raise UserError(f"{self.file} became shorter while it was read")
+        return np.frombuffer(data, self.dtype).reshape(self.shape)
+
+
+def read_header(file: epath.Path) -> dict[str, Tensor]:
+    """The tensors of a file by key, none of them read.
+
+    Raises:
+      UserError: not a safetensors file, truncated, or with a header that does not fit its data.
+    """
+    try:
+        size = file.stat().length
+        with file.open("rb") as handle:
+            start = handle.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(MAX_HEADER, size - 8):
+                raise UserError(f"{file} is no safetensors file, or is truncated")
+            header = json.loads(handle.read(length))
+        tensors = {
+            key: Tensor(
+                file, DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])),
+                8 + length + int(entry["data_offsets"][0]),
+            )
+            for key, entry in header.items()
+            if key != "__metadata__"
+        }
+        ends = [8 + length + int(header[key]["data_offsets"][1]) for key in tensors]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} has a corrupt header ({error})") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error})") from error
+    place = 8 + length
+    for (key, tensor), end in sorted(zip(tensors.items(), ends, strict=True), key=lambda p: p[1]):
+        if tensor.offset != place or end - place != tensor.nbytes or min((0, *tensor.shape)) < 0:
+            raise UserError(f"{file} has a corrupt header: {key} does not fit its place")
+        place = end
+    if place > size:
+        raise UserError(f"{file} is truncated: {size:,} bytes of {place:,}")
+    if place < size:
+        raise UserError(f"{file} has {size - place:,} bytes too many at its end")
+    return tensors
+
+
+def write(
+    file: epath.Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    arrays: Iterable[np.ndarray],
+) -> None:
+    """Writes a file tensor by tensor; it appears complete or not at all.
+
+    shapes: dtype and shape of each key; arrays: the tensors, in the same order.
+    """
+    header, place = {"__metadata__": {"format": "pt"}}, 0
+    for key, (dtype, shape) in shapes.items():
+        end = place + math.prod(shape) * np.dtype(dtype).itemsize
+        header[key] = {
+            "dtype": CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [place, end]
+        }
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors start at multiples of 8
+    temporary = file.parent / f".{file.name}.{os.getpid()}"
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            for (key, (dtype, shape)), array in zip(shapes.items(), arrays, strict=True):
+                if array.dtype != dtype or array.shape != tuple(shape):
+                    raise AssertionError(f"{key} is {array.dtype} {array.shape}")
+                handle.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

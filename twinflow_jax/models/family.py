@@ -1,0 +1,99 @@
+"""What a family of models offers to the verbs.
+
+A family is one object: the config and module of its velocity network and, where it draws from
+text, a TextToImage: the published networks with their name tables, prompts and latent codec.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from twinflow_jax.models.names import NameTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One network of a published pipeline.
+
+    folder: where the pipeline keeps it. classes: names in its config.json that are this network.
+    config: a dataclass with `from_published(config.json) -> Config`. module: Config -> Flax
+    module. example: Config -> abstract inputs which its parameters are initialised with.
+    table: Config -> the name table between its published tensors and its parameters. stem: of
+    the names of its weight files.
+    """
+
+    folder: str
+    classes: tuple[str, ...]
+    config: Any
+    module: Callable[[Any], nn.Module]
+    example: Callable[[Any], tuple]
+    table: Callable[[Any], NameTable]
+    stem: str = "diffusion_pytorch_model"
+
+    def accepts(self, class_name: str) -> bool:
+        """Whether a config.json of that class is this network, perhaps in a trainer's wrapper."""
+        return class_name in self.classes or class_name.removesuffix("Wrapper") in self.classes
+
+    def init(self, config, key: jax.Array):
+        """Random parameters."""
+        example = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), self.example(config))
+        return nn.meta.unbox(self.module(config).init(key, *example)["params"])
+
+    def abstract(self, config):
+        """`(shapes and dtypes, logical axes)` of the parameters, without computing any.
+
+        The axes of a leaf without names are None.
+        """
+        module = self.module(config)
+        boxed = jax.eval_shape(module.init, jax.random.key(0), *self.example(config))["params"]
+        return nn.meta.unbox(boxed), logical_axes(boxed)
+
+
+def logical_axes(boxed):
+    """The names of each leaf's axes, for `parallel` to lay them out; () where there are none."""
+    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+    names = lambda leaf: tuple(leaf.names) if is_box(leaf) else ()
+    return jax.tree.map(names, boxed, is_leaf=is_box)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImage:
+    """From a prompt to an image, in parts that are loaded one after the other.
+
+    networks: "transformer", "text_encoder" and "vae" (the names are the same in all families).
+    null_prompt: stands for no prompt in training. negative_prompt: the base model's own.
+    export_note: what somebody who loads an export elsewhere must know about r.
+    """
+
+    networks: dict[str, Network]
+    null_prompt: str
+    negative_prompt: str
+    export_note: str
+    load_tokenizer: Callable[[str], Any]
+    tokenize: Callable[
+        [Any, Sequence[str]], tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]
+    ]
+    embed: Callable[..., tuple[Float[Array, "B L D"], Bool[Array, "B L"]]]
+    """(config, params, ids, mask) -> tokens and their mask, as the transformer takes them."""
+    encode: Callable[..., Float[Array, "B h w c"]]
+    """(config, params, images (B, H, W, 3) in [-1, 1]) -> normalised latents."""
+    decode: Callable[..., Float[Array, "B H W 3"]]
+    """(config, params, latents) -> images in [-1, 1]."""
+    latent_shape: Callable[[Any, int, int], tuple[int, int, int]]
+    """(vae config, height, width in pixels) -> a sample's shape; UserError for sizes it cannot."""
+    base_guide: Callable[..., Float[Array, "B h w c"]]
+    """(velocity with the prompt, without, scale) -> the base model's guided velocity."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """config, module: of the velocity network, called with (x_t, t, r, cond)."""
+
+    config: Any
+    module: Callable[[Any], nn.Module]
+    text_to_image: TextToImage | None = None

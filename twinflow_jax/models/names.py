@@ -1,0 +1,140 @@
+"""Name tables: which tensor of a published checkpoint is which leaf of ours, and back.
+
+One table per network serves import, export and comparison. A Rule names one leaf; "{}" in its
+key stands for the layer number where the leaf stacks all layers along its first axis.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+# How ours is laid out from theirs, by name: the axes of theirs (without its trailing axes of
+# length 1, of which the second number says how many there are) in the order of ours.
+LAYOUTS: dict[str, tuple[tuple[int, ...] | None, int]] = {
+    "same": (None, 0),
+    "linear": ((1, 0), 0),  # (out, in) -> (in, out)
+    "conv": ((2, 3, 1, 0), 0),  # OIHW -> HWIO; depthwise (C, 1, H, W) -> (H, W, 1, C)
+    "conv3d": ((2, 3, 4, 1, 0), 0),  # OIDHW -> DHWIO
+    "pointwise": ((1, 0), 2),  # a 1x1 convolution (out, in, 1, 1) -> (in, out)
+    "channel_2": ((0,), 2),  # (C, 1, 1) -> (C,)
+    "channel_3": ((0,), 3),  # (C, 1, 1, 1) -> (C,)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """key: in the published checkpoint. path: of our leaf, parts joined by "/".
+
+    layout: one of LAYOUTS. copy_of: the key of another rule, whose tensor stands in where this
+    one's is missing (a network that is to grow a part which its checkpoint does not have yet).
+    """
+
+    key: str
+    path: str
+    layout: str = "same"
+    copy_of: str = ""
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.key
+
+    def ours(self, tensor: np.ndarray) -> np.ndarray:
+        """Our layout of one published tensor (of one layer, where the leaf is stacked)."""
+        axes, ones = LAYOUTS[self.layout]
+        tensor = tensor.reshape(tensor.shape[: tensor.ndim - ones])
+        return tensor if axes is None else tensor.transpose(axes)
+
+    def theirs(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `ours`."""
+        axes, ones = LAYOUTS[self.layout]
+        array = array if axes is None else array.transpose(np.argsort(axes))
+        return array.reshape(array.shape + (1,) * ones)
+
+    def theirs_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the published tensor, from that of our leaf."""
+        axes, ones = LAYOUTS[self.layout]
+        shape = tuple(shape[1:] if self.stacked else shape)
+        if axes is not None:
+            shape = tuple(shape[i] for i in np.argsort(axes))
+        return shape + (1,) * ones
+
+
+@dataclasses.dataclass(frozen=True)
+class NameTable:
+    """rules: one per leaf. layers: the length of stacked leaves.
+
+    prefixes: what may stand before every key, dropped on import. renames: other spellings of
+    keys, as (pattern, replacement) of `re.sub`, towards the published one. carried: patterns of
+    keys that the network does not compute with, kept as they are for export.
+    """
+
+    rules: tuple[Rule, ...]
+    layers: int = 0
+    prefixes: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    carried: tuple[str, ...] = ()
+
+    def published(self, key: str) -> str:
+        """The published spelling of a key."""
+        shorter = True
+        while shorter:  # prefixes may be nested
+            shorter = next((p for p in self.prefixes if key.startswith(p)), "")
+            key = key[len(shorter) :]
+        for pattern, replacement in self.renames:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    def is_carried(self, key: str) -> bool:
+        return any(re.fullmatch(pattern, key) for pattern in self.carried)
+
+    def keys(self, rule: Rule) -> list[str]:
+        """The keys behind one leaf: one per layer where it is stacked."""
+        if not rule.stacked:
+            return [rule.key]
+        return [rule.key.replace("{}", str(layer)) for layer in range(self.layers)]
+
+    def shapes(self, leaves: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Every published key with its shape, from the shapes of our leaves by path."""
+        return {
+            key: rule.theirs_shape(leaves[rule.path])
+            for rule in self.rules
+            for key in self.keys(rule)
+        }
+
+    def optional(self) -> set[str]:
+        """Keys that may be missing, because others stand in for them."""
+        return {key for rule in self.rules if rule.copy_of for key in self.keys(rule)}
+
+
+def stack(prefix: str, pairs: Iterable[tuple[str, str, str]], into: str) -> tuple[Rule, ...]:
+    """Rules of `prefix.{}.KEY -> into/PATH` from (KEY, PATH, layout) of one layer."""
+    return tuple(Rule(f"{prefix}.{{}}.{key}", f"{into}/{path}", how) for key, path, how in pairs)
+
+
+def linear(key: str, path: str, bias: bool = True) -> tuple[tuple[str, str, str], ...]:
+    """(key, path, layout) of a dense layer's kernel and bias."""
+    kernel = ((f"{key}.weight", f"{path}/kernel", "linear"),)
+    return kernel + (((f"{key}.bias", f"{path}/bias", "same"),) if bias else ())
+
+
+def flatten(tree, prefix: str = "") -> dict:
+    """`{"a/b": leaf}` of nested dicts."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def unflatten(flat: dict) -> dict:
+    """The inverse of `flatten`."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree

@@ -1,0 +1,99 @@
+"""Qwen-Image: its three networks, its prompts and its codec, as one family."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.models.family import Family, Network, TextToImage
+from twinflow_jax.models.qwen_image import autoencoder, prompt, text_encoder, transformer
+
+EXPORT_NOTE = """\
+The transformer was trained with two times, the present t and the target r: its time embedding is
+E1(t) + E2(r) (t - r), with E2 under the keys `time_text_embed_2.*`. diffusers' own class reports
+these keys as unexpected and computes E1(t), that is r = t, which is right for sampling in many
+steps. One- and few-step sampling tells the network r = 0: use twinflow_jax for it, or add
+E2(r) (t - r) to the time embedding."""
+
+
+def _transformer_inputs(config: transformer.Config) -> tuple:
+    """Abstract inputs of the smallest image and prompt."""
+    side = config.patch
+    x = jax.ShapeDtypeStruct((1, side, side, config.latent_channels), jnp.float32)
+    time = jax.ShapeDtypeStruct((1,), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, 1, config.text_width), jnp.float32)
+    return x, time, time, {"tokens": tokens, "mask": jax.ShapeDtypeStruct((1, 1), jnp.bool_)}
+
+
+def _text_inputs(config: text_encoder.Config) -> tuple:
+    return jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+
+
+def _image_inputs(config: autoencoder.Config) -> tuple:
+    return (jax.ShapeDtypeStruct((1, config.downscale, config.downscale, 3), jnp.float32),)
+
+
+NETWORKS = {
+    "transformer": Network(
+        "transformer", ("QwenImageTransformer2DModel",), transformer.Config,
+        transformer.Transformer, _transformer_inputs, transformer.table,
+    ),
+    "text_encoder": Network(
+        "text_encoder", ("Qwen2_5_VLForConditionalGeneration",), text_encoder.Config,
+        text_encoder.TextEncoder, _text_inputs, text_encoder.table, stem="model",
+    ),
+    "vae": Network(
+        "vae", ("AutoencoderKLQwenImage",), autoencoder.Config,
+        autoencoder.Autoencoder, _image_inputs, autoencoder.table,
+    ),
+}
+
+
+def embed(config: text_encoder.Config, params, ids, mask):
+    """The prompts' tokens (B, S, D) and their mask (B, S)."""
+    states = text_encoder.TextEncoder(config).apply({"params": params}, ids, mask)
+    return prompt.drop_prefix(states, mask)
+
+
+def encode(config: autoencoder.Config, params, images):
+    return autoencoder.Autoencoder(config).apply({"params": params}, images, method="encode")
+
+
+def decode(config: autoencoder.Config, params, latents):
+    return autoencoder.Autoencoder(config).apply({"params": params}, latents, method="decode")
+
+
+def latent_shape(
+    config: autoencoder.Config, height: int, width: int
+) -> tuple[int, int, int]:
+    """Of an image in pixels; its latents are taken two by two."""
+    step = 2 * config.downscale
+    if height < step or width < step or height % step or width % step:
+        raise UserError(
+            f"the size {width}x{height} is not divisible by {step}: choose "
+            f"{max(step, round(width / step) * step)}x{max(step, round(height / step) * step)}"
+        )
+    return height // config.downscale, width // config.downscale, config.latent_channels
+
+
+def norm_preserving(
+    with_cond: Float[Array, "B h w c"], without: Float[Array, "B h w c"], scale: float
+) -> Float[Array, "B h w c"]:
+    """Guidance which keeps each 2x2 patch's norm (diffusers' QwenImagePipeline)."""
+    guided = without + scale * (with_cond - without)
+    rows, height, width, channels = guided.shape
+    patches = lambda a: a.reshape(rows, height // 2, 2, width // 2, 2, channels)
+    norm = lambda a: jnp.sqrt(jnp.sum(patches(a) ** 2, axis=(2, 4, 5), keepdims=True))
+    ratio = norm(with_cond) / jnp.maximum(norm(guided), 1e-12)
+    return (patches(guided) * ratio).reshape(guided.shape)
+
+
+FAMILY = Family(
+    transformer.Config, transformer.Transformer,
+    TextToImage(
+        networks=NETWORKS, null_prompt=prompt.NULL_PROMPT, negative_prompt=" ",
+        export_note=EXPORT_NOTE, load_tokenizer=prompt.load_tokenizer,
+        tokenize=prompt.tokenize, embed=embed, encode=encode, decode=decode,
+        latent_shape=latent_shape, base_guide=norm_preserving,
+    ),
+)

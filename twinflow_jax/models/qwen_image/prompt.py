@@ -1,0 +1,99 @@
+"""From prompts to the text encoder's tokens, and from its states to the image model's.
+
+As in diffusers' QwenImagePipeline: every prompt stands in one chat template, whose fixed start is
+encoded with it and then dropped.
+"""
+
+import os
+import pathlib
+import warnings
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from twinflow_jax.errors import UserError
+
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+PREFIX = 34  # the tokens of the template before the prompt
+MAX_TOKENS = 1024  # of a prompt, and of the template after it
+BUCKETS = (64, 128, 256, 512, MAX_TOKENS)
+NULL_PROMPT = "Generate an image."  # TwinFlow's unconditional prompt
+
+
+def load_tokenizer(folder: str | os.PathLike):
+    """The tokenizer of a local folder, such as "tokenizer" of the published Qwen-Image.
+
+    Reads files only: no name is looked up elsewhere, no code of the folder is run. Warns where
+    the template's start is not the 34 tokens that the published tokenizer makes of it. Raises
+    UserError where there is no tokenizer or it cannot be read.
+    """
+    folder = pathlib.Path(folder)
+    # transformers makes an empty tokenizer of a folder without these
+    if not (folder / "tokenizer.json").is_file() and not (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    ):
+        raise UserError(
+            f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): give the "
+            "local folder 'tokenizer' of Qwen-Image"
+        )
+    from transformers import Qwen2TokenizerFast  # takes seconds to import
+
+    try:  # a relative path could also be the name of a repository
+        tokenizer = Qwen2TokenizerFast.from_pretrained(folder.resolve(), local_files_only=True)
+    except Exception as error:  # of whatever kind: the parser's are plain Exceptions
+        reason = " ".join(str(error).split())
+        raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    start = len(tokenizer(TEMPLATE.split("{}")[0])["input_ids"])
+    if start != PREFIX:
+        warnings.warn(
+            f"the tokenizer in {folder} is not Qwen-Image's: the template's start is {start} "
+            f"tokens, not {PREFIX}, so that prompts will not mean what they should",
+            stacklevel=2,
+        )
+    return tokenizer
+
+
+def tokenize(
+    tokenizer, prompts: Sequence[str], buckets: Sequence[int] = BUCKETS, blank: bool = False
+) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+    """The prompts in the template as token ids and the mask of those that are no padding.
+
+    L is PREFIX and the smallest of the buckets that holds the longest prompt. A prompt longer
+    than the largest bucket, or than MAX_TOKENS, is cut there, with a warning. Raises UserError
+    for an empty prompt; blank: allow it (" " is what Qwen-Image uses as negative prompt).
+    """
+    count = len(prompts)
+    for number, prompt in enumerate(prompts, 1):
+        if not blank and not prompt.strip():
+            raise UserError(f"prompt {number} of {count} is empty: write what the image shows")
+    limit = min(MAX_TOKENS, max(buckets))
+    rows = tokenizer([TEMPLATE.format(prompt) for prompt in prompts])["input_ids"]
+    for number, row in enumerate(rows, 1):
+        if len(row) - PREFIX > limit:
+            warnings.warn(
+                f"prompt {number} of {count} makes {len(row) - PREFIX} tokens: only the first "
+                f"{limit} are used",
+                stacklevel=2,
+            )
+    rows = [row[: PREFIX + limit] for row in rows]
+    longest = max(len(row) for row in rows)
+    length = PREFIX + min(bucket for bucket in buckets if PREFIX + bucket >= longest)
+    ids = np.full((count, length), tokenizer.pad_token_id, np.int32)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    lengths = np.array([len(row) for row in rows])
+    return ids, np.arange(length) < lengths[:, None]
+
+
+def drop_prefix(
+    states: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
+    """The states of the prompts alone, S = L - PREFIX tokens, zero at padding; and their mask."""
+    states, mask = states[:, PREFIX:], mask[:, PREFIX:]
+    return jnp.where(mask[..., None], states, 0), mask

@@ -1,0 +1,217 @@
+"""Qwen-Image's text encoder: the language tower of Qwen2.5-VL-7B, which is all that text needs.
+
+Its last state, after the final norm, is what the image model reads; so there is no vision tower
+and no output head here, and rotary positions, which are three equal axes for text, are plain.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.models.attention import attention
+
+ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+
+# Of a published config: our field and the default of transformers' Qwen2_5_VLTextConfig.
+NUMBERS = {
+    "vocab_size": ("vocab", 152064),
+    "hidden_size": ("width", 8192),
+    "num_hidden_layers": ("layers", 80),
+    "num_attention_heads": ("heads", 64),
+    "num_key_value_heads": ("kv_heads", 8),
+    "intermediate_size": ("hidden", 29568),
+    "rms_norm_eps": ("norm_eps", 1e-5),
+}
+# What else may stand there: checked below, or without effect on the states of a text.
+OTHERS = {
+    "architectures", "attention_dropout", "dtype", "head_dim", "hidden_act", "initializer_range",
+    "layer_types", "max_position_embeddings", "max_window_layers", "model_type", "rope_parameters",
+    "rope_scaling", "rope_theta", "sliding_window", "text_config", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_cache", "use_sliding_window", "vision_config",
+}
+ROPE = {"mrope_section", "rope_theta", "rope_type", "type"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The published Qwen2.5-VL-7B. dtype: of the computation, "float32" or "bfloat16"."""
+
+    vocab: int = 152064
+    width: int = 3584
+    layers: int = 28
+    heads: int = 28
+    kv_heads: int = 4
+    head_dim: int = 128
+    hidden: int = 18944
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+
+    @classmethod
+    def from_published(cls, config: dict) -> "Config":
+        """From the folder's config.json, whether flat or with a "text_config".
+
+        Raises UserError, with all that is wrong, for another model or one that computes
+        something else.
+        """
+        text = config.get("text_config") or config
+        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        values = {ours: text.get(key, default) for key, (ours, default) in NUMBERS.items()}
+        values["kv_heads"] = values["kv_heads"] or values["heads"]
+        values["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 1e6))
+
+        problems = []
+        if config.get("model_type") != "qwen2_5_vl":
+            problems.append(f"model_type is {config.get('model_type')!r}, not 'qwen2_5_vl'")
+        if config.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
+            problems.append(f"architectures is {config['architectures']!r}, not {[ARCHITECTURE]!r}")
+        bad = {name: v for name, v in values.items() if not isinstance(v, int | float) or v <= 0}
+        problems += [f"{name} is {value!r}, not a positive number" for name, value in bad.items()]
+        if not bad:
+            values["head_dim"] = values["width"] // values["heads"]
+            if values["width"] % (2 * values["heads"]):
+                problems.append("hidden_size is no even multiple of num_attention_heads")
+            if values["heads"] % values["kv_heads"]:
+                problems.append("num_attention_heads is no multiple of num_key_value_heads")
+            if text.get("head_dim") not in (None, values["head_dim"]):
+                problems.append("head_dim is not hidden_size / num_attention_heads")
+        if text.get("hidden_act", "silu") != "silu":
+            problems.append(f"hidden_act is {text['hidden_act']!r}, not 'silu'")
+        if text.get("use_sliding_window"):
+            problems.append("use_sliding_window is set")
+        if set(text.get("layer_types") or ()) - {"full_attention"}:
+            problems.append("layer_types has others than 'full_attention'")
+        for kind in {rope.get("type"), rope.get("rope_type")} - {None, "default", "mrope"}:
+            problems.append(f"the rope's type is {kind!r}, neither 'default' nor 'mrope'")
+        unknown = (rope.keys() - ROPE) | {
+            key for key in (config.keys() | text.keys()) - NUMBERS.keys() - OTHERS
+            if not key.startswith("_") and not key.endswith("_token_id")
+        }
+        if unknown:
+            problems.append(f"unknown settings {', '.join(sorted(unknown))}")
+        if problems:
+            raise UserError(
+                f"this config.json is not of Qwen-Image's text encoder: {'; '.join(problems)}"
+            )
+        return cls(**values)
+
+
+def init_of(init, *axes: str | None):
+    return nn.with_logical_partitioning(init, axes)
+
+
+def dense(config: Config, features: int, axes: tuple[str, str], name: str, bias: bool = False):
+    return nn.Dense(
+        features, use_bias=bias, dtype=config.dtype, name=name,
+        kernel_init=init_of(nn.initializers.lecun_normal(), *axes),
+        bias_init=init_of(nn.initializers.zeros, axes[1]),
+    )
+
+
+def rms_norm(config: Config, name: str):
+    return nn.RMSNorm(
+        config.norm_eps, dtype=config.dtype, name=name,
+        scale_init=init_of(nn.initializers.ones, None),
+    )
+
+
+def rope_angles(config: Config, length: int) -> Float[np.ndarray, "L D/2"]:
+    """Of positions 0..length-1. On the host: a power on the device is not exact enough."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = 1 / np.float32(config.rope_theta) ** exponents
+    return np.arange(length, dtype=np.float32)[:, None] * frequencies
+
+
+def rotate(x: Float[Array, "B L N D"], angles: Float[Array, "L D/2"]) -> Float[Array, "B L N D"]:
+    """Turns the i-th channel of the first half with the i-th of the second, in float32."""
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Causal grouped-query attention, then SwiGLU; `(h, ...) -> (h, None)` for nn.scan."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, h: Float[Array, "B L D"], angles: Float[Array, "L K"], lengths: Int[Array, "B"]
+    ):
+        c = self.config
+
+        def heads(count, axis, name):
+            flat = dense(c, count * c.head_dim, ("embed", axis), name, bias=True)(x)
+            return flat.reshape(*flat.shape[:2], count, c.head_dim)
+
+        x = rms_norm(c, "attention_norm")(h)
+        query = rotate(heads(c.heads, "heads", "query"), angles)
+        key = rotate(heads(c.kv_heads, "kv_heads", "key"), angles)
+        value = heads(c.kv_heads, "kv_heads", "value")
+        attended = attention(query, key, value, lengths, causal=True)
+        attended = attended.reshape(*attended.shape[:2], -1)
+        h = h + dense(c, c.width, ("heads", "embed"), "out")(attended)
+
+        x = rms_norm(c, "mlp_norm")(h)
+        gate = dense(c, c.hidden, ("embed", "mlp"), "gate")(x)
+        up = dense(c, c.hidden, ("embed", "mlp"), "up")(x)
+        return h + dense(c, c.width, ("mlp", "embed"), "down")(nn.silu(gate) * up), None
+
+
+class TextEncoder(nn.Module):
+    """The language tower of transformers' Qwen2_5_VLForConditionalGeneration.
+
+    Gives its `hidden_states[-1]`, which is after the final norm.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The states of the tokens, zero at padding.
+
+        mask: of each row the valid tokens, which are its first ones and at least one.
+        """
+        c = self.config
+        embedding = self.param(
+            "embedding", init_of(nn.initializers.normal(0.02), "vocab", "embed"),
+            (c.vocab, c.width),
+        )
+        h = jnp.take(embedding, ids, axis=0).astype(c.dtype)
+        angles = rope_angles(c, ids.shape[1])
+        layers = nn.scan(
+            Block, length=c.layers, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        h, _ = layers(c, name="layers")(h, angles, mask.sum(axis=-1))
+        return jnp.where(mask[..., None], rms_norm(c, "norm")(h), 0)
+
+
+def table(config: Config) -> names.NameTable:
+    """The names in the published folder; newer transformers spell them with more parts."""
+    layer = (
+        ("input_layernorm.weight", "attention_norm/scale", "same"),
+        *names.linear("self_attn.q_proj", "query"),
+        *names.linear("self_attn.k_proj", "key"),
+        *names.linear("self_attn.v_proj", "value"),
+        *names.linear("self_attn.o_proj", "out", bias=False),
+        ("post_attention_layernorm.weight", "mlp_norm/scale", "same"),
+        *names.linear("mlp.gate_proj", "gate", bias=False),
+        *names.linear("mlp.up_proj", "up", bias=False),
+        *names.linear("mlp.down_proj", "down", bias=False),
+    )
+    return names.NameTable(
+        rules=(
+            names.Rule("model.embed_tokens.weight", "embedding"),
+            *names.stack("model.layers", layer, "layers"),
+            names.Rule("model.norm.weight", "norm/scale"),
+        ),
+        layers=config.layers,
+        renames=((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")),
+        carried=(r"visual\..*", r"lm_head\.weight"),
+    )

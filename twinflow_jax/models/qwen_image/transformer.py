@@ -1,0 +1,479 @@
+"""The Qwen-Image transformer: 60 double-stream blocks over image patches and text tokens.
+
+The same function as diffusers' QwenImageTransformer2DModel, with TwinFlow's second time: the
+modulation starts from E1(t) + (t - r) E2(r). Two things are laid out otherwise than there.
+Images come first and text last in the joint sequence, so that one length per row masks the
+padding; position comes from rotary angles alone, so the order makes no difference. And the
+AdaLN projections, a third of the weights, act on one vector per row: they stand outside the
+scan over blocks, and each block is given its own slice of their outputs.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import names, remat
+from twinflow_jax.models.attention import attention
+
+EPSILON = 1e-6  # of every norm
+ROPE_BASE = 10_000.0
+SINUSOID_WIDTH = 256
+
+# Keys of config.json: our field and the published class's default.
+_FIELDS = {
+    "num_layers": ("layers", 60),
+    "num_attention_heads": ("heads", 24),
+    "attention_head_dim": ("head_dim", 128),
+    "joint_attention_dim": ("text_width", 3584),
+    "axes_dims_rope": ("rope_axes", (16, 56, 56)),
+    "zero_cond_t": ("zero_cond_t", False),
+}
+_ONLY = {
+    "patch_size": 2, "guidance_embeds": False, "use_additional_t_cond": False,
+    "use_layer3d_rope": False,
+}
+_CHANNELS = {"in_channels": 64, "out_channels": 16}
+_HARMLESS = ("pooled_projection_dim",)  # written by the published pipeline, read by nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The published values.
+
+    text_width: of the text tokens. rope_axes: channels of a head rotated by the frame, row and
+    column of its token. zero_cond_t: reference images are modulated as at t = 0 (Edit-2511).
+    second_embedder: whether r has an embedder; without, r is ignored. dtype: of computation.
+    remat: one of remat.POLICIES. sample_shape: (H, W, latent_channels) of training's latents.
+    """
+
+    name: str = "qwen_image"
+    sample_shape: tuple[int, ...] = (64, 64, 16)
+    layers: int = 60
+    heads: int = 24
+    head_dim: int = 128
+    latent_channels: int = 16
+    patch: int = 2
+    text_width: int = 3584
+    rope_axes: tuple[int, ...] = (16, 56, 56)
+    zero_cond_t: bool = False
+    second_embedder: bool = True
+    num_classes: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        problems = []
+        counts = ("layers", "heads", "head_dim", "latent_channels", "patch", "text_width")
+        problems += [
+            f"{name} is {getattr(self, name)}, but must be positive"
+            for name in counts if getattr(self, name) < 1
+        ]
+        axes = self.rope_axes
+        if len(axes) != 3 or sum(axes) != self.head_dim or any(axis % 2 for axis in axes):
+            problems.append(
+                f"rope_axes {axes} must be three even numbers that add up to head_dim "
+                f"{self.head_dim}"
+            )
+        shape = self.sample_shape
+        sides = [side % self.patch for side in shape[:2]] if self.patch > 0 else []
+        if len(shape) != 3 or any(sides) or shape[-1] != self.latent_channels:
+            problems.append(
+                f"sample_shape {shape} must be (height, width, {self.latent_channels}), height "
+                f"and width divisible by {self.patch}"
+            )
+        if self.num_classes:
+            problems.append("num_classes must be 0: the condition is text")
+        if self.dtype not in ("float32", "bfloat16"):
+            problems.append(f"dtype is {self.dtype!r}; choose from float32, bfloat16")
+        if problems:
+            raise UserError(f"model 'qwen_image': {'; '.join(problems)}")
+        remat.check(self.remat)
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @classmethod
+    def from_published(cls, config: dict) -> "Config":
+        """From the contents of a transformer folder's config.json.
+
+        Raises:
+          UserError: another class, or values that mean something we do not compute; all of
+            them in one message.
+        """
+        kind = str(config.get("_class_name"))
+        wrapper = kind.startswith("QwenImageTransformer") and kind.endswith("Wrapper")
+        problems = []
+        if kind != "QwenImageTransformer2DModel" and not wrapper:
+            problems.append(f"_class_name is {kind}, not QwenImageTransformer2DModel")
+        known = (*_FIELDS, *_ONLY, *_CHANNELS, *_HARMLESS)
+        problems += [
+            f"unknown key {key!r}" for key in config if key not in known and key[0] != "_"
+        ]
+        problems += [
+            f"{key} is {config[key]!r}, but only {value!r} is supported"
+            for key, value in _ONLY.items() if config.get(key, value) != value
+        ]
+        packed, out = (config.get(key, value) for key, value in _CHANNELS.items())
+        channels = out or packed  # the published class reads null as in_channels
+        if packed != 4 * channels:
+            problems.append(f"in_channels {packed} is not 4 times out_channels {channels}")
+        fields = {}
+        for key, (field, default) in _FIELDS.items():
+            value = config.get(key, default)
+            fields[field] = tuple(value) if isinstance(value, list) else value
+            if type(fields[field]) is not type(default):
+                problems.append(f"{key} is {value!r}, not a {type(default).__name__}")
+        if not problems:
+            return cls(**fields, latent_channels=channels, sample_shape=(64, 64, channels))
+        raise UserError(f"config.json of the transformer: {'; '.join(problems)}")
+
+
+def sinusoid(time: Float[Array, "B"]) -> Float[Array, "B 256"]:
+    """Cosines, then sines, of 1000 time at frequencies from 1 down to almost 1/10000.
+
+    In float32 and in this order of operations as in diffusers' Timesteps: at angles of up to
+    1000 another rounding already shows.
+    """
+    half = SINUSOID_WIDTH // 2
+    exponents = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32)
+    angles = 1000.0 * (time[:, None] * np.exp(exponents / np.float32(half)))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def positions(grids: tuple[tuple[int, int], ...], text_length: int) -> Int[np.ndarray, "S 3"]:
+    """(frame, row, column) of every token of the joint sequence.
+
+    grids: token rows and columns of the target, then of each reference image. Rows and columns
+    count from the image's centre; text goes on along the diagonal, outside the largest image.
+    """
+    tokens = []
+    for frame, (height, width) in enumerate(grids):
+        rows, columns = (np.arange(side) - (side - side // 2) for side in (height, width))
+        mesh = np.meshgrid([frame], rows, columns, indexing="ij")
+        tokens.append(np.stack(mesh, axis=-1).reshape(-1, 3))
+    start = max(side // 2 for grid in grids for side in grid)
+    tokens.append(np.repeat(start + np.arange(text_length)[:, None], 3, axis=1))
+    return np.concatenate(tokens)
+
+
+def rotary(
+    places: Int[np.ndarray, "S 3"], axes: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "S half"], Float[np.ndarray, "S half"]]:
+    """Cosines and sines, float32, of the angle of every pair of a head's channels."""
+    frequencies = [ROPE_BASE ** (-np.arange(0, width, 2) / width) for width in axes]
+    angles = np.concatenate(
+        [places[:, i, None] * frequency for i, frequency in enumerate(frequencies)], axis=1
+    )
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(
+    x: Float[Array, "B S N D"], cos: Float[Array, "S half"], sin: Float[Array, "S half"]
+) -> Float[Array, "B S N D"]:
+    """Rotates adjacent pairs of channels.
+
+    First all pairs' first channels come out, then all second ones: interleaving them again
+    would be wasted, since scores do not depend on the order that queries and keys share.
+    """
+    first, second = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[:, None], sin[:, None]
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+
+
+def modulated(
+    h: Float[Array, "B S D"], shift: Float[Array, "B s D"], scale: Float[Array, "B s D"]
+) -> Float[Array, "B S D"]:
+    """h with zero mean and unit variance, scaled by 1 + scale and shifted; float32."""
+    h = h.astype(jnp.float32)
+    centred = h - h.mean(-1, keepdims=True)
+    normal = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)
+    return normal * (1.0 + scale.astype(jnp.float32)) + shift
+
+
+def pack(latents: Float[Array, "B H W C"], patch: int) -> Float[Array, "B S CPP"]:
+    """Patches as tokens; their channels by latent channel, then row, then column."""
+    rows, height, width, channels = latents.shape
+    x = latents.reshape(rows, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(rows, -1, channels * patch * patch)
+
+
+def unpack(
+    tokens: Float[Array, "B S CPP"], grid: tuple[int, int], patch: int
+) -> Float[Array, "B H W C"]:
+    """The inverse of `pack`."""
+    x = tokens.reshape(tokens.shape[0], *grid, -1, patch, patch)
+    rows, height, width, channels = x.shape[:4]
+    x = x.transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(rows, height * patch, width * patch, channels)
+
+
+def _dense(
+    config: Config, features: int, axes: tuple[str | None, str | None], zero: bool = False,
+    name: str | None = None,
+) -> nn.Dense:
+    """A projection whose kernel has these logical axes; a bias of the model's width has none."""
+    kernel = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
+    bias_axes = (None if axes[1] == "embed" else axes[1],)
+    return nn.Dense(
+        features, dtype=config.dtype, name=name,
+        kernel_init=nn.with_logical_partitioning(kernel, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, bias_axes),
+    )
+
+
+def _rms_norm(dtype: str, name: str | None = None) -> nn.RMSNorm:
+    scale = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+    return nn.RMSNorm(EPSILON, dtype=dtype, scale_init=scale, name=name)
+
+
+class TimeEmbedder(nn.Module):
+    """The sinusoid of a time and an MLP."""
+
+    config: Config
+
+    def setup(self):
+        width = self.config.width
+        self.hidden = _dense(self.config, width, (None, None))
+        self.out = _dense(self.config, width, ("embed", None))
+
+    def __call__(self, time: Float[Array, "B"]) -> Float[Array, "B D"]:
+        return self.out(nn.silu(self.hidden(sinusoid(time))))
+
+
+class StackedDense(nn.Module):
+    """The AdaLN projection of all layers at once, for one stream."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, context: Float[Array, "B K D"]) -> Float[Array, "layers B K 6D"]:
+        c, zeros = self.config, nn.initializers.zeros
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(zeros, ("layers", "embed", "modulation")),
+            (c.layers, c.width, 6 * c.width),
+        )
+        bias = self.param(
+            "bias", nn.with_logical_partitioning(zeros, ("layers", "modulation")),
+            (c.layers, 6 * c.width),
+        )
+        context, kernel, bias = (a.astype(c.dtype) for a in (context, kernel, bias))
+        return jnp.einsum("bkd,ldm->lbkm", context, kernel) + bias[:, None, None]
+
+
+class Modulation(nn.Module):
+    """The modulation vectors of both streams."""
+
+    config: Config
+
+    def setup(self):
+        self.image = StackedDense(self.config)
+        self.text = StackedDense(self.config)
+
+    def __call__(self, image: Float[Array, "B K D"], text: Float[Array, "B 1 D"]):
+        return self.image(image), self.text(text)
+
+
+class Stream(nn.Module):
+    """What a block does with one of its two streams, before and after their joint attention."""
+
+    config: Config
+
+    def setup(self):
+        c = self.config
+        self.query = _dense(c, c.width, ("embed", "heads"))
+        self.key = _dense(c, c.width, ("embed", "heads"))
+        self.value = _dense(c, c.width, ("embed", "heads"))
+        self.out = _dense(c, c.width, ("heads", "embed"))
+        self.query_norm = _rms_norm("float32")
+        self.key_norm = _rms_norm("float32")
+        self.mlp_hidden = _dense(c, 4 * c.width, ("embed", "mlp"))
+        self.mlp_out = _dense(c, c.width, ("mlp", "embed"))
+
+    def heads(self, h: Float[Array, "B S D"], shift, scale) -> tuple[Array, Array, Array]:
+        """Normalised float32 queries and keys, and values: (B, S, heads, head_dim) each."""
+        h = modulated(h, shift, scale).astype(self.config.dtype)
+        query, key, value = (
+            project(h).reshape(*h.shape[:2], self.config.heads, self.config.head_dim)
+            for project in (self.query, self.key, self.value)
+        )
+        return self.query_norm(query), self.key_norm(key), value
+
+    def update(
+        self, h: Float[Array, "B S D"], attended: Float[Array, "B S D"], gate_1, shift, scale,
+        gate_2,
+    ) -> Float[Array, "B S D"]:
+        """The stream after the two residual branches, attention and feed-forward."""
+        h = h + gate_1 * self.out(attended)
+        hidden = self.mlp_hidden(modulated(h, shift, scale))
+        hidden = nn.gelu(checkpoint_name(hidden, "mlp_hidden"), approximate=True)
+        return h + gate_2 * self.mlp_out(hidden)
+
+
+class Block(nn.Module):
+    """`(streams, ...) -> (streams, None)` for nn.scan; streams = (image, text)."""
+
+    config: Config
+
+    def setup(self):
+        self.image = Stream(self.config)
+        self.text = Stream(self.config)
+
+    def __call__(
+        self, streams: tuple[Float[Array, "B S D"], Float[Array, "B L D"]],
+        image_modulation: Float[Array, "B K 6D"], text_modulation: Float[Array, "B 1 6D"],
+        angles: tuple[Float[Array, "S+L half"], Float[Array, "S+L half"]],
+        lengths: Int[Array, "B"], is_reference: Bool[Array, "S"],
+    ):
+        image, text = (checkpoint_name(h, "block_input") for h in streams)
+        image_terms, text_terms = (
+            jnp.split(m, 6, axis=-1) for m in (image_modulation, text_modulation)
+        )
+        if image_modulation.shape[1] == 2:  # of the target, of the references
+            image_terms = [
+                jnp.where(is_reference[:, None], m[:, 1:], m[:, :1]) for m in image_terms
+            ]
+        parts = zip(
+            self.image.heads(image, *image_terms[:2]), self.text.heads(text, *text_terms[:2]),
+            strict=True,
+        )
+        query, key, value = (jnp.concatenate(part, axis=1) for part in parts)
+        query, key = (rotate(a, *angles).astype(value.dtype) for a in (query, key))
+        attended = attention(
+            checkpoint_name(query, "query"), checkpoint_name(key, "key"),
+            checkpoint_name(value, "value"), lengths=lengths,
+        )
+        attended = checkpoint_name(attended, "attention_output")
+        attended = attended.reshape(*attended.shape[:2], -1)
+        tokens = image.shape[1]
+        image = self.image.update(image, attended[:, :tokens], *image_terms[2:])
+        text = self.text.update(text, attended[:, tokens:], *text_terms[2:])
+        return (image, text), None
+
+
+class Transformer(nn.Module):
+    """Velocity of latents under text and, for editing, reference images.
+
+    `(x_t (B, H, W, C), t (B,), r (B,), cond) -> (B, H, W, C)`, float32; H and W are multiples
+    of the patch, t and r are in [-1, 1]. cond: {"tokens": (B, L, text_width), "mask": (B, L),
+    true at each row's valid tokens, which come before its padding; "references": optional
+    tuple of latents (B, h, w, C)}. Rows do not depend on L.
+
+    Raises:
+      UserError: latents whose sides are no multiples of the patch.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, x_t: Float[Array, "B H W C"], t: Float[Array, "B"], r: Float[Array, "B"], cond: dict
+    ) -> Float[Array, "B H W C"]:
+        c = self.config
+        images = (x_t, *cond.get("references", ()))
+        grids = tuple(self._grid(image) for image in images)
+        packed = jnp.concatenate([pack(image, c.patch) for image in images], axis=1)
+        image = _dense(c, c.width, (None, None), name="image_in")(packed)
+        text = _rms_norm(c.dtype, name="text_norm")(cond["tokens"])
+        text = _dense(c, c.width, ("text", None), name="text_in")(text)
+
+        embedder = TimeEmbedder(c, name="time_embedder")
+        context = embedder(t).astype(jnp.float32)
+        if c.second_embedder:
+            context += (t - r)[:, None] * TimeEmbedder(c, name="second_time_embedder")(r)
+        context = nn.silu(context)[:, None]
+        image_context = context
+        if c.zero_cond_t and len(images) > 1:
+            still = nn.silu(embedder(jnp.zeros_like(t)).astype(jnp.float32))[:, None]
+            image_context = jnp.concatenate([context, still], axis=1)
+
+        tokens, target = image.shape[1], grids[0][0] * grids[0][1]
+        layers = nn.scan(
+            remat.block(Block, c.remat), length=c.layers, variable_axes={"params": 0},
+            split_rngs={"params": True}, in_axes=(0, 0) + (nn.broadcast,) * 3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        (image, _), _ = layers(c, name="layers")(
+            (image, text), *Modulation(c, name="modulation")(image_context, context),
+            rotary(positions(grids, text.shape[1]), c.rope_axes),
+            tokens + cond["mask"].astype(jnp.int32).sum(1), np.arange(tokens) >= target,
+        )
+
+        final = _dense(
+            c, 2 * c.width, ("embed", "modulation"), zero=True, name="final_modulation"
+        )(context)
+        scale, shift = jnp.split(final, 2, axis=-1)
+        out = _dense(c, c.latent_channels * c.patch**2, ("embed", None), zero=True, name="out")
+        velocity = out(modulated(image[:, :target], shift, scale)).astype(jnp.float32)
+        return unpack(velocity, grids[0], c.patch)
+
+    def _grid(self, latents: Float[Array, "B H W C"]) -> tuple[int, int]:
+        _, height, width, _ = latents.shape
+        patch = self.config.patch
+        if height % patch or width % patch:
+            raise UserError(
+                f"latents of {height}x{width} do not divide into patches of {patch}x{patch}: "
+                f"take sides that are multiples of {patch}"
+            )
+        return height // patch, width // patch
+
+
+_BLOCK = tuple(
+    rule
+    for stream, kind, (query, key, value, out), (query_norm, key_norm) in (
+        ("image", "img", ("to_q", "to_k", "to_v", "to_out.0"), ("norm_q", "norm_k")),
+        (
+            "text", "txt", ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+            ("norm_added_q", "norm_added_k"),
+        ),
+    )
+    for rule in (
+        *names.linear(f"attn.{query}", f"{stream}/query"),
+        *names.linear(f"attn.{key}", f"{stream}/key"),
+        *names.linear(f"attn.{value}", f"{stream}/value"),
+        *names.linear(f"attn.{out}", f"{stream}/out"),
+        (f"attn.{query_norm}.weight", f"{stream}/query_norm/scale", "same"),
+        (f"attn.{key_norm}.weight", f"{stream}/key_norm/scale", "same"),
+        *names.linear(f"{kind}_mlp.net.0.proj", f"{stream}/mlp_hidden"),
+        *names.linear(f"{kind}_mlp.net.2", f"{stream}/mlp_out"),
+    )
+)
+
+
+def table(config: Config) -> names.NameTable:
+    """The published tensors' names; the second embedder starts as a copy of the first."""
+    first, second = (
+        names.linear(f"{key}.timestep_embedder.linear_1", f"{path}/hidden")
+        + names.linear(f"{key}.timestep_embedder.linear_2", f"{path}/out")
+        for key, path in (
+            ("time_text_embed", "time_embedder"), ("time_text_embed_2", "second_time_embedder")
+        )
+    )
+    single = (
+        *names.linear("img_in", "image_in"),
+        ("txt_norm.weight", "text_norm/scale", "same"),
+        *names.linear("txt_in", "text_in"),
+        *first,
+        *names.linear("norm_out.linear", "final_modulation"),
+        *names.linear("proj_out", "out"),
+    )
+    copies = tuple(
+        names.Rule(*rule, copy_of=source[0]) for rule, source in zip(second, first, strict=True)
+    )
+    modulation = names.linear("img_mod.1", "image") + names.linear("txt_mod.1", "text")
+    return names.NameTable(
+        rules=(
+            *(names.Rule(*rule) for rule in single),
+            *(copies if config.second_embedder else ()),
+            *names.stack("transformer_blocks", modulation, "modulation"),
+            *names.stack("transformer_blocks", _BLOCK, "layers"),
+        ),
+        layers=config.layers,
+        prefixes=("transformer.", "module.", "base_model.model.transformer.", "extended_weights."),
+    )
