@@ -79,10 +79,11 @@ def run_import(args) -> int:
 
 def run_export(args) -> int:
     checkpoint, trained, text = open_weights(args)
+    second = trained or not checkpoint.record["networks"]["transformer"]["added"]
     readme = README.format(
         name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
-        note=models.FAMILIES[checkpoint.family].text_to_image.export_note,
-    )
+        note=models.FAMILIES[checkpoint.family].text_to_image.export_note if second else "",
+    ).strip() + "\n"
     exporting.export_folder(checkpoint, args.target, args.dtype, trained, readme)
     print(f"{args.source} is in {args.target}")
     return 0

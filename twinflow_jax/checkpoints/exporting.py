@@ -87,7 +87,7 @@ def export_folder(
         cast = DTYPES[dtype] if dtype and name == "transformer" else None
         wanted[name] = {k: (cast or network.dtype(k), network.shape(k)) for k in network.places}
     total = sum(nbytes(*entry) for shapes in wanted.values() for entry in shapes.values())
-    alone = len(networks) == 1 and not (checkpoint.folder / "files" / "model_index.json").exists()
+    alone = "model_index.json" not in checkpoint.record["files"] and len(networks) == 1
     with files.whole_folder(target, total), tqdm(
         total=total, unit="B", unit_scale=True, desc="export", disable=not progress,
         dynamic_ncols=True, smoothing=0.05,
@@ -100,10 +100,8 @@ def export_folder(
             if "_class_name" in config:  # what wraps the network is not in the folder
                 config["_class_name"] = part.classes[0]
             files.write(folder / "config.json", json.dumps(config, indent=2).encode())
-        kept = checkpoint.folder / "files"
-        for file in kept.glob("**/*") if kept.exists() else ():
-            if file.is_file():
-                files.write(target / file.relative_to(kept), file.read_bytes())
+        for name in checkpoint.record["files"]:
+            files.write(target / name, (checkpoint.folder / "files" / name).read_bytes())
         if readme:
             files.write(target / "README.md", readme.encode())
 

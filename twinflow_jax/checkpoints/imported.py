@@ -7,8 +7,8 @@
 """
 
 import dataclasses
-import functools
 import json
+import re
 from typing import Any
 
 from etils import epath
@@ -56,7 +56,6 @@ class Imported:
             )
         return models.FAMILIES[self.family].text_to_image.networks[name]
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - few, small, and living as long as the process
     def config(self, name: str):
         """Our config of a network, read anew from the published one."""
         network = self.network(name)
@@ -101,6 +100,8 @@ def open_imported(folder: epath.PathLike) -> Imported:
         known = record["format"] == FORMAT and record["family"] in models.FAMILIES
         networks = models.FAMILIES[record["family"]].text_to_image.networks if known else {}
         known = known and record["networks"].keys() <= networks.keys()
+        inside = lambda name: re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name)
+        known = known and all(inside(name) for name in record["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / RECORD} cannot be read ({error!r}): import again") from error
     if not known:

@@ -61,6 +61,7 @@ def import_folder(
             files.write(target / "files" / name, (folder.path / name).read_bytes())
         record = {
             "format": imported.FORMAT, "family": folder.family, "source": str(source),
+            "files": list(folder.files),
             "networks": {
                 name: {
                     "published": part.published, "carried": sorted(carried[name]),

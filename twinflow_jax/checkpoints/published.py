@@ -260,7 +260,8 @@ def _other_files(path: epath.Path, parts: dict[str, Part]) -> list[str]:
             kept.append(entry.name)
     return [
         name for name in kept
-        if not name.endswith((*PICKLED, ".safetensors", ".py"))
+        if re.fullmatch(r"[\w./-]+", name)
+        and not name.endswith((*PICKLED, ".safetensors", ".py"))
         and (path / name).stat().length <= KEPT_FILES_BYTES
     ]
 
