@@ -1,7 +1,6 @@
 """A small Qwen-Image pipeline with random weights, written by diffusers itself."""
 
 import pathlib
-import sys
 
 import torch
 from diffusers import (
@@ -12,8 +11,7 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
-sys.path.append(str(pathlib.Path(__file__).parent / "models"))
-from synthetic_tokenizer import save_tokenizer  # noqa: E402
+from twinflow_jax.models.qwen_image.tiny import save_tokenizer
 
 SCHEDULER = {
     "shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9,

@@ -86,10 +86,12 @@ def parse(key: str, text: str, present: Any) -> Any:
     if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(present, tuple | list) and isinstance(value, tuple | list):
-        if not present or (value and all(isinstance(v, int | float) for v in value)):
+        kind = str if present and isinstance(present[0], str) else int | float
+        if not present or (value and all(isinstance(v, kind) for v in value)):
             floats = present and all(isinstance(v, float) for v in present)
             return tuple(float(v) for v in value) if floats else tuple(value)
-        raise UserError(f"config key {key!r} takes numbers like {present!r}, not {text!r}")
+        what = "texts" if kind is str else "numbers"
+        raise UserError(f"config key {key!r} takes {what} like {present!r}, not {text!r}")
     if type(value) is not type(present):
         raise UserError(
             f"config key {key!r} takes {type(present).__name__} (now {present!r}), not {text!r}"

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import secrets
 import shutil
 
 from etils import epath
@@ -24,6 +26,11 @@ def write(path: epath.PathLike, data: bytes) -> None:
         raise
 
 
+def is_plain(name: str) -> bool:
+    """Whether a relative path is NAME or FOLDER/NAME of visible files, and nothing else."""
+    return bool(re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name))
+
+
 @contextlib.contextmanager
 def whole_folder(target: epath.PathLike, needed: int):
     """A new folder to write into: removed again whatever stops the writing.
@@ -32,29 +39,61 @@ def whole_folder(target: epath.PathLike, needed: int):
 
     needed: bytes that will be written.
     Raises:
-      UserError: the folder holds something, there is no room, or writing failed.
+      UserError: the folder holds something, there is no room, writing failed, or another
+        process began to write to the same folder.
     """
     target = epath.Path(target)
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file: choose another folder")
-    if target.exists() and any(target.iterdir()):
-        if not (target / UNFINISHED).exists():
-            raise UserError(f"{target} is not empty: choose another folder, or remove it first")
-        target.rmtree()
-    if "://" not in str(target):
-        parent = next(p for p in target.resolve().parents if p.exists())
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise UserError(
-                f"{target} takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free"
-            )
+    mark = target / UNFINISHED
+    owner = secrets.token_hex()
     try:
-        write(target / UNFINISHED, b"")
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{target} is a file: choose another folder")
+        if target.exists() and any(target.iterdir()) and not mark.exists():
+            raise UserError(f"{target} is not empty: choose another folder, or remove it first")
+        _remove(target)
+        _check_room(target, needed)
+        target.mkdir(parents=True, exist_ok=True)
+        mark.write_text(owner)
         yield
-        (target / UNFINISHED).unlink()
+        if not _is_owner(mark, owner):
+            raise UserError(f"{target} is written by another process: leave it to that one")
+        mark.unlink()
     except BaseException as error:
-        if target.exists():
-            target.rmtree()
+        if _is_owner(mark, owner):
+            with contextlib.suppress(OSError):  # what is left is still marked
+                _remove(target)
         if isinstance(error, OSError):
             raise UserError(f"{target} could not be written ({error.strerror or error})") from error
         raise
+
+
+def _is_owner(mark: epath.Path, owner: str) -> bool:
+    try:
+        return mark.read_text() == owner
+    except OSError:
+        return False
+
+
+def _remove(folder: epath.Path) -> None:
+    """Removes an unfinished folder, its mark last."""
+    if not folder.exists():
+        return
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == UNFINISHED):
+        if entry.is_dir():
+            entry.rmtree()
+        else:
+            entry.unlink()
+    with contextlib.suppress(OSError):  # a mount point or a link to a folder stays, empty
+        folder.rmdir()
+
+
+def _check_room(target: epath.Path, needed: int) -> None:
+    """Raises UserError where a local disk has less room than that many bytes."""
+    if "://" in str(target):
+        return
+    parent = next(p for p in target.resolve().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"{target} takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free"
+        )

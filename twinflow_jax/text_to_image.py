@@ -27,6 +27,7 @@ from twinflow_jax.models import tiling
 from twinflow_jax.models.family import TextToImage
 
 TEXT_BATCH = 8  # prompts encoded at once
+IMAGE_BATCH = 16  # images encoded at once
 OVERLAP = 16  # latent positions that neighbouring tiles share
 TILE = 1536  # pixels a side that are decoded whole: attention takes 5 GiB there
 
@@ -169,17 +170,21 @@ class Pipeline:
         tensor = next(n for n in (8, 4, 2, 1) if len(jax.devices()) % n == 0 and heads % n == 0)
         return parallel.make_mesh(tensor)
 
-    def embed(self, prompts: Sequence[str], negative: bool = False) -> Embeddings:
+    def embed(
+        self, prompts: Sequence[str], tokens: int | None = None, negative: bool = False
+    ) -> Embeddings:
         """Prompts through the tokenizer and the text encoder.
 
-        negative: whether an empty prompt is meant.
+        tokens: that every prompt is padded or cut to (default: the least of the family's buckets
+        that holds the longest). negative: whether an empty prompt is meant.
         Raises:
           UserError: no tokenizer, or an empty prompt.
         """
         stage = "text encoding"
         with local_copy(self.checkpoint.folder / "files" / "tokenizer") as folder:
             tokenizer = self.family.load_tokenizer(folder)
-        ids, mask = self.family.tokenize(tokenizer, prompts, blank=negative)
+        buckets = {"buckets": (tokens,)} if tokens else {}
+        ids, mask = self.family.tokenize(tokenizer, prompts, blank=negative, **buckets)
         size = min(TEXT_BATCH, len(ids))
         parts = []
         with self.loaded("text_encoder", stage) as (config, params):
@@ -194,6 +199,30 @@ class Pipeline:
                     parts.append(Embeddings(tokens, np.asarray(valid)))
         joined = Embeddings.join(parts)
         return Embeddings(joined.tokens[: len(ids)], joined.mask[: len(ids)])
+
+    def null(self) -> Embeddings:
+        """The prompt that stands for none in training: encoded once, then kept beside the rest."""
+        file = self.checkpoint.folder / f"null_prompt_{self.dtype}.safetensors"
+        if file.exists():
+            return Embeddings.read(file, self.config("transformer").text_width)[1]
+        prompts = [self.family.null_prompt]
+        embeddings = self.embed(prompts)
+        with contextlib.suppress(OSError):  # a checkpoint that only others may write
+            embeddings.save(file, prompts)
+        return embeddings
+
+    def encode(self, images: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N h w c"]:
+        """Normalised latents of images in [-1, 1]."""
+        size, parts = min(IMAGE_BATCH, len(images)), []
+        with self.loaded("vae", "encoding") as (config, params):
+            encode = jax.jit(self.family.encode, static_argnums=0)
+            for start in tqdm(
+                range(0, len(images), size), unit="batch", desc="encoding",
+                disable=not self.progress,
+            ):
+                rows = np.arange(start, start + size) % len(images)  # the last batch wraps
+                parts.append(np.asarray(encode(config, params, images[rows])))
+        return np.concatenate(parts)[: len(images)]
 
     def denoise(
         self, draw: Callable, cond: Embeddings, owners: Sequence[int], numbers: Sequence[int],

@@ -1,6 +1,7 @@
 """Runs on disk: their config, checkpoints of their state, and the weights to sample from."""
 
 from twinflow_jax.checkpoints.run import (
+    RANDOM,
     claim,
     load_weights,
     open_weights,
@@ -9,4 +10,6 @@ from twinflow_jax.checkpoints.run import (
 )
 from twinflow_jax.checkpoints.saver import Saver
 
-__all__ = ["Saver", "claim", "load_weights", "open_weights", "pipeline_of", "read_config"]
+__all__ = [
+    "RANDOM", "Saver", "claim", "load_weights", "open_weights", "pipeline_of", "read_config",
+]

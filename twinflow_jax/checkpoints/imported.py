@@ -1,22 +1,20 @@
 """Imported checkpoints: a family's networks as arrays by tree path, and what export needs.
 
-    DST/checkpoint.json            what it is
-    DST/NETWORK/arrays/PATH/       one stored array per leaf
-    DST/NETWORK/carried/KEY/       tensors that the network does not compute with
-    DST/files/                     tokenizer, scheduler and the like, as they were
+    DST/checkpoint.json                what it is
+    DST/NETWORK/arrays/PATH/           one stored array per leaf
+    DST/NETWORK/carried.safetensors    tensors that the network does not compute with
+    DST/files/                         tokenizer, scheduler and the like, as they were
 """
 
 import dataclasses
 import json
-import re
 from typing import Any
 
 from etils import epath
 
 from twinflow_jax import files, models
-from twinflow_jax.checkpoints import store
+from twinflow_jax.checkpoints import store, tensors
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names
 from twinflow_jax.models.family import Network
 
 RECORD = "checkpoint.json"
@@ -27,8 +25,8 @@ def array_folder(folder: epath.Path, network: str, path: str) -> epath.Path:
     return folder / network / "arrays" / path.replace("/", ".")
 
 
-def carried_folder(folder: epath.Path, network: str, key: str) -> epath.Path:
-    return folder / network / "carried" / key
+def carried_file(folder: epath.Path, network: str) -> epath.Path:
+    return folder / network / "carried.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +69,11 @@ class Imported:
             for rule in table.rules
         }
 
-    def carried(self, name: str) -> store.Arrays:
+    def carried(self, name: str) -> dict[str, tensors.Tensor]:
         """The tensors that are only kept for export, by published key."""
-        return {
-            key: store.open_array(store.location(carried_folder(self.folder, name, key)))
-            for key in self.record["networks"][name]["carried"]
-        }
+        if not self.record["networks"][name]["carried"]:
+            return {}
+        return tensors.read_header(carried_file(self.folder, name))
 
 
 def is_imported(folder: epath.PathLike) -> bool:
@@ -100,15 +97,9 @@ def open_imported(folder: epath.PathLike) -> Imported:
         known = record["format"] == FORMAT and record["family"] in models.FAMILIES
         networks = models.FAMILIES[record["family"]].text_to_image.networks if known else {}
         known = known and record["networks"].keys() <= networks.keys()
-        inside = lambda name: re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name)
-        known = known and all(inside(name) for name in record["files"])
+        known = known and all(files.is_plain(name) for name in record["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / RECORD} cannot be read ({error!r}): import again") from error
     if not known:
         raise UserError(f"{folder / RECORD} is of another version of this project: import again")
     return Imported(folder, record)
-
-
-def leaf_paths(config, network: Network) -> dict[str, Any]:
-    """Abstract leaves of a network by path."""
-    return names.flatten(network.abstract(config)[0])

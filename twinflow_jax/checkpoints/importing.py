@@ -20,7 +20,7 @@ from twinflow_jax.checkpoints.published import Part
 from twinflow_jax.models.names import Rule
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-SMALL = 64 << 20  # bytes of a stacked array that is written whole
+FILE = 64 << 20  # bytes of an array that share a file; a layer of a larger one has its own
 
 
 def import_folder(
@@ -39,7 +39,7 @@ def import_folder(
     folder = published.open_folder(source)
     target = epath.Path(target)
     wanted = DTYPES[dtype] if dtype else None
-    plans = {name: list(_arrays(part, wanted)) for name, part in folder.parts.items()}
+    plans = {name: _plans(part, wanted) for name, part in folder.parts.items()}
     carried = {name: _carried(part) for name, part in folder.parts.items()}
     total = sum(plan.nbytes for plan in sum(plans.values(), [])) + sum(
         tensor.nbytes for kept in carried.values() for tensor in kept.values()
@@ -49,14 +49,10 @@ def import_folder(
         dynamic_ncols=True, smoothing=0.05,
     ) as bar:
         for name in folder.parts:
-            for plan in plans[name]:
-                place = imported.array_folder(target, name, plan.path)
-                _write(place, plan, pieces, bar)
-            for key, tensor in carried[name].items():
-                place = imported.carried_folder(target, name, key)
-                array = store.create(place, tensor.shape, tensor.dtype)
-                array.write(tensor.read()).result()
-                bar.update(tensor.nbytes)
+            _write_arrays(lambda path, n=name: imported.array_folder(target, n, path),
+                          plans[name], pieces, bar)
+            if carried[name]:
+                _write_carried(imported.carried_file(target, name), carried[name], bar)
         for name in folder.files:
             files.write(target / "files" / name, (folder.path / name).read_bytes())
         record = {
@@ -65,7 +61,7 @@ def import_folder(
             "networks": {
                 name: {
                     "published": part.published, "carried": sorted(carried[name]),
-                    "added": list(part.added),
+                    "added": list(part.added), "widened": _widened(part, plans[name]),
                 }
                 for name, part in folder.parts.items()
             },
@@ -75,12 +71,12 @@ def import_folder(
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class Plan:
     """One array to be written: the source tensors of its layers (one where not stacked)."""
 
     path: str
     rule: Rule
-    sources: tuple[tensors.Tensor, ...]
+    sources: dict[str, tensors.Tensor]
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -88,40 +84,51 @@ class Array:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def slice(self, layer: int) -> np.ndarray:
-        return self.rule.ours(self.sources[layer].read().astype(self.dtype, copy=False))
+    @property
+    def rows(self) -> int:
+        """Of the first axis, that are written at once: a layer, or FILE bytes."""
+        if self.nbytes <= FILE:
+            return self.shape[0]
+        return 1 if self.rule.stacked else max(1, FILE * self.shape[0] // self.nbytes)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The array in parts of `rows` rows."""
+        sources = list(self.sources.values())
+        whole = None if self.rule.stacked else self.rule.ours(sources[0].read())
+        for start in range(0, self.shape[0], self.rows):
+            stop = min(start + self.rows, self.shape[0])
+            block = np.empty((stop - start, *self.shape[1:]), self.dtype)
+            if whole is None:
+                for row, source in zip(block, sources[start:stop], strict=True):
+                    tensors.assign(row, self.rule.ours(source.read()))
+            else:
+                tensors.assign(block, whole[start:stop])
+            yield block
 
 
-def _arrays(part: Part, dtype: np.dtype | None) -> Iterator[Array]:
-    leaves = imported.leaf_paths(part.config, part.network)
+def _plans(part: Part, dtype: np.dtype | None) -> list[Plan]:
+    plans = []
     for rule in part.table.rules:
         keys = part.table.keys(rule)
         if keys[0] in part.added:
             keys = [rule.copy_of]
-        sources = tuple(part.tensors[key] for key in keys)
-        theirs = _widest({source.dtype for source in sources})
-        yield Array(rule.path, rule, sources, leaves[rule.path].shape, dtype or theirs)
-
-
-def _widest(dtypes: set[np.dtype]) -> np.dtype:
-    """The one dtype of several layers, or the one that holds them all."""
-    return dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+        sources = {key: part.tensors[key] for key in keys}
+        theirs = {source.dtype for source in sources.values()}
+        # Layers of several dtypes are stored as the one that holds them all.
+        own = theirs.pop() if len(theirs) == 1 else DTYPES["float32"]
+        plans.append(Plan(rule.path, rule, sources, part.leaves[rule.path], dtype or own))
+    return plans
 
 
 def _carried(part: Part) -> dict[str, tensors.Tensor]:
     return {key: t for key, t in part.tensors.items() if part.table.is_carried(key)}
 
 
-def _write(place: epath.Path, plan: Array, pieces: int, bar: tqdm) -> None:
-    """Writes one array; a large stack layer by layer."""
-    stacked = plan.rule.stacked
-    if not stacked or plan.nbytes <= SMALL:
-        slices = [plan.slice(layer) for layer in range(len(plan.sources))]
-        array = store.create(place, plan.shape, plan.dtype, pieces=1 if stacked else pieces)
-        array.write(np.stack(slices) if stacked else slices[0]).result()
-        bar.update(plan.nbytes)
-        return
-    array = store.create(place, plan.shape, plan.dtype, by_layer=True, pieces=pieces)
-    for layer in range(len(plan.sources)):
-        array[layer].write(plan.slice(layer)).result()
-        bar.update(plan.nbytes // len(plan.sources))
+def _widened(part: Part, plans: list[Plan]) -> dict[str, str]:
+    """The published dtype of each tensor that is stored as a wider one, for export."""
+    return {
+        key: source.dtype.name
+        for plan in plans
+        for key, source in plan.sources.items()
+        if source.dtype.itemsize < plan.dtype.itemsize
+    }

@@ -12,13 +12,15 @@ from typing import Any
 
 from etils import epath
 
-from twinflow_jax import models
+from twinflow_jax import files, models
 from twinflow_jax.checkpoints import tensors
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.models.family import Network
 
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+FLOATS = ("float32", "float16", "bfloat16")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 KEPT_FILES_BYTES = 200 << 20  # tokenizers, schedulers and the like; weights are not kept so
 
 
@@ -26,13 +28,15 @@ KEPT_FILES_BYTES = 200 << 20  # tokenizers, schedulers and the like; weights are
 class Part:
     """One network of a folder: its config as published and as ours, and where its tensors lie.
 
-    tensors: by their published key. added: keys that the folder lacks and others stand in for.
+    leaves: shapes of our leaves by path. tensors: by their published key. added: keys that the
+    folder lacks and others stand in for.
     """
 
     network: Network
     published: dict[str, Any]
     config: Any
     table: names.NameTable
+    leaves: dict[str, tuple[int, ...]]
     tensors: dict[str, tensors.Tensor]
     added: tuple[str, ...]
 
@@ -81,6 +85,8 @@ def open_folder(source: str) -> Folder:
       UserError: it is no pipeline of a family we know, or has problems; all of them are listed.
     """
     path = find(source)
+    if (path / files.UNFINISHED).exists():
+        raise UserError(f"{path} was not written to its end: write it again")
     family, places = _networks(path)
     parts, problems = {}, []
     for name, place in places.items():
@@ -88,8 +94,10 @@ def open_folder(source: str) -> Folder:
         part, found = _open_part(network, place)
         problems += [f"{place.name}: {problem}" for problem in found]
         parts[name] = part
-    if path not in places.values() and not (path / "tokenizer").is_dir():
-        problems.append("tokenizer: no such folder; prompts need the one of the text encoder")
+    if path not in places.values() and not any(
+        (path / "tokenizer" / name).exists() for name in VOCABULARIES
+    ):
+        problems.append(f"tokenizer: holds none of {', '.join(VOCABULARIES)}; prompts need it")
     if problems:
         listed = "\n  ".join(problems)
         raise UserError(f"{path} cannot be used:\n  {listed}")
@@ -103,132 +111,159 @@ def _networks(path: epath.Path) -> tuple[str, dict[str, epath.Path]]:
         for name, family in models.FAMILIES.items()
         if family.text_to_image
     }
-    alone = path / "config.json"
-    transformer = path / "transformer" / "config.json"
-    if not alone.exists() and not transformer.exists():
-        raise UserError(
-            f"{path} is no pipeline folder: it has neither transformer/config.json nor config.json"
-        )
-    file = transformer if transformer.exists() else alone
-    published = _json(file)
-    given = class_name(published)
-    for family, networks in known.items():
-        for name, network in networks.items():
-            if not network.accepts(given):
-                continue
-            if file == alone:
-                return family, {name: path}
-            if name != "transformer":
-                continue
-            missing = [n.folder for n in networks.values() if not (path / n.folder).is_dir()]
-            if missing:
-                raise UserError(
-                    f"{path} has no {', '.join(f'{m}/' for m in missing)}: give the whole "
-                    "pipeline folder, or that of one network alone"
-                )
-            return family, {name: path / n.folder for name, n in networks.items()}
-    classes = [c for networks in known.values() for n in networks.values() for c in n.classes]
-    raise UserError(f"{file} is of class {given!r}; known are {', '.join(sorted(set(classes)))}")
+    if (path / "config.json").exists():
+        given = class_name(_json(path / "config.json"))
+        for family, networks in known.items():
+            for name, network in networks.items():
+                if network.accepts(given):
+                    return family, {name: path}
+        raise UserError(f"{path / 'config.json'} {_unknown_class(given, known)}")
+
+    def accepted(family: str) -> int:
+        return sum(n.accepts(_class_in(path / n.folder)) for n in known[family].values())
+
+    family = max(known, key=accepted)
+    if accepted(family):
+        return family, {name: path / n.folder for name, n in known[family].items()}
+    if given := _class_in(path / "transformer"):
+        raise UserError(f"{path / 'transformer/config.json'} {_unknown_class(given, known)}")
+    raise UserError(
+        f"{path} is no pipeline folder: it has neither transformer/config.json nor config.json"
+    )
+
+
+def _unknown_class(given: str, known: dict[str, dict[str, Network]]) -> str:
+    classes = {c for networks in known.values() for n in networks.values() for c in n.classes}
+    return f"is of class {given!r}; known are {', '.join(sorted(classes))}"
 
 
 def class_name(published: dict[str, Any]) -> str:
     """What a config.json says that it is of: diffusers' or transformers' way."""
-    architectures = published.get("architectures") or [published.get("model_type", "")]
-    return str(published.get("_class_name") or architectures[0])
+    architectures = published.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    return str(published.get("_class_name") or first or published.get("model_type", ""))
+
+
+def _class_in(folder: epath.Path) -> str:
+    """The class of the network in a folder, "" where that cannot be read."""
+    try:
+        return class_name(_json(folder / "config.json"))
+    except UserError:
+        return ""
 
 
 def _open_part(network: Network, folder: epath.Path) -> tuple[Part | None, list[str]]:
     """The network in a folder, and its problems."""
-    problems = []
-    config = None
-    published = {}
+    if not folder.is_dir():
+        return None, ["no such folder: give the whole pipeline, or the folder of one network"]
+    found, unread, problems = _tensors(folder, network.stem)
     try:
         published = _json(folder / "config.json")
         config = network.config.from_published(published)
     except UserError as error:
-        problems.append(str(error))
-    found, more = _tensors(folder)
-    problems += more
-    if config is None or not found:
-        return None, problems
+        return None, [str(error), *problems]
     table = network.table(config)
-    by_key = {}
+    leaves = {path: leaf.shape for path, leaf in names.flatten(network.abstract(config)[0]).items()}
+    by_key: dict[str, tensors.Tensor] = {}
     for key, tensor in found.items():
         name = table.published(key)
         if name in by_key:
             problems.append(f"{key}: a second tensor for {name}")
         by_key[name] = tensor
-    abstract, _ = network.abstract(config)
-    shapes = table.shapes({p: leaf.shape for p, leaf in names.flatten(abstract).items()})
-    optional = table.optional()
-    added = optional - by_key.keys()
-    if added == optional:
-        shapes = {key: shape for key, shape in shapes.items() if key not in added}
-    else:
-        added = set()
-    problems += grouped("missing", [key for key in shapes if key not in by_key])
-    problems += grouped(
-        "unexpected", [k for k in by_key if k not in shapes and not table.is_carried(k)]
-    )
-    problems += [
-        f"{key} has shape {list(by_key[key].shape)}, its config.json asks for {list(shape)}"
-        for key, shape in shapes.items()
-        if key in by_key and by_key[key].shape != shape
-    ]
-    problems += [
-        f"{key} is {tensor.dtype}: weights are floating point here"
-        for key, tensor in by_key.items()
-        if key in shapes and tensor.dtype.name not in ("float32", "float16", "bfloat16")
-    ]
-    return Part(network, published, config, table, by_key, tuple(sorted(added))), problems
+    unread = {table.published(key) for key in unread}
+    shapes, optional = table.shapes(leaves), table.optional()
+    added = () if optional & (by_key.keys() | unread) else tuple(sorted(optional))
+    if found:
+        given = by_key.keys() | unread | set(added)
+        problems += grouped("missing", [key for key in shapes if key not in given])
+    problems += _wrong(table, shapes, by_key)
+    return Part(network, published, config, table, leaves, by_key, added), problems
 
 
-def _tensors(folder: epath.Path) -> tuple[dict[str, tensors.Tensor], list[str]]:
-    """All tensors of a folder by the keys in its files, and the problems with them."""
-    if not folder.is_dir():
-        return {}, ["no such folder"]
+def _wrong(
+    table: names.NameTable, shapes: dict[str, tuple[int, ...]], by_key: dict[str, tensors.Tensor]
+) -> list[str]:
+    """Problems of tensors that are there, by their published key."""
+    kinds: dict[str, list[str]] = {}
+    for key, tensor in by_key.items():
+        wanted = shapes.get(key)
+        if wanted is None:
+            if not table.is_carried(key):
+                kinds.setdefault("unexpected", []).append(key)
+            continue
+        if tensor.shape != wanted:
+            what = f"shape {list(tensor.shape)} where config.json asks for {list(wanted)}"
+            kinds.setdefault(what, []).append(key)
+        if tensor.dtype.name not in FLOATS:
+            what = f"{tensor.dtype} where weights are {', '.join(FLOATS)}"
+            kinds.setdefault(what, []).append(key)
+    return [line for what, keys in kinds.items() for line in grouped(what, keys)]
+
+
+def _tensors(
+    folder: epath.Path, stem: str
+) -> tuple[dict[str, tensors.Tensor], set[str], list[str]]:
+    """All tensors of a folder by the keys in its files, keys that cannot be read, problems."""
     listing = sorted(file.name for file in folder.iterdir())
-    indices = [name for name in listing if name.endswith(".safetensors.index.json")]
-    files = [name for name in listing if name.endswith(".safetensors")]
-    if not indices and not files:
+    shards = [name for name in listing if name.endswith(".safetensors")]
+    indices = [n for n in listing if re.search(r"\.safetensors\.index(\.\w+)?\.json$", n)]
+    # Beside the plain set there may be variants of other precision, which are not looked at.
+    plain = [n for n in (f"{stem}.safetensors.index.json", f"{stem}.safetensors") if n in listing]
+    sets = plain or indices or shards
+    if not sets:
         pickled = [name for name in listing if name.endswith(PICKLED)]
-        if pickled:
-            return {}, [
-                f"{pickled[0]} is a pickle, which can run code when it is read: save the weights "
-                "as safetensors"
-            ]
-        return {}, ["no safetensors file"]
-    problems: list[str] = []
-    place: dict[str, str] = {}  # file of each key, where there is an index
-    if len(indices) > 1 or (not indices and len(files) > 1):
-        many = ", ".join(indices or files)
-        return {}, [f"several sets of weights ({many}): leave one"]
-    if indices:
-        index = folder / indices[0]
+        return {}, set(), [
+            f"{pickled[0]} is a pickle, which can run code when it is read: save the weights "
+            "as safetensors" if pickled else "no safetensors file"
+        ]
+    if len(sets) > 1:
+        return {}, set(), [f"several sets of weights ({', '.join(sets)}): leave one"]
+    if sets[0] in shards:
         try:
-            place = dict(_json(index)["weight_map"])
-            outside = {n for n in place.values() if not re.fullmatch(r"[\w.-]+\.safetensors", n)}
-        except (KeyError, TypeError, ValueError) as error:
-            return {}, [f"{index.name} is no index of safetensors ({error!r})"]
-        if outside:
-            return {}, [f"{index.name} points to {n!r}, no file of this folder" for n in outside]
-        files = sorted(set(place.values()))
+            found = tensors.read_header(folder / sets[0])
+        except UserError as error:
+            return {}, set(), [str(error)]
+        return found, set(), [] if found else [f"{sets[0]} holds no tensors"]
+    try:
+        place = _json(folder / sets[0])["weight_map"]
+        outside = {n for n in place.values() if not re.fullmatch(r"[\w.-]+\.safetensors", n)}
+    except UserError as error:
+        return {}, set(), [str(error)]
+    except (KeyError, TypeError, AttributeError) as error:
+        return {}, set(), [f"{sets[0]} is no index of safetensors ({error!r})"]
+    if outside or not place:
+        listed = [f"{sets[0]} points to {name!r}, no file of this folder" for name in outside]
+        return {}, set(), sorted(listed) or [f"{sets[0]} lists no tensors"]
+    return _indexed(folder, place)
+
+
+def _indexed(
+    folder: epath.Path, place: dict[str, str]
+) -> tuple[dict[str, tensors.Tensor], set[str], list[str]]:
+    """What `_tensors` does, where an index says which file holds each key."""
     found: dict[str, tensors.Tensor] = {}
-    for name in files:
-        if name not in listing:
-            problems.append(f"{name} is missing, one of {len(files)} shards")
+    unread: set[str] = set()
+    problems: list[str] = []
+    shards = sorted(set(place.values()))
+    for name in shards:
+        keys = [key for key, shard in place.items() if shard == name]
+        if not (folder / name).exists():
+            problems.append(f"{name} is missing, one of {len(shards)} shards")
+            unread |= set(keys)
             continue
         try:
             header = tensors.read_header(folder / name)
         except UserError as error:
             problems.append(str(error))
+            unread |= set(keys)
             continue
-        if indices:
-            lost = [k for k, n in place.items() if n == name and k not in header]
-            problems += grouped(f"not in {name}, where the index puts it", lost)
-            problems += grouped(f"in {name}, not in the index", list(header.keys() - place.keys()))
+        lost = [key for key in keys if key not in header]
+        problems += grouped(f"not in {name}, where the index puts it", lost)
+        unread |= set(lost)
+        other = [key for key in header if place.get(key) != name]
+        problems += grouped(f"in {name}, where the index does not put it", other)
         found |= header
-    return found, problems
+    return found, unread, problems
 
 
 def grouped(what: str, keys: list[str]) -> list[str]:
@@ -260,7 +295,7 @@ def _other_files(path: epath.Path, parts: dict[str, Part]) -> list[str]:
             kept.append(entry.name)
     return [
         name for name in kept
-        if re.fullmatch(r"[\w./-]+", name)
+        if files.is_plain(name)
         and not name.endswith((*PICKLED, ".safetensors", ".py"))
         and (path / name).stat().length <= KEPT_FILES_BYTES
     ]
@@ -271,7 +306,7 @@ def _json(file: epath.Path) -> dict[str, Any]:
         raise UserError(f"no {file.name}")
     try:
         value = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file.name} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{file.name} is no JSON object")

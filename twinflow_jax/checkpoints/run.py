@@ -19,7 +19,7 @@ RANDOM = "random"  # the `pipeline` of runs that make small random networks for 
 # A run may go on with other values of these: they change what is reported, not what is learned.
 FREE = (
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep",
-    "sample.steps", "sample.columns", "sample.score_count",
+    "sample.steps", "sample.columns", "sample.prompts", "sample.score_count",
 )
 
 

@@ -4,8 +4,12 @@ An array of stacked layers is stored one layer a file, so that a converter never
 a layer, and in pieces along its input dimension, so that each device of a mesh reads its own.
 """
 
+import concurrent.futures
 import math
-from typing import Any
+import re
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,26 +22,30 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 
 Arrays = dict[str, ts.TensorStore]
+T = TypeVar("T")
 
 
 def location(folder: epath.PathLike) -> str:
-    """A folder as tensorstore names it: `gs://...` as it is, local paths as `file://`."""
+    """A folder as tensorstore names it, a URL: `gs://...`, `file://...` for local paths."""
     text = str(folder).rstrip("/")
-    return f"{text}/" if "://" in text else f"file://{epath.Path(text).resolve()}/"
+    scheme, path = text.split("://") if "://" in text else ("file", epath.Path(text).resolve())
+    return f"{scheme}://{urllib.parse.quote(str(path))}/"
 
 
 def create(
-    folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype, by_layer: bool = False,
+    folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype, rows: int | None = None,
     pieces: int = 1,
 ) -> ts.TensorStore:
     """A new array in a folder of its own.
 
-    by_layer: one file for each place along the first axis, to be written one by one. pieces:
-    parts of a file along its input dimension (the first, or the one after the layers), each of
+    rows: of the first axis that share a file (default: all), to be written at once. pieces:
+    parts of a file along its input dimension (the first, or the second where a file is a layer)
     which can be read alone; what does not divide stays whole.
+    Raises:
+      UserError: it cannot be written.
     """
-    file_shape = (1, *shape[1:]) if by_layer else shape
-    axis = 1 if by_layer else 0
+    file_shape = shape if rows is None else (rows, *shape[1:])
+    axis = 1 if rows == 1 else 0
     chunk = list(file_shape)
     if len(shape) > axis + 1 and chunk[axis] % pieces == 0:
         chunk[axis] //= pieces
@@ -49,20 +57,20 @@ def create(
                 "configuration": {"chunk_shape": chunk, "codecs": codecs},
             }
         ]
-    if math.prod(chunk) == 0:
-        raise AssertionError(f"{folder}: an array of shape {shape}")
-    return ts.open(
-        {
-            "driver": "zarr3", "kvstore": location(folder),
-            "metadata": {
-                "shape": list(shape), "data_type": np.dtype(dtype).name, "codecs": codecs,
-                "chunk_grid": {
-                    "name": "regular", "configuration": {"chunk_shape": list(file_shape)}
-                },
+    spec = {
+        "driver": "zarr3", "kvstore": location(folder),
+        "metadata": {
+            "shape": list(shape), "data_type": np.dtype(dtype).name, "codecs": codecs,
+            "chunk_grid": {
+                "name": "regular", "configuration": {"chunk_shape": list(file_shape)}
             },
         },
-        create=True, delete_existing=True,
-    ).result()
+        "store_data_equal_to_fill_value": True,  # so that a file that is gone is no zeros
+    }
+    try:
+        return ts.open(spec, create=True, delete_existing=True).result()
+    except ValueError as error:
+        raise UserError(f"array {folder} cannot be made: {_reason(error)}") from error
 
 
 def open_array(kvstore: str | dict[str, Any]) -> ts.TensorStore:
@@ -71,11 +79,55 @@ def open_array(kvstore: str | dict[str, Any]) -> ts.TensorStore:
     Raises:
       UserError: it is not, or cannot be read.
     """
+    spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
     try:
-        return ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
+        return ts.open(spec, open=True, read=True).result()
     except ValueError as error:
         where = kvstore if isinstance(kvstore, str) else kvstore.get("path", "")
-        raise UserError(f"array {where} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"array {where} cannot be read: {_reason(error)}") from error
+
+
+def read(array: ts.TensorStore) -> np.ndarray:
+    """An array, or the part of it that indexing gave.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return array.read().result()
+    except ValueError as error:
+        raise UserError(f"an array cannot be read: {_reason(error)}") from error
+
+
+def write(array: ts.TensorStore, values: np.ndarray) -> None:
+    """Writes an array, or the part of it that indexing gave, to its end.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    future = array.write(values)
+    try:
+        future.result()
+    except ValueError as error:
+        raise UserError(f"an array cannot be written: {_reason(error)}") from error
+    except KeyboardInterrupt:
+        future.exception()  # what is removed next should not be written to any more
+        raise
+
+
+def _reason(error: ValueError) -> str:
+    """What tensorstore says, without its appendices."""
+    return re.split(r" \[\w+=|\n", str(error))[0]
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, the next one being made while the last one is used."""
+    items, end = iter(items), object()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, items, end)
+        while (item := waiting.result()) is not end:
+            waiting = thread.submit(next, items, end)
+            yield item
 
 
 def load(arrays: Arrays, abstract, label: str, progress: bool = True):
@@ -108,12 +160,5 @@ def load(arrays: Arrays, abstract, label: str, progress: bool = True):
 
 
 def _read(array: ts.TensorStore, shape, dtype, sharding: Sharding) -> jax.Array:
-    def part(index):
-        try:
-            return array[index].read().result().astype(dtype, copy=False)
-        except ValueError as error:
-            raise UserError(
-                f"an array cannot be read: {str(error).splitlines()[0][:300]}"
-            ) from error
-
+    part = lambda index: read(array[index]).astype(dtype, copy=False)
     return jax.make_array_from_callback(shape, sharding, part)

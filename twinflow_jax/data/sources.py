@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int
+from PIL import Image
 
 from twinflow_jax.errors import UserError
 
@@ -22,10 +23,29 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
+    """captions: what the images of each class show, for text-to-image models."""
+
     name: str
     num_classes: int
     train: Split
     test: Split
+    captions: tuple[str, ...]
+
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = tuple(f"the handwritten digit {number}" for number in NUMBERS)
+
+
+def to_rgb(
+    x: Float[np.ndarray, "N H W C"], height: int, width: int
+) -> Float[np.ndarray, "N height width 3"]:
+    """Images of another size, with three channels (bilinear)."""
+    channels = [
+        [Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in c]
+        for c in np.moveaxis(x.astype(np.float32), -1, 0)
+    ]
+    resized = np.stack([[np.asarray(plane) for plane in c] for c in channels], axis=-1)
+    return np.repeat(resized, 3, axis=-1) if resized.shape[-1] == 1 else resized
 
 
 def held_out(labels: Int[np.ndarray, "N"]) -> np.ndarray:
@@ -39,7 +59,7 @@ def held_out(labels: Int[np.ndarray, "N"]) -> np.ndarray:
 def split(name: str, x: np.ndarray, label: np.ndarray) -> Dataset:
     x, label, test = x.astype(np.float32), label.astype(np.int32), held_out(label)
     train = Split(x[~test], label[~test])
-    return Dataset(name, int(label.max()) + 1, train, Split(x[test], label[test]))
+    return Dataset(name, int(label.max()) + 1, train, Split(x[test], label[test]), DIGITS)
 
 
 def digits() -> Dataset:
@@ -80,7 +100,7 @@ def mnist() -> Dataset:
         x = np.stack([r["image"] for r in records]).astype(np.float32) / 127.5 - 1.0
         return Split(x, np.asarray([r["label"] for r in records], np.int32))
 
-    return Dataset("mnist", 10, arrays(sources["train"]), arrays(sources["test"]))
+    return Dataset("mnist", 10, arrays(sources["train"]), arrays(sources["test"]), DIGITS)
 
 
 SOURCES: dict[str, Callable[[], Dataset]] = {"digits": digits, "mnist5k": mnist5k, "mnist": mnist}

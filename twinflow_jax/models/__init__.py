@@ -77,14 +77,17 @@ def settings_of(config: dict[str, Any]) -> tuple[Family, Any]:
 def create(config: dict[str, Any], null: dict[str, jax.Array] | None = None) -> Model:
     """The network that a config's `model` fields describe.
 
-    null: the condition that stands for none, of one row, where it is not the class after the
-    last one.
+    null: the condition that stands for none, of one row (default: the class after the last one,
+    or a text of no tokens).
     Raises:
       UserError: unknown family or field, or a sample shape that the network cannot take.
     """
     family, settings = settings_of(config)
     module = family.module(settings)
-    if null is None and settings.num_classes:
+    if null is None and family.text_to_image:
+        abstract = family.text_to_image.networks["transformer"].example(settings)[-1]
+        null = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
+    elif null is None and settings.num_classes:
         null = {"label": jnp.full((1,), settings.num_classes, jnp.int32)}
 
     def boxed(key: jax.Array):

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import conditioning
+from twinflow_jax.models import conditioning, remat
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """sample_shape: (H, W, C), H and W divisible by patch. remat: recompute blocks in backward."""
+    """sample_shape: (H, W, C), H and W divisible by patch. remat: one of remat.POLICIES."""
 
     name: str = "dit"
     sample_shape: tuple[int, ...] = (28, 28, 1)
@@ -26,7 +26,7 @@ class Config:
     depth: int = 4
     heads: int = 4
     num_classes: int = 10
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         shape = self.sample_shape
@@ -39,6 +39,7 @@ class Config:
             raise UserError(
                 f"model.width {self.width} must divide by 4 and by model.heads {self.heads}"
             )
+        remat.check(self.remat)
 
 
 def position_features(height: int, width: int, channels: int) -> Float[Array, "HW channels"]:
@@ -99,7 +100,7 @@ class DiT(nn.Module):
             image = jnp.ones((rows, grid[0] * grid[1]), bool)
             mask = jnp.concatenate([cond["mask"].astype(bool), image], axis=1)[:, None, None]
 
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = remat.block(Block, c.remat)
         layers = nn.scan(
             block, length=c.depth, variable_axes={"params": 0}, split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),

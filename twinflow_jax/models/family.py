@@ -67,13 +67,16 @@ class TextToImage:
 
     networks: "transformer", "text_encoder" and "vae" (the names are the same in all families).
     null_prompt: stands for no prompt in training. negative_prompt: the base model's own.
-    export_note: what somebody who loads an export elsewhere must know about r.
+    export_note: what somebody who loads an export elsewhere must know about r. tiny: published
+    configs of networks of a few megabytes, which with random weights try everything.
     """
 
     networks: dict[str, Network]
     null_prompt: str
     negative_prompt: str
     export_note: str
+    tiny: dict[str, dict[str, Any]]
+    save_tiny_tokenizer: Callable[[str], None]
     load_tokenizer: Callable[[str], Any]
     tokenize: Callable[
         [Any, Sequence[str]], tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]

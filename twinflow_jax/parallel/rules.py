@@ -10,7 +10,7 @@ RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "modulation": "tensor",
-    "vocab": "fsdp",
+    "vocab": "tensor",
 }
 
 

@@ -6,6 +6,20 @@ import numpy as np
 
 from twinflow_jax.errors import UserError
 
+# Of a scheduler_config.json: what we compute, and what the published class assumes where a
+# config leaves it out.
+IMPLEMENTED = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
+    "use_dynamic_shifting": True, "time_shift_type": "exponential", "use_karras_sigmas": False,
+    "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
+    "invert_sigmas": False,
+}
+SHIFTS = {
+    "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15,
+    "shift_terminal": None,
+}
+DEFAULTS = IMPLEMENTED | SHIFTS | {"use_dynamic_shifting": False}
+
 
 def dynamic_shift(
     steps: int, tokens: int, base_tokens: int = 256, max_tokens: int = 8192,
@@ -34,21 +48,17 @@ def published_times(scheduler: dict[str, Any], steps: int, tokens: int) -> tuple
     Raises:
       UserError: a scheduler that we do not compute, with everything in it that we do not.
     """
-    implemented = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True,
-        "time_shift_type": "exponential", "use_karras_sigmas": False,
-        "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
-        "invert_sigmas": False,
-    }
+    config = DEFAULTS | scheduler
     problems = [
-        f"{key} is {scheduler.get(key)!r}, only {value!r} is implemented"
-        for key, value in implemented.items()
-        if scheduler.get(key, value) != value
+        f"{key} is {config[key]!r}, only {value!r} is implemented"
+        for key, value in IMPLEMENTED.items()
+        if config[key] != value
+    ]
+    problems += [
+        f"{key} is {config[key]!r}, not a number"
+        for key, default in SHIFTS.items()
+        if config[key] != default and not isinstance(config[key], int | float)
     ]
     if problems:
         raise UserError(f"scheduler_config.json: {'; '.join(problems)}")
-    return dynamic_shift(
-        steps, tokens, scheduler.get("base_image_seq_len", 256),
-        scheduler.get("max_image_seq_len", 4096), scheduler.get("base_shift", 0.5),
-        scheduler.get("max_shift", 1.15), scheduler.get("shift_terminal"),
-    )
+    return dynamic_shift(steps, tokens, *(config[key] for key in SHIFTS))

@@ -1,8 +1,10 @@
 """What no run can be trained with, refused before anything is written."""
 
+from twinflow_jax import checkpoints, data, models
 from twinflow_jax import config as configs
-from twinflow_jax import data, models
+from twinflow_jax.checkpoints import imported
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
 
 
 def check_values(config) -> None:
@@ -16,6 +18,7 @@ def check_values(config) -> None:
         "train.steps": 1, "train.seed": 0, "train.micro_steps": 1, "train.log_every": 1,
         "train.sample_every": 1, "train.checkpoint_every": 1, "train.keep": 1,
         "train.flow_matching_steps": 0, "data.batch_size": 1, "sample.columns": 1,
+        "data.text_tokens": 1,
         "sample.score_count": 0, "optimizer.warmup": 0,
     }
     flat = configs.flatten(config.to_dict())
@@ -35,7 +38,8 @@ def check_values(config) -> None:
             "objective.teacher_decay is 1, a frozen teacher, but it would be random weights: "
             "set train.init_from to a trained run"
         )
-    guided = config.objective.get("guidance", 0.0) > 0 and config.model.get("num_classes", 0) > 0
+    conditional = config.pipeline or config.model.get("num_classes", 0) > 0
+    guided = config.objective.get("guidance", 0.0) > 0 and conditional
     untrained = train.unconditional == "empty" and not (train.condition_dropout or train.init_from)
     if guided and untrained:
         raise UserError(
@@ -44,16 +48,52 @@ def check_values(config) -> None:
         )
 
 
-def check_fit(model: models.Model, dataset: data.Dataset) -> None:
-    """Refuses a network that does not take this data."""
+def check_fit(config, family: models.Family, settings, dataset: data.Dataset) -> None:
+    """Refuses a network that does not take this data, or a pipeline that does not fit it.
+
+    settings: the network's.
+    Raises:
+      UserError: says what differs.
+    """
+    if family.text_to_image is not None:
+        check_pipeline(config, settings)
+        return
+    if config.pipeline:
+        raise UserError(f"pipeline is set, but model {config.model.name!r} draws no text")
     shape = dataset.train.x.shape[1:]
-    if tuple(model.sample_shape) != shape:
+    if tuple(settings.sample_shape) != shape:
         raise UserError(
-            f"model.sample_shape is {tuple(model.sample_shape)}, but data {dataset.name!r} has "
+            f"model.sample_shape is {tuple(settings.sample_shape)}, but data {dataset.name!r} has "
             f"images of {shape}"
         )
-    if model.config.num_classes not in (0, dataset.num_classes):
+    if settings.num_classes not in (0, dataset.num_classes):
         raise UserError(
-            f"model.num_classes is {model.config.num_classes}, but data {dataset.name!r} has "
-            f"{dataset.num_classes} classes"
+            f"model.num_classes is {settings.num_classes}, but data {dataset.name!r} has "
+            f"{dataset.num_classes} classes (0 for none)"
+        )
+
+
+def check_pipeline(config, settings) -> None:
+    """Refuses a pipeline whose transformer is not the one that is trained."""
+    if not config.pipeline:
+        raise UserError(
+            f"model {config.model.name!r} draws from text: set pipeline to an imported checkpoint "
+            "(tools/convert.py), or to random for small random networks"
+        )
+    network = models.FAMILIES[config.model.name].text_to_image.networks["transformer"]
+    if config.pipeline == checkpoints.RANDOM:
+        tiny = models.FAMILIES[config.model.name].text_to_image.tiny["transformer"]
+        theirs = network.config.from_published(tiny)
+    else:
+        theirs = imported.open_imported(config.pipeline).config("transformer")
+    ours, theirs = (names.flatten(network.abstract(c)[0]) for c in (settings, theirs))
+    differing = [
+        path for path in ours.keys() | theirs
+        if path not in ours or path not in theirs or ours[path].shape != theirs[path].shape
+    ]
+    if differing:
+        raise UserError(
+            f"pipeline {config.pipeline} has another transformer than model: {len(differing)} "
+            f"parameters differ, as {min(differing)}; make the model's fields those of its "
+            "config.json"
         )

@@ -9,9 +9,11 @@ def get() -> ml_collections.ConfigDict:
     """A locked config to change in a config file (`model` and `objective` whole, by assignment)."""
     return ml_collections.ConfigDict(
         {
+            "pipeline": "",  # for text: an imported checkpoint, or "random" for small networks
             "data": {
                 "name": "mnist5k",
                 "batch_size": 256,
+                "text_tokens": 64,  # that every caption is cut or padded to, where there are any
             },
             "model": {"name": "mlp", "sample_shape": (28, 28, 1), "num_classes": 10},
             "objective": objectives.preset("released"),
@@ -41,7 +43,8 @@ def get() -> ml_collections.ConfigDict:
             },
             "sample": {
                 "steps": (1, 2, 4),  # of the pictures and metrics made while training
-                "columns": 8,  # pictures per class
+                "columns": 8,  # pictures per class or prompt
+                "prompts": (),  # what to draw from text (none: the data's captions)
                 "score_count": 1000,  # samples behind each metric; 0: pictures only
             },
         }

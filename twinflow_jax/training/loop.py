@@ -7,13 +7,13 @@ import time
 
 import jax
 import ml_collections
-import numpy as np
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, data, models, objectives
+from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.checkpoints.saver import abstract
 from twinflow_jax.errors import UserError
-from twinflow_jax.training import checks, optimizers, state, step
+from twinflow_jax.training import checks, inputs, optimizers, state, step
 from twinflow_jax.training.log import Log
 from twinflow_jax.training.preview import Preview
 
@@ -39,16 +39,18 @@ def train(
         a loss that became NaN (with its step and term).
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
-    model, objective = models.create(config.model), objectives.build(config.objective)
+    family, settings = models.settings_of(config.model)
+    objective = objectives.build(config.objective)
     checks.check_values(config)
     objective.counts(config.data.batch_size)  # refuses a batch too small for the roles
     optimizer = optimizers.create(config.optimizer, config.train.steps)
-    steps = make_steps(config, model, objective, optimizer)
     dataset = data.load(config.data.name)
-    checks.check_fit(model, dataset)
+    checks.check_fit(config, family, settings, dataset)
     checkpoints.claim(workdir, config)
     try:
-        return run(config, workdir, model, objective, optimizer, steps, dataset, progress)
+        prepared = inputs.prepare(config, dataset, workdir)
+        steps = make_steps(config, prepared.model, objective, optimizer)
+        return run(config, workdir, prepared, objective, optimizer, steps, progress)
     except OSError as error:
         raise UserError(
             f"cannot write to {workdir} ({error.strerror or error}): make room there, then start "
@@ -57,23 +59,24 @@ def train(
 
 
 def run(
-    config, workdir, model, objective, optimizer, steps, dataset, progress
+    config, workdir, prepared: inputs.Inputs, objective, optimizer, steps, progress
 ) -> state.TrainState:
     """The loop itself, from the newest checkpoint of `workdir` to the last step."""
+    model = prepared.model
     with contextlib.ExitStack() as stack:
         saver = checkpoints.Saver(workdir, config.train.keep)
         stack.callback(saver.close)
         current = start(config, model, objective, optimizer, saver)
         first = int(current.step)
-        preview = Preview(config, model, dataset, workdir)
+        preview = Preview(config, prepared, workdir)
         log = stack.enter_context(Log(workdir, first))
         if preview.missing(first):  # killed between a checkpoint and its pictures
             log.write_samples(first, preview.make(state.sampling_params(current), first))
         if first >= config.train.steps:
             print(f"{workdir} is complete: step {first} of {config.train.steps}", flush=True)
             return current
-        batches = data.batches(dataset.train, config.data.batch_size, config.train.seed, first)
-        compiled = compile_steps(steps, current, model, first, config, progress)
+        batches = data.batches(prepared.split, config.data.batch_size, config.train.seed, first)
+        compiled = compile_steps(steps, current, prepared, first, config, progress)
         stopper = stack.enter_context(Stopper())
         bar = stack.enter_context(
             tqdm(total=config.train.steps, initial=first, unit="step", disable=not progress,
@@ -83,7 +86,7 @@ def run(
         pending = None  # metrics of the step before, read while this one runs
         for i in range(first, config.train.steps):
             choice = "flow_matching" if i < config.train.flow_matching_steps else "objective"
-            current, metrics = compiled[choice](current, model_inputs(model, next(batches)))
+            current, metrics = compiled[choice](current, prepared.batch(next(batches)))
             if pending:
                 log.add(*pending)
             pending = (i + 1, metrics)
@@ -128,17 +131,12 @@ def make_steps(config, model, objective, optimizer) -> dict:
     }
 
 
-def compile_steps(steps, current, model, first, config, progress) -> dict:
+def compile_steps(
+    steps, current, prepared: inputs.Inputs, first: int, config, progress: bool
+) -> dict:
     """The steps compiled for this state and batch, before the clock of training starts."""
     begin = time.perf_counter()
-    rows = config.data.batch_size
-    example = model_inputs(
-        model,
-        {
-            "x": jax.ShapeDtypeStruct((rows, *model.sample_shape), np.float32),
-            "label": jax.ShapeDtypeStruct((rows,), np.int32),
-        },
-    )
+    example = prepared.example(config.data.batch_size)
     needed = set()
     if first < config.train.flow_matching_steps:
         needed.add("flow_matching")
@@ -155,12 +153,6 @@ def compile_steps(steps, current, model, first, config, progress) -> dict:
     return compiled
 
 
-def model_inputs(model: models.Model, batch: dict[str, np.ndarray]) -> dict:
-    """What a step takes, from a batch of labelled images."""
-    cond = {"label": batch["label"]} if model.config.num_classes else {}
-    return {"x": batch["x"], "cond": cond}
-
-
 def start(config, model, objective, optimizer, saver: checkpoints.Saver) -> state.TrainState:
     """The state to go on from: the newest checkpoint, another run's weights, or fresh ones."""
 
@@ -173,6 +165,8 @@ def start(config, model, objective, optimizer, saver: checkpoints.Saver) -> stat
     restored = saver.restore(abstract(state.to_parts(begin)))
     if restored is not None:
         return state.from_parts(restored)
+    if config.train.init_from and imported.is_imported(config.train.init_from):
+        return fresh(load_transformer(config.train.init_from, model))
     if config.train.init_from:
         _, other, params, _ = checkpoints.load_weights(config.train.init_from)
         theirs, ours = (dataclasses.asdict(m.config) for m in (other, model))
@@ -184,6 +178,22 @@ def start(config, model, objective, optimizer, saver: checkpoints.Saver) -> stat
             )
         return fresh(params)
     return begin
+
+
+def load_transformer(folder: str, model: models.Model):
+    """The velocity network of an imported checkpoint, as float32 master weights.
+
+    Raises:
+      UserError: it is of another architecture.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        model.abstract_params(),
+    )
+    return store.load(
+        imported.open_imported(folder).arrays("transformer"), abstract, f"{folder}: transformer"
+    )
 
 
 class Stopper:

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from twinflow_jax import data, evaluation, images, models
+from twinflow_jax import images
 from twinflow_jax.evaluation import sample_labels
 from twinflow_jax.sampling import few_step, sample
+from twinflow_jax.training.inputs import Inputs, take
 
 
 class Preview:
@@ -15,17 +16,17 @@ class Preview:
     The loss says little about samples (it may rise while they improve): watch these instead.
     """
 
-    def __init__(self, config, model: models.Model, dataset: data.Dataset, workdir: str):
-        self._model, self._folder = model, epath.Path(workdir) / "samples"
+    def __init__(self, config, inputs: Inputs, workdir: str):
+        self._inputs, self._folder = inputs, epath.Path(workdir) / "samples"
         self._grids = [few_step(steps) for steps in config.sample.steps]
         self._every, self._last = config.train.sample_every, config.train.steps
-        self._columns, self._classes = config.sample.columns, dataset.num_classes
-        self._count = max(config.sample.score_count, self._columns * self._classes)
-        self._labels = sample_labels(self._count, dataset.num_classes)
+        self._columns, self._rows = config.sample.columns, len(inputs.names)
+        scored = config.sample.score_count if inputs.judge else 0
+        self._count = max(scored, self._columns * self._rows)
+        self._labels = sample_labels(self._count, self._rows)
         noise_key, self._key = jax.random.split(jax.random.key(config.train.seed))
-        self._noise = jax.random.normal(noise_key, (self._count, *model.sample_shape))
-        scored = model.config.num_classes > 0 and config.sample.score_count > 0
-        self._judge = evaluation.Judge.create(dataset) if scored else None
+        shape = inputs.model.sample_shape
+        self._noise = jax.random.normal(noise_key, (self._count, *shape))
 
     def missing(self, step: int) -> bool:
         """Whether pictures were due at this step and are not there."""
@@ -38,20 +39,18 @@ class Preview:
     def make(self, params, step: int) -> dict[int, dict[str, float]]:
         """Writes samples/step_STEP.png; returns scores by number of evaluations."""
         blocks, scores = {}, {}
-        shown = np.concatenate(  # rows are classes
-            [np.flatnonzero(self._labels == c)[: self._columns] for c in range(self._classes)]
+        shown = np.concatenate(  # rows are classes, or prompts
+            [np.flatnonzero(self._labels == row)[: self._columns] for row in range(self._rows)]
         )
+        cond = take(self._inputs.shown, self._labels)
         for grid in self._grids:
-            x = sample(
-                self._model.apply, params, self._noise, self._model.cond(self._labels), grid,
-                self._key,
-            )
-            x = np.clip(np.asarray(x), -1, 1)
+            x = sample(self._inputs.model.apply, params, self._noise, cond, grid, self._key)
+            x = self._inputs.decode(np.asarray(x))
             blocks[f"{grid.nfe} NFE"] = x[shown]
-            if self._judge:
-                scores[grid.nfe] = self._judge.score(x, self._labels)
+            if self._inputs.judge:
+                scores[grid.nfe] = self._inputs.judge.score(x, self._labels)
         sheet = images.sheet(blocks, self._columns, title=f"step {step}")
-        images.save(self._file(step), sheet)
+        images.save(self._file(step), sheet, {"rows": "\n".join(self._inputs.names)})
         return scores
 
     @staticmethod

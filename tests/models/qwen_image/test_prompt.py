@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 
-from tests.models import oracles, synthetic_tokenizer
+from tests.models import oracles
 from tests.models.qwen_image import test_text_encoder as text
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.qwen_image import prompt
@@ -19,7 +19,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    synthetic_tokenizer.save_tokenizer(folder)
+    tiny.save_tokenizer(folder)
     return folder
 
 
@@ -101,6 +101,6 @@ def test_a_folder_without_its_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{ not JSON")
     with pytest.raises(UserError, match="cannot be read: Expecting"):
         prompt.load_tokenizer(tmp_path)
-    synthetic_tokenizer.save_tokenizer(tmp_path, words=())
+    tiny.save_tokenizer(tmp_path, words=())
     with pytest.warns(UserWarning, match="is not Qwen-Image's: the template's start is 149 tokens"):
         prompt.load_tokenizer(tmp_path)

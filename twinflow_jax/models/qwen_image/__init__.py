@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.family import Family, Network, TextToImage
-from twinflow_jax.models.qwen_image import autoencoder, prompt, text_encoder, transformer
+from twinflow_jax.models.qwen_image import autoencoder, prompt, text_encoder, tiny, transformer
 
 EXPORT_NOTE = """\
 The transformer was trained with two times, the present t and the target r: its time embedding is
@@ -92,7 +92,8 @@ FAMILY = Family(
     transformer.Config, transformer.Transformer,
     TextToImage(
         networks=NETWORKS, null_prompt=prompt.NULL_PROMPT, negative_prompt=" ",
-        export_note=EXPORT_NOTE, load_tokenizer=prompt.load_tokenizer,
+        export_note=EXPORT_NOTE, tiny=tiny.CONFIGS, save_tiny_tokenizer=tiny.save_tokenizer,
+        load_tokenizer=prompt.load_tokenizer,
         tokenize=prompt.tokenize, embed=embed, encode=encode, decode=decode,
         latent_shape=latent_shape, base_guide=norm_preserving,
     ),

@@ -1,0 +1,91 @@
+"""Qwen-Image 20B, all parameters, into a one-step generator: TwinFlow's settings for it.
+
+    python tools/convert.py import Qwen/Qwen-Image checkpoints/qwen_image
+    python -m twinflow_jax.train --config configs/qwen20b_tpu.py --workdir runs/qwen
+
+Variants, as `configs/qwen20b_tpu.py:NAME`:
+  (none)    the paper's settings (Table 6): 3,000 steps of 32 images (10,000 for the longer run)
+  released  the released qwenimage_full.yaml: teacher = student, no average of the weights
+  bench     the fixed workload of docs/benchmarks.md: 512x512, batch 128, teacher = student
+  tiny      the same code with small random networks, on handwritten digits with captions:
+
+    python -m twinflow_jax.train --config configs/qwen20b_tpu.py:tiny --workdir runs/tiny
+    python -m twinflow_jax.sample --checkpoint runs/tiny --prompt "the handwritten digit two" \\
+        --out samples
+
+Hardware: master weights, AdamW's moments and gradients take 327 GB in float32, each average of
+the weights 82 GB more. `tiny` runs on two CPU cores in about a minute; its networks are random,
+so that its pictures show that everything works, and nothing else.
+"""
+
+import ml_collections
+
+from twinflow_jax import objectives
+from twinflow_jax.errors import UserError
+from twinflow_jax.models.qwen_image import tiny
+from twinflow_jax.training import defaults
+
+PROMPTS = (
+    "A red fox in fresh snow, close-up, morning light",
+    "A shop window with the words \"one step\" in gold letters",
+    "Two old men playing chess in a park, oil painting",
+    "A bowl of ramen, seen from above, on a dark wooden table",
+)
+
+
+def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
+    variants = {"paper": paper, "released": released, "bench": bench, "tiny": small}
+    if variant not in variants:
+        raise UserError(f"no variant {variant!r}; choose from {', '.join(variants)}")
+    return variants[variant]()
+
+
+def paper() -> ml_collections.ConfigDict:
+    config = defaults.get()
+    config.pipeline = "checkpoints/qwen_image"
+    config.data.update(name="digits", batch_size=32, text_tokens=512)
+    config.model = {
+        "name": "qwen_image", "sample_shape": (64, 64, 16), "dtype": "bfloat16", "remat": "full",
+    }
+    config.objective = objectives.preset("released")
+    config.optimizer.update(
+        name="adamw", learning_rate=1e-5, betas=(0.9, 0.99), clip_norm=1.0
+    )
+    config.train.update(
+        steps=3000, ema_decay=0.99, init_from="checkpoints/qwen_image", log_every=10,
+        sample_every=100, checkpoint_every=100,
+    )
+    config.sample.update(prompts=PROMPTS, columns=2, score_count=0)
+    return config
+
+
+def released() -> ml_collections.ConfigDict:
+    config = paper()
+    config.objective.teacher_decay = 0.0
+    config.train.ema_decay = 0.0
+    return config
+
+
+def bench() -> ml_collections.ConfigDict:
+    config = released()
+    config.data.batch_size = 128
+    return config
+
+
+def small() -> ml_collections.ConfigDict:
+    config = paper()
+    config.pipeline = "random"
+    config.data.update(name="digits", batch_size=16, text_tokens=64)
+    published = tiny.CONFIGS["transformer"]
+    config.model = {
+        "name": "qwen_image", "sample_shape": (4, 4, 16), "layers": published["num_layers"],
+        "heads": published["num_attention_heads"], "head_dim": published["attention_head_dim"],
+        "text_width": published["joint_attention_dim"],
+        "rope_axes": tuple(published["axes_dims_rope"]), "remat": "full",
+    }
+    config.optimizer.learning_rate = 1e-3
+    config.train.update(
+        steps=60, init_from="", condition_dropout=0.1, sample_every=30, checkpoint_every=30
+    )
+    config.sample.update(steps=(1, 2), columns=4)
+    return config

@@ -1,0 +1,59 @@
+"""The base models' own time grids against diffusers' scheduler and pipeline."""
+
+import numpy as np
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.sampling.schedules import dynamic_shift, published_times
+
+QWEN = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.34.0.dev0",
+    "base_image_seq_len": 256, "base_shift": 0.5, "invert_sigmas": False,
+    "max_image_seq_len": 8192, "max_shift": 0.9, "num_train_timesteps": 1000, "shift": 1.0,
+    "shift_terminal": 0.02, "stochastic_sampling": False, "time_shift_type": "exponential",
+    "use_beta_sigmas": False, "use_dynamic_shifting": True, "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+SPARSE = {"use_dynamic_shifting": True}  # everything else as the published class assumes
+
+
+def theirs(config: dict, steps: int, tokens: int) -> np.ndarray:
+    """The sigmas that QwenImagePipeline gets from its scheduler."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(tokens, *(scheduler.config[key] for key in keys))
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+    return scheduler.sigmas.numpy()
+
+
+@pytest.mark.parametrize("config", [QWEN, SPARSE, SPARSE | {"shift_terminal": 0.1}])
+def test_times_are_the_published_ones(config):
+    for steps, tokens in [(2, 24), (6, 256), (7, 4096), (50, 10_000)]:
+        ours = published_times(config, steps, tokens)
+        np.testing.assert_allclose(ours, theirs(config, steps, tokens), rtol=0, atol=1e-6)
+        assert ours[-1] == 0 and (np.diff(ours) < 0).all()
+    one_step = published_times(config, 1, 4096)  # stretched, it is nan there
+    assert one_step == pytest.approx((1.0, 0.0))
+
+
+def test_defaults_are_qwen_images():
+    assert dynamic_shift(50, 4096) == published_times(QWEN, 50, 4096)
+
+
+def test_other_schedulers_are_refused():
+    other = QWEN | {
+        "_class_name": "UniPCMultistepScheduler", "time_shift_type": "linear",
+        "use_karras_sigmas": True, "max_shift": None, "num_train_timesteps": 500,
+    }
+    with pytest.raises(UserError) as error:
+        published_times(other, 4, 256)
+    problems = str(error.value).removeprefix("scheduler_config.json: ").split("; ")
+    assert [problem.split(" is ")[0] for problem in problems] == [
+        "_class_name", "num_train_timesteps", "time_shift_type", "use_karras_sigmas", "max_shift",
+    ]
+    with pytest.raises(UserError, match="use_dynamic_shifting is False, only True"):
+        published_times({"_class_name": QWEN["_class_name"]}, 4, 256)  # the class's default
+    with pytest.raises(UserError, match="steps is 0"):
+        published_times(QWEN, 0, 256)

@@ -1,0 +1,99 @@
+"""Training a text-to-image family, with its small random networks."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from twinflow_jax import checkpoints
+from twinflow_jax import config as configs
+from twinflow_jax.checkpoints import exporting, imported, random
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.training.loop import train
+
+TINY = "configs/qwen20b_tpu.py:tiny"
+FEW = ("train.steps=4", "train.sample_every=4", "train.checkpoint_every=3", "sample.columns=1")
+
+
+def tiny(*overrides: str):
+    return configs.load(TINY, [*FEW, *overrides])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run that made its own pipeline."""
+    folder = tmp_path_factory.mktemp("text") / "run"
+    train(tiny(), str(folder), progress=False)
+    return folder
+
+
+def test_a_run_draws_its_prompts_and_logs_every_role(run):
+    with Image.open(run / "samples/step_000004.png") as picture:
+        assert len(np.unique(np.asarray(picture))) > 50
+        assert "red fox" in picture.text["rows"]
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {f"loss/{role}" for role in ("one_step", "adversarial", "rectify")} <= last.keys()
+
+
+def test_the_null_prompt_is_encoded_once(run):
+    [file] = (run / "random").glob("null_prompt_*.safetensors")
+    before = file.stat().st_mtime_ns
+    train(tiny("sample.columns=2"), str(run), progress=False)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_every_leaf_of_the_transformer_is_trained(run):
+    """From step 3 on: before it, what was initialised to zero holds gradients back."""
+    _, before, _ = checkpoints.open_weights(run, raw=True, step=3)
+    _, after, _ = checkpoints.open_weights(run, raw=True, step=4)
+    assert after.keys() == imported.open_imported(run / "random").arrays("transformer").keys()
+    still = [
+        path for path, array in after.items()
+        if np.array_equal(array.read().result(), before[path].read().result())
+    ]
+    assert still == []
+
+
+def test_weights_come_from_and_go_back_to_a_published_folder(run, tmp_path):
+    """Nothing learnt: the export's transformer is the imported one, bit for bit."""
+    source = random.write_random("qwen_image", tmp_path / "pipeline", seed=5)
+    still = tiny(
+        f"pipeline={tmp_path / 'pipeline'}", f"train.init_from={tmp_path / 'pipeline'}",
+        "optimizer.learning_rate=0.0", "train.steps=1",
+    )
+    final = train(still, str(tmp_path / "run"), progress=False)
+    for path, leaf in names.flatten(final.params).items():
+        np.testing.assert_array_equal(leaf, source.arrays("transformer")[path].read().result())
+    _, arrays, _ = checkpoints.open_weights(tmp_path / "run", raw=True)
+    exporting.export_folder(source, tmp_path / "export", trained=arrays, progress=False)
+    found = exporting.compare(str(tmp_path / "export"), source, progress=False)
+    assert found.keys() == {"transformer", "text_encoder", "vae"}
+    for name, result in found.items():
+        assert result.identical > 20 and not result.lines, (name, result.lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("pipeline=",), "set pipeline to an imported checkpoint"),
+        (("pipeline=nowhere",), "no imported checkpoint"),
+        (("model.layers=3",), "another transformer than model"),
+        (("model.remat=some",), "remat is 'some'"),
+        (("train.condition_dropout=0.0",), "nothing trains here"),
+        (("data.text_tokens=0",), "data.text_tokens is 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(overrides, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(tiny(*overrides), str(tmp_path / "run"), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_published_variants_name_the_published_network():
+    for variant, batch in (("paper", 32), ("released", 32), ("bench", 128)):
+        config = configs.load(f"configs/qwen20b_tpu.py:{variant}")
+        assert config.data.batch_size == batch and config.model.remat == "full"
+    with pytest.raises(UserError, match="no variant 'huge'"):
+        configs.load("configs/qwen20b_tpu.py:huge")

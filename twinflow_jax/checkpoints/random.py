@@ -1,0 +1,39 @@
+"""A checkpoint of a family's small networks with random weights, as if it had been imported."""
+
+import json
+
+import jax
+import numpy as np
+from etils import epath
+
+from twinflow_jax import files, models
+from twinflow_jax.checkpoints import imported, store
+from twinflow_jax.models import names
+
+
+def write_random(family: str, target: epath.PathLike, seed: int) -> imported.Imported:
+    """Writes it to a local folder, all or nothing; leaves alone what is there already."""
+    target = epath.Path(target)
+    if (target / imported.RECORD).exists() and not (target / files.UNFINISHED).exists():
+        return imported.open_imported(target)
+    text_to_image = models.FAMILIES[family].text_to_image
+    keys = jax.random.split(jax.random.key(seed), len(text_to_image.networks))
+    with files.whole_folder(target, 0):
+        for key, (name, network) in zip(keys, text_to_image.networks.items(), strict=True):
+            config = network.config.from_published(text_to_image.tiny[name])
+            params = jax.jit(lambda key, n=network, c=config: n.init(c, key))(key)
+            for path, leaf in names.flatten(params).items():
+                place = imported.array_folder(target, name, path)
+                store.create(place, leaf.shape, leaf.dtype).write(np.asarray(leaf)).result()
+        text_to_image.save_tiny_tokenizer(target / "files" / "tokenizer")
+        tokenizer = sorted(f"tokenizer/{f.name}" for f in (target / "files/tokenizer").iterdir())
+        record = {
+            "format": imported.FORMAT, "family": family, "source": f"random weights, seed {seed}",
+            "files": tokenizer,
+            "networks": {
+                name: {"published": text_to_image.tiny[name], "carried": [], "added": []}
+                for name in text_to_image.networks
+            },
+        }
+        files.write(target / imported.RECORD, json.dumps(record, indent=2).encode())
+    return imported.open_imported(target)

@@ -1,0 +1,102 @@
+"""What a run learns from and draws: rows, their conditions, and how a sample becomes a picture.
+
+Labelled images train a class-conditional network as they are. For a text-to-image family each
+label stands for its caption, and images and captions go through the pipeline's autoencoder and
+text encoder once, before training.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+from twinflow_jax import checkpoints, data, evaluation, models, text_to_image
+from twinflow_jax.checkpoints import imported, random
+
+Conditions = dict[str, np.ndarray]  # row k of each array is of label, or prompt, k
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """split: rows to train on, each with a label. conditions: of the labels.
+
+    shown: the conditions that previews draw, with their names. decode: samples -> images.
+    judge: what scores drawn samples of each label, where there is one.
+    """
+
+    model: models.Model
+    split: data.Split
+    conditions: Conditions
+    shown: Conditions
+    names: tuple[str, ...]
+    decode: Callable[[Float[np.ndarray, "N ..."]], Float[np.ndarray, "N H W C"]]
+    judge: evaluation.Judge | None
+
+    def batch(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What a step takes, from rows {"x", "label"}."""
+        return {"x": rows["x"], "cond": take(self.conditions, rows["label"])}
+
+    def example(self, rows: int) -> dict[str, Any]:
+        """The shapes of `batch` with that many rows."""
+        x = jax.ShapeDtypeStruct((rows, *self.model.sample_shape), np.float32)
+        cond = {
+            name: jax.ShapeDtypeStruct((rows, *table.shape[1:]), table.dtype)
+            for name, table in self.conditions.items()
+        }
+        return {"x": x, "cond": cond}
+
+
+def take(conditions: Conditions, index) -> Conditions:
+    """The conditions of some labels, one row each."""
+    return {name: table[index] for name, table in conditions.items()}
+
+
+def prepare(config, dataset: data.Dataset, workdir: epath.PathLike) -> Inputs:
+    """The inputs of a run whose config and folder have been checked."""
+    family, _ = models.settings_of(config.model)
+    if family.text_to_image is None:
+        return of_classes(config, dataset)
+    return of_captions(config, dataset, workdir)
+
+
+def of_classes(config, dataset: data.Dataset) -> Inputs:
+    model = models.create(config.model)
+    classes = np.arange(dataset.num_classes, dtype=np.int32)
+    table = {"label": classes} if model.config.num_classes else {}
+    scored = model.config.num_classes > 0 and config.sample.score_count > 0
+    return Inputs(
+        model, dataset.train, table, shown=table, names=tuple(map(str, classes)),
+        decode=lambda x: np.clip(x, -1, 1),
+        judge=evaluation.Judge.create(dataset) if scored else None,
+    )
+
+
+def of_captions(config, dataset: data.Dataset, workdir: epath.PathLike) -> Inputs:
+    """Images and captions through the networks of `config.pipeline`."""
+    folder = checkpoints.pipeline_of(workdir, config)
+    if config.pipeline == checkpoints.RANDOM:
+        random.write_random(config.model.name, folder, config.train.seed)
+    settings = models.settings_of(config.model)[1]
+    pipeline = text_to_image.Pipeline(
+        imported.open_imported(folder), settings.dtype, settings=settings, progress=False
+    )
+    prompts = tuple(config.sample.prompts) or dataset.captions
+    captions, shown, null = text_to_image.same_length(
+        pipeline.embed(dataset.captions, config.data.text_tokens),
+        pipeline.embed(prompts, config.data.text_tokens), pipeline.null(),
+    )
+    side = pipeline.config("vae").downscale
+    height, width = (side * places for places in settings.sample_shape[:2])
+    latents = pipeline.encode(data.to_rgb(dataset.train.x, height, width))
+
+    def decode(latents):
+        return np.stack(pipeline.decode(latents, text_to_image.TILE))
+
+    return Inputs(
+        models.create(config.model, null.rows([0])), data.Split(latents, dataset.train.label),
+        captions.rows(slice(None)), shown.rows(slice(None)), prompts, decode, judge=None,
+    )
