@@ -50,7 +50,8 @@ def parse() -> argparse.Namespace:
     verb.add_argument("source", metavar="SRC", help="an imported checkpoint, or a run's --workdir")
     verb.add_argument("target", metavar="DST")
     verb.add_argument(
-        "--dtype", choices=importing.DTYPES, help="of the transformer (default: as stored)"
+        "--dtype", choices=importing.DTYPES,
+        help="of the transformer (default: as it was trained or published)",
     )
     _weights(verb)
     verb = verbs.add_parser("verify", help="compare a published folder with a checkpoint")
@@ -79,7 +80,8 @@ def run_import(args) -> int:
 
 def run_export(args) -> int:
     checkpoint, trained, text = open_weights(args)
-    second = trained or not checkpoint.record["networks"]["transformer"]["added"]
+    transformer = checkpoint.record["networks"].get("transformer")
+    second = transformer and (trained or not transformer["added"])  # it has the embedder of r
     readme = README.format(
         name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
         note=models.FAMILIES[checkpoint.family].text_to_image.export_note if second else "",
@@ -105,6 +107,11 @@ def run_verify(args) -> int:
 def open_weights(args):
     """`(imported checkpoint, trained arrays or None, a phrase that says which weights)`."""
     if imported.is_imported(args.source):
+        if args.raw or args.at_step is not None or args.pipeline:
+            raise UserError(
+                f"{args.source} is an imported checkpoint: --raw, --at-step and --pipeline are "
+                "for runs"
+            )
         return imported.open_imported(args.source), None, ""
     config, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
     base = args.pipeline or checkpoints.pipeline_of(args.source, config)

@@ -16,54 +16,63 @@ from twinflow_jax.checkpoints import published, store, tensors
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.checkpoints.importing import DTYPES
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
 from twinflow_jax.models.names import Rule
 
 SHARD = 4 << 30  # bytes of an exported file
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
-    """A network's tensors under their published keys, read when asked for.
+class Stored:
+    """A published tensor as we have it: an array, or a layer of one (None: all of it)."""
 
-    places: for each key the array, its rule (None: kept as it was) and the layer in a stack.
-    """
+    array: ts.TensorStore
+    rule: Rule
+    layer: int | None
 
-    places: dict[str, tuple[ts.TensorStore, Rule | None, int | None]]
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype.numpy_dtype
 
-    def dtype(self, key: str) -> np.dtype:
-        return self.places[key][0].dtype.numpy_dtype
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rule.theirs_shape(tuple(self.array.shape))
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        array, rule, _ = self.places[key]
-        return tuple(array.shape) if rule is None else rule.theirs_shape(tuple(array.shape))
+    def read(self) -> np.ndarray:
+        part = self.array if self.layer is None else self.array[self.layer]
+        return self.rule.theirs(store.read(part))
 
-    def read(self, key: str) -> np.ndarray:
-        array, rule, layer = self.places[key]
-        try:
-            value = (array if layer is None else array[layer]).read().result()
-        except ValueError as error:
-            raise UserError(f"{key} cannot be read: {str(error).splitlines()[0]}") from error
-        return value if rule is None else rule.theirs(value)
+
+Tensors = dict[str, Stored | tensors.Tensor]  # by published key, read when asked for
 
 
 def as_published(
     checkpoint: Imported, name: str, trained: store.Arrays | None = None
-) -> Published:
+) -> Tensors:
     """A network's tensors as published: the checkpoint's, or trained ones in their stead.
 
     Tensors that the source lacked are left out, except where they were trained.
+    Raises:
+      UserError: arrays cannot be read, or the trained ones are of another network.
     """
-    table = checkpoint.network(name).table(checkpoint.config(name))
+    network = checkpoint.network(name)
+    config = checkpoint.config(name)
+    table = network.table(config)
+    leaves = names.flatten(network.abstract(config)[0])
+    if trained and (problems := store.misfits(trained, leaves)):
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise UserError(
+            f"the run's transformer is not that of {checkpoint.folder}: {problems[0]}{more}"
+        )
     left_out = set() if trained else set(checkpoint.record["networks"][name]["added"])
     arrays = trained or checkpoint.arrays(name)
-    places = {
-        key: (arrays[rule.path], rule, layer if rule.stacked else None)
+    stored = {
+        key: Stored(arrays[rule.path], rule, layer if rule.stacked else None)
         for rule in table.rules
         for layer, key in enumerate(table.keys(rule))
         if key not in left_out
     }
-    kept = {key: (array, None, None) for key, array in checkpoint.carried(name).items()}
-    return Published(places | kept)
+    return stored | checkpoint.carried(name)
 
 
 def export_folder(
@@ -72,20 +81,26 @@ def export_folder(
 ) -> None:
     """Writes a folder that diffusers loads.
 
-    dtype: of the transformer (default: as stored); the other networks keep theirs. trained:
-    arrays of a run, which take the place of the transformer's. readme: for README.md.
+    dtype: of the transformer (default: as trained, or as it was published). trained: arrays of
+    a run, which take the place of the transformer's. readme: for README.md. Everything else has
+    its published dtype, except what was narrowed by the import.
     Raises:
-      UserError: the target is taken, there is no room, or an array cannot be read.
+      UserError: the target is taken, there is no room, an array cannot be read, or `dtype` or
+        `trained` are given where there is no transformer.
     """
     target = epath.Path(target)
-    networks = {
-        name: as_published(checkpoint, name, trained if name == "transformer" else None)
-        for name in checkpoint.parts
-    }
-    wanted = {}
-    for name, network in networks.items():
+    if dtype or trained:
+        checkpoint.network("transformer")
+    networks, wanted = {}, {}
+    for name in checkpoint.parts:
+        replaced = trained if name == "transformer" else None
+        networks[name] = as_published(checkpoint, name, replaced)
         cast = DTYPES[dtype] if dtype and name == "transformer" else None
-        wanted[name] = {k: (cast or network.dtype(k), network.shape(k)) for k in network.places}
+        own = {} if replaced else checkpoint.record["networks"][name].get("widened", {})
+        wanted[name] = {
+            key: (cast or np.dtype(own.get(key, tensor.dtype)), tensor.shape)
+            for key, tensor in networks[name].items()
+        }
     total = sum(nbytes(*entry) for shapes in wanted.values() for entry in shapes.values())
     alone = "model_index.json" not in checkpoint.record["files"] and len(networks) == 1
     with files.whole_folder(target, total), tqdm(
@@ -110,11 +125,11 @@ def nbytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _write_network(folder: epath.Path, stem: str, network: Published, wanted, bar: tqdm) -> None:
+def _write_network(folder: epath.Path, stem: str, network: Tensors, wanted, bar: tqdm) -> None:
     """Writes one network's weights, in shards with an index where they are large."""
     shards: list[dict] = [{}]
     size = 0
-    for key, entry in wanted.items():
+    for key, entry in sorted(wanted.items(), key=lambda item: -item[1][0].itemsize):  # aligned
         if shards[-1] and size + nbytes(*entry) > SHARD:
             shards.append({})
             size = 0
@@ -122,10 +137,14 @@ def _write_network(folder: epath.Path, stem: str, network: Published, wanted, ba
         size += nbytes(*entry)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def read(keys) -> Iterator[np.ndarray]:
+    def make(keys) -> Iterator[np.ndarray]:
         for key in keys:
-            yield network.read(key).astype(wanted[key][0], copy=False)
-            bar.update(nbytes(*wanted[key]))
+            yield tensors.contiguous(network[key].read()).astype(wanted[key][0], copy=False)
+
+    def read(keys) -> Iterator[np.ndarray]:
+        for array in store.ahead(make(keys)):
+            yield array
+            bar.update(array.nbytes)
 
     if len(shards) == 1:
         tensors.write(folder / f"{stem}.safetensors", shards[0], read(shards[0]))
@@ -177,29 +196,34 @@ def compare(
             ours = as_published(checkpoint, name, trained if name == "transformer" else None)
             result = found[name]
             result.lines += published.grouped(
-                "only in the checkpoint", [k for k in ours.places if k not in theirs]
+                "only in the checkpoint", [k for k in ours if k not in theirs]
             )
             result.lines += published.grouped(
-                "only in the folder", [k for k in theirs if k not in ours.places]
+                "only in the folder", [k for k in theirs if k not in ours]
             )
-            for key, tensor in theirs.items():
-                if key in ours.places:
-                    _compare(key, tensor, ours, result)
-                bar.update(tensor.nbytes)
+            both = ((key, theirs[key], ours[key]) for key in theirs if key in ours)
+            for key, a, b in store.ahead(_read_both(both, result)):
+                _compare(key, a, b, result)
+                bar.update(theirs[key].nbytes)
     return dict(found)
 
 
-def _compare(key: str, tensor: tensors.Tensor, ours: Published, result: Difference) -> None:
-    if tensor.shape != ours.shape(key):
-        result.lines.append(f"{key}: shape {list(tensor.shape)}, here {list(ours.shape(key))}")
-        return
-    a, b = tensor.read(), ours.read(key)
-    same_dtype = a.dtype == b.dtype
-    if not same_dtype:
-        a = a.astype(b.dtype)
-    if np.array_equal(a.view(np.uint8), np.ascontiguousarray(b).view(np.uint8)):
+def _read_both(pairs, result: Difference) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """`(key, theirs, ours)` of each pair of one shape; the others are noted down."""
+    for key, theirs, ours in pairs:
+        if theirs.shape == ours.shape:
+            yield key, theirs.read(), tensors.contiguous(ours.read())
+        else:
+            result.lines.append(f"{key}: shape {list(theirs.shape)}, here {list(ours.shape)}")
+
+
+def _compare(key: str, theirs: np.ndarray, ours: np.ndarray, result: Difference) -> None:
+    same_dtype = theirs.dtype == ours.dtype
+    theirs = theirs.astype(ours.dtype, copy=False)
+    bits = np.dtype(f"u{ours.dtype.itemsize}")  # so that NaN equals NaN, and 0 not -0
+    if np.array_equal(theirs.reshape(-1).view(bits), ours.reshape(-1).view(bits)):
         result.identical += same_dtype
         result.converted += not same_dtype
         return
-    gap = np.abs(a.astype(np.float32) - b.astype(np.float32)).max()
+    gap = np.abs(theirs.astype(np.float32) - ours.astype(np.float32)).max()
     result.lines.append(f"{key}: differs by up to {gap:.3g}")

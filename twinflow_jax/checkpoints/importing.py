@@ -49,8 +49,7 @@ def import_folder(
         dynamic_ncols=True, smoothing=0.05,
     ) as bar:
         for name in folder.parts:
-            _write_arrays(lambda path, n=name: imported.array_folder(target, n, path),
-                          plans[name], pieces, bar)
+            _write_arrays(target, name, plans[name], pieces, bar)
             if carried[name]:
                 _write_carried(imported.carried_file(target, name), carried[name], bar)
         for name in folder.files:
@@ -90,6 +89,18 @@ class Plan:
         if self.nbytes <= FILE:
             return self.shape[0]
         return 1 if self.rule.stacked else max(1, FILE * self.shape[0] // self.nbytes)
+
+    def part(self, pieces: int) -> tuple[int, ...]:
+        """The shape of what can be read alone: a file's share along the input dimension.
+
+        The input dimension is the first, or that after the layers; what does not divide stays
+        whole, and so do vectors.
+        """
+        shape = [self.rows, *self.shape[1:]]
+        axis = 1 if self.rule.stacked else 0
+        if len(shape) > axis + 1 and shape[axis] % pieces == 0:
+            shape[axis] //= pieces
+        return tuple(shape)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The array in parts of `rows` rows."""
@@ -132,3 +143,28 @@ def _widened(part: Part, plans: list[Plan]) -> dict[str, str]:
         for key, source in plan.sources.items()
         if source.dtype.itemsize < plan.dtype.itemsize
     }
+
+
+def _write_arrays(
+    target: epath.Path, name: str, plans: list[Plan], pieces: int, bar: tqdm
+) -> None:
+    blocks = ((plan, i, block) for plan in plans for i, block in enumerate(plan.blocks()))
+    for plan, i, block in store.ahead(blocks):
+        if i == 0:
+            array = store.create(
+                imported.array_folder(target, name, plan.path), plan.shape, plan.dtype,
+                (plan.rows, *plan.shape[1:]), plan.part(pieces),
+            )
+        start = i * plan.rows
+        store.write(array[start : start + len(block)], block)
+        bar.update(block.nbytes)
+
+
+def _write_carried(file: epath.Path, carried: dict[str, tensors.Tensor], bar: tqdm) -> None:
+    def read() -> Iterator[np.ndarray]:
+        for tensor in carried.values():
+            yield tensor.read()
+            bar.update(tensor.nbytes)
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors.write(file, {key: (t.dtype, t.shape) for key, t in carried.items()}, read())

@@ -217,7 +217,8 @@ def _tensors(
             "as safetensors" if pickled else "no safetensors file"
         ]
     if len(sets) > 1:
-        return {}, set(), [f"several sets of weights ({', '.join(sets)}): leave one"]
+        many = ", ".join(sets)
+        return {}, set(), [f"{many}: leave one, or the index that joins them"]
     if sets[0] in shards:
         try:
             found = tensors.read_header(folder / sets[0])

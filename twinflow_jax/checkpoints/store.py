@@ -1,7 +1,7 @@
 """Arrays on disk, by tree path: written slice by slice, read shard by shard (tensorstore).
 
-An array of stacked layers is stored one layer a file, so that a converter never holds more than
-a layer, and in pieces along its input dimension, so that each device of a mesh reads its own.
+A large array of stacked layers is stored one layer a file, so that a converter never holds more
+than a layer, and in parts along its input dimension, so that each device reads its own.
 """
 
 import concurrent.futures
@@ -33,37 +33,26 @@ def location(folder: epath.PathLike) -> str:
 
 
 def create(
-    folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype, rows: int | None = None,
-    pieces: int = 1,
+    folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype,
+    file: tuple[int, ...] | None = None, part: tuple[int, ...] | None = None,
 ) -> ts.TensorStore:
     """A new array in a folder of its own.
 
-    rows: of the first axis that share a file (default: all), to be written at once. pieces:
-    parts of a file along its input dimension (the first, or the second where a file is a layer)
-    which can be read alone; what does not divide stays whole.
+    file: shape of what shares a file, to be written at once (default: everything). part: shape
+    of what can be read alone; a file holds a whole number of them (default: one).
     Raises:
       UserError: it cannot be written.
     """
-    file_shape = shape if rows is None else (rows, *shape[1:])
-    axis = 1 if rows == 1 else 0
-    chunk = list(file_shape)
-    if len(shape) > axis + 1 and chunk[axis] % pieces == 0:
-        chunk[axis] //= pieces
+    file = file or shape
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if chunk != list(file_shape):
-        codecs = [
-            {
-                "name": "sharding_indexed",
-                "configuration": {"chunk_shape": chunk, "codecs": codecs},
-            }
-        ]
+    if part not in (None, file):
+        shards = {"chunk_shape": list(part), "codecs": codecs}
+        codecs = [{"name": "sharding_indexed", "configuration": shards}]
     spec = {
         "driver": "zarr3", "kvstore": location(folder),
         "metadata": {
             "shape": list(shape), "data_type": np.dtype(dtype).name, "codecs": codecs,
-            "chunk_grid": {
-                "name": "regular", "configuration": {"chunk_shape": list(file_shape)}
-            },
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(file)}},
         },
         "store_data_equal_to_fill_value": True,  # so that a file that is gone is no zeros
     }
@@ -130,6 +119,16 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
             yield item
 
 
+def misfits(arrays: Arrays, wanted: dict[str, Any]) -> list[str]:
+    """What is wrong with arrays that should have the shapes of abstract leaves, by path."""
+    problems = [f"{path} is missing" for path in wanted if path not in arrays]
+    return problems + [
+        f"{path} is {tuple(arrays[path].shape)}, not {leaf.shape}"
+        for path, leaf in wanted.items()
+        if path in arrays and tuple(arrays[path].shape) != leaf.shape
+    ]
+
+
 def load(arrays: Arrays, abstract, label: str, progress: bool = True):
     """The tree of jax arrays that `abstract` describes.
 
@@ -140,12 +139,7 @@ def load(arrays: Arrays, abstract, label: str, progress: bool = True):
         or differ are named.
     """
     wanted = names.flatten(abstract)
-    problems = [f"{path} is missing" for path in wanted if path not in arrays]
-    problems += [
-        f"{path} is {tuple(arrays[path].shape)}, not {leaf.shape}"
-        for path, leaf in wanted.items()
-        if path in arrays and tuple(arrays[path].shape) != leaf.shape
-    ]
+    problems = misfits(arrays, wanted)
     if problems:
         raise UserError(f"{label} does not fit its config: {'; '.join(problems)}")
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())

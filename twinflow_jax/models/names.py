@@ -27,14 +27,21 @@ LAYOUTS: dict[str, tuple[tuple[int, ...] | None, int]] = {
 class Rule:
     """key: in the published checkpoint. path: of our leaf, parts joined by "/".
 
-    layout: one of LAYOUTS. copy_of: the key of another rule, whose tensor stands in where this
-    one's is missing (a network that is to grow a part which its checkpoint does not have yet).
+    layout: one of LAYOUTS. Where the tensor is missing (a network that is to grow a part which its
+    checkpoint does not have yet), copy_of: the key of another rule, whose tensor stands in;
+    normal: the standard deviation of random values, 0 for zeros.
     """
 
     key: str
     path: str
     layout: str = "same"
     copy_of: str = ""
+    normal: float | None = None
+
+    @property
+    def optional(self) -> bool:
+        """Whether its tensor may be missing."""
+        return bool(self.copy_of) or self.normal is not None
 
     @property
     def stacked(self) -> bool:
@@ -104,8 +111,8 @@ class NameTable:
         }
 
     def optional(self) -> set[str]:
-        """Keys that may be missing, because others stand in for them."""
-        return {key for rule in self.rules if rule.copy_of for key in self.keys(rule)}
+        """Keys that may be missing, all or none of them."""
+        return {key for rule in self.rules if rule.optional for key in self.keys(rule)}
 
 
 def stack(prefix: str, pairs: Iterable[tuple[str, str, str]], into: str) -> tuple[Rule, ...]:

@@ -1,0 +1,1 @@
+"""SANA: its three networks, its prompts and its codec, as one family."""
