@@ -11,7 +11,10 @@ seed gives the same picture, whatever else is drawn with it.
 
 import argparse
 import json
+import math
 import re
+import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
@@ -21,23 +24,30 @@ from twinflow_jax import checkpoints, images, models, text_to_image
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.sampling import arguments, generate
+from twinflow_jax.text_to_image import Embeddings
 
 BASE_STEPS, BASE_GUIDANCE = 50, 4.0  # of the published pipelines
 
 
 def main() -> int:
     args = parse()
-    folder = args.checkpoint
+    folder = epath.Path(args.checkpoint)
+    if not imported.is_imported(folder) and not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} is no run and no imported checkpoint: give the --workdir of training, or "
+            "what `tools/convert.py import` wrote"
+        )
     run = None if imported.is_imported(folder) else checkpoints.read_config(folder)
-    from_text = run is None or models.settings_of(run.model)[0].text_to_image is not None
-    other = CLASS_ONLY if from_text else TEXT_ONLY
-    strange = [name for name in other if getattr(args, name) is not None]
-    if strange:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
-        drawn = "from prompts" if from_text else "by class"
-        raise UserError(f"{folder} draws {drawn}: {flags} cannot be used with it")
+    if run is None or models.settings_of(run.model)[0].text_to_image:
+        refuse(args, CLASS_ONLY, f"{folder} draws from prompts")
+        draw = draw_prompts
+    else:
+        refuse(args, TEXT_ONLY, f"{folder} draws by class")
+        draw = draw_classes
+    if epath.Path(args.out).exists() and not epath.Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a file: choose a folder")
     try:
-        return draw_prompts(args, run) if from_text else draw_classes(args)
+        return draw(args, run)
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from error
 
@@ -47,6 +57,15 @@ TEXT_ONLY = (
     "prompt", "prompts", "embeddings", "save_embeddings", "size", "batch", "base", "guidance",
     "negative", "dtype", "tile", "pipeline",
 )
+BASE_ONLY = ("guidance", "negative")
+FEW_ONLY = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
+
+
+def refuse(args, names: Sequence[str], reason: str) -> None:
+    """Raises UserError where one of these arguments was given."""
+    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if flags:
+        raise UserError(f"{', '.join(flags)} cannot be used: {reason}")
 
 
 def parse() -> argparse.Namespace:
@@ -70,7 +89,8 @@ def parse() -> argparse.Namespace:
     group.add_argument("--embeddings", help="encoded prompts, from --save-embeddings")
     group.add_argument("--save-embeddings", help="write the encoded prompts to this file")
     group.add_argument("--size", help="pixels, like 1024 or 1328x800 (width x height)")
-    group.add_argument("--batch", type=int, help="pictures denoised at once (default 1 a device)")
+    group.add_argument("--batch", type=int,
+                       help="pictures denoised at once (default: the least that uses all devices)")
     group.add_argument(
         "--base", action="store_const", const=True,
         help="the base model's own sampling: many steps, its time grid and guidance",
@@ -85,7 +105,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def draw_classes(args) -> int:
+def draw_classes(args, run) -> int:
     """Samples of a class-conditional run."""
     grid = arguments.grid(args, 1 if args.steps is None else args.steps)
     count = 8 if args.count is None else args.count
@@ -127,31 +147,16 @@ def draw_prompts(args, run) -> int:
     )
     shape = pipeline.latent_shape(parse_size(args.size))
     tile = pipeline.tile_of(args.tile)
-    if args.base:
-        steps = BASE_STEPS if args.steps is None else args.steps
-        guidance = BASE_GUIDANCE if args.guidance is None else args.guidance
-        times = pipeline.base_times(steps, shape)
-        draw = pipeline.base(times, guidance)
-        settings = {"base": True, "nfe": steps * (1 if guidance == 1 else 2), "times": times,
-                    "guidance": guidance}
-        label = f"base{steps}steps"
-    else:
-        if args.guidance is not None or args.negative is not None:
-            raise UserError("--guidance and --negative belong to --base: a few steps need neither")
-        guidance = 1.0
-        grid = arguments.grid(args, 1 if args.steps is None else args.steps)
-        draw = pipeline.few_step(grid)
-        settings, label = grid_settings(grid), f"{grid.style}{grid.nfe}nfe"
-
-    prompts, embeddings = read_prompts(args, pipeline)
-    null = None
-    if guidance != 1:
-        negative = pipeline.family.negative_prompt if args.negative is None else args.negative
-        null = pipeline.embed([negative], negative=True)
-        embeddings, null = text_to_image.same_length(embeddings, null)
-        settings["negative"] = negative
+    choose = choose_base if args.base else choose_few
+    draw, settings, label = choose(args, pipeline, shape)
+    prompts, embeddings, null = read_prompts(args, pipeline, settings.get("negative"))
+    if not args.base and not pipeline.knows_r:
+        warnings.warn(
+            f"{args.checkpoint} is a base model, not trained to draw in a few steps: try --base",
+            stacklevel=2,
+        )
     if args.save_embeddings:
-        embeddings.save(args.save_embeddings, prompts)
+        save_embeddings(args.save_embeddings, embeddings, prompts)
     owners, numbers = np.divmod(np.arange(len(prompts) * count), count)
     latents = pipeline.denoise(
         draw, embeddings, owners, numbers, shape, args.seed, args.batch, null
@@ -171,10 +176,35 @@ def draw_prompts(args, run) -> int:
             file = out / f"{i:04d}_{name}_{number:02d}_{label}_seed{args.seed}.png"
             pixels = Image.fromarray(images.to_uint8(x))
             images.save(file, pixels, text | {"prompt": prompts[i], "number": str(number)})
-        print(f"{len(pictures)} pictures in {out}")
+        print(f"{len(pictures)} pictures in {out}" if len(pictures) > 1 else f"picture in {file}")
     for line in pipeline.clock.lines():
         print(line)
     return 0
+
+
+def choose_few(args, pipeline, shape) -> tuple[Callable, dict, str]:
+    """How to draw in a few steps: `(draw, settings, a label for file names)`."""
+    refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
+    grid = arguments.grid(args, 1 if args.steps is None else args.steps)
+    return pipeline.few_step(grid), grid_settings(grid), f"{grid.style}{grid.nfe}nfe"
+
+
+def choose_base(args, pipeline, shape) -> tuple[Callable, dict, str]:
+    """How to draw as the base model does: `(draw, settings, a label for file names)`."""
+    refuse(args, FEW_ONLY, "--base has its own time grid")
+    steps = BASE_STEPS if args.steps is None else args.steps
+    guidance = BASE_GUIDANCE if args.guidance is None else args.guidance
+    if not math.isfinite(guidance):
+        raise UserError(f"--guidance is {guidance}; give a number, 1 for none")
+    times = pipeline.base_times(steps, shape)
+    settings = {"base": True, "nfe": steps, "times": times, "guidance": guidance}
+    if guidance == 1:
+        refuse(args, ("negative",), "guidance 1 takes no negative prompt")
+    else:
+        given = args.negative
+        negative = pipeline.family.negative_prompt if given is None else given
+        settings |= {"nfe": 2 * steps, "negative": negative}
+    return pipeline.base(times, guidance), settings, f"base{steps}steps"
 
 
 def describe(args, **settings) -> dict[str, str]:
@@ -190,25 +220,49 @@ def grid_settings(grid) -> dict:
     }
 
 
-def read_prompts(args, pipeline) -> tuple[list[str], text_to_image.Embeddings]:
-    """The prompts and their embeddings, from the one source that was given."""
+def read_prompts(
+    args, pipeline, negative: str | None
+) -> tuple[list[str], Embeddings, Embeddings | None]:
+    """The prompts and their embeddings, from the one source that was given.
+
+    Last the negative prompt's embedding, of the same length, where there is such a prompt.
+    """
     given = [name for name in ("prompt", "prompts", "embeddings") if getattr(args, name)]
     if len(given) != 1:
         raise UserError("give one of --prompt, --prompts and --embeddings")
     if args.embeddings:
-        return text_to_image.Embeddings.read(
-            args.embeddings, pipeline.config("transformer").text_width
-        )
-    prompts = args.prompt
-    if args.prompts:
-        try:
-            lines = epath.Path(args.prompts).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {args.prompts} cannot be read ({error})") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"--prompts {args.prompts} is empty: write one prompt a line")
-    return prompts, pipeline.embed(prompts)
+        width = pipeline.config("transformer").text_width
+        prompts, embeddings = Embeddings.read(args.embeddings, width)
+        if negative is None:
+            return prompts, embeddings, None
+        null = pipeline.embed([], negative=negative)
+        return prompts, *text_to_image.same_length(embeddings, null)
+    prompts = read_lines(args.prompts) if args.prompts else args.prompt
+    embeddings = pipeline.embed(prompts, negative=negative)
+    count = len(prompts)
+    return prompts, embeddings[:count], embeddings[count:] if negative is not None else None
+
+
+def read_lines(file: str) -> list[str]:
+    """The prompts in a file."""
+    try:
+        lines = epath.Path(file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompts {file} cannot be read ({reason})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {file} is empty: write one prompt a line")
+    return prompts
+
+
+def save_embeddings(file: str, embeddings: Embeddings, prompts: list[str]) -> None:
+    try:
+        embeddings.save(file, prompts)
+    except OSError as error:
+        raise UserError(
+            f"--save-embeddings {file} cannot be written: {error.strerror or error}"
+        ) from error
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +53,13 @@ class Clock:
         ]
 
 
+def pad_and_join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays (rows, length, ...) in one, with zeros after what is shorter than the longest."""
+    longest = max(part.shape[1] for part in parts)
+    pad = lambda a: np.pad(a, [(0, 0), (0, longest - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
+    return np.concatenate([pad(part) for part in parts])
+
+
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
     """Prompts as the transformer takes them; valid tokens first, then padding."""
@@ -62,12 +70,13 @@ class Embeddings:
     @classmethod
     def join(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
         """Several in one, padded to the longest."""
-        longest = max(part.mask.shape[1] for part in parts)
-        pad = lambda a: np.pad(a, [(0, 0), (0, longest - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
         return cls(
-            np.concatenate([pad(part.tokens) for part in parts]),
-            np.concatenate([pad(part.mask) for part in parts]),
+            pad_and_join([part.tokens for part in parts]),
+            pad_and_join([part.mask for part in parts]),
         )
+
+    def __getitem__(self, index) -> "Embeddings":
+        return Embeddings(self.tokens[index], self.mask[index])
 
     def rows(self, index) -> dict[str, np.ndarray]:
         """The condition of some rows."""
@@ -89,20 +98,18 @@ class Embeddings:
         Raises:
           UserError: no such file, or not one of these.
         """
+        found = {k: t.read() for k, t in tensors.read_header(epath.Path(file)).items()}
         try:
-            found = {k: t.read() for k, t in tensors.read_header(epath.Path(file)).items()}
             tokens, mask = found["tokens"].astype(np.float32), found["mask"].astype(bool)
-            prompts = json.loads(found["prompts"].tobytes())
-        except (KeyError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+            prompts = [str(prompt) for prompt in json.loads(found["prompts"].tobytes())]
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{file} holds no embeddings: write one with --save-embeddings") from (
                 error
             )
-        if tokens.shape != (len(prompts), mask.shape[1], width) or not len(prompts):
+        if tokens.shape != (*mask.shape, width) or len(prompts) != len(tokens) or not prompts:
             raise UserError(
-                f"{file} holds tokens of shape {tokens.shape}; the transformer takes (prompts, "
-                f"length, {width})"
+                f"{file} holds tokens of shape {tokens.shape} and a mask of {mask.shape} for "
+                f"{len(prompts)} prompts; the transformer takes (prompts, length, {width})"
             )
         return prompts, cls(tokens, mask)
 
@@ -138,6 +145,13 @@ class Pipeline:
     def family(self) -> TextToImage:
         return models.FAMILIES[self.checkpoint.family].text_to_image
 
+    @property
+    def knows_r(self) -> bool:
+        """Whether the transformer was trained with a target time, which base models are not."""
+        if self.trained is not None:
+            return True
+        return not self.checkpoint.record["networks"]["transformer"]["added"]
+
     def config(self, name: str):
         """Our config of a network, computing in this pipeline's dtype."""
         trained = name == "transformer" and self.settings is not None
@@ -158,7 +172,7 @@ class Pipeline:
             abstract, layouts,
         )
         with self.clock.measure(stage, "load"):
-            params = store.load(arrays, abstract, name, self.progress)
+            params = jax.block_until_ready(store.load(arrays, abstract, name, self.progress))
         try:
             yield config, params
         finally:
@@ -171,12 +185,12 @@ class Pipeline:
         return parallel.make_mesh(tensor)
 
     def embed(
-        self, prompts: Sequence[str], tokens: int | None = None, negative: bool = False
+        self, prompts: Sequence[str], tokens: int | None = None, negative: str | None = None
     ) -> Embeddings:
         """Prompts through the tokenizer and the text encoder.
 
         tokens: that every prompt is padded or cut to (default: the least of the family's buckets
-        that holds the longest). negative: whether an empty prompt is meant.
+        that holds the longest). negative: one more, the last row, which may be blank.
         Raises:
           UserError: no tokenizer, or an empty prompt.
         """
@@ -184,7 +198,10 @@ class Pipeline:
         with local_copy(self.checkpoint.folder / "files" / "tokenizer") as folder:
             tokenizer = self.family.load_tokenizer(folder)
         buckets = {"buckets": (tokens,)} if tokens else {}
-        ids, mask = self.family.tokenize(tokenizer, prompts, blank=negative, **buckets)
+        tokenize = partial(self.family.tokenize, tokenizer, **buckets)
+        rows = [tokenize(prompts)] if prompts else []
+        rows += [] if negative is None else [tokenize([negative], negative=True)]
+        ids, mask = (pad_and_join(parts) for parts in zip(*rows, strict=True))
         size = min(TEXT_BATCH, len(ids))
         parts = []
         with self.loaded("text_encoder", stage) as (config, params):
@@ -197,8 +214,7 @@ class Pipeline:
                     tokens, valid = embed(params, ids[rows], mask[rows])
                     tokens = np.asarray(tokens.astype(jnp.float32))
                     parts.append(Embeddings(tokens, np.asarray(valid)))
-        joined = Embeddings.join(parts)
-        return Embeddings(joined.tokens[: len(ids)], joined.mask[: len(ids)])
+        return Embeddings.join(parts)[: len(ids)]
 
     def null(self) -> Embeddings:
         """The prompt that stands for none in training: encoded once, then kept beside the rest."""
@@ -319,8 +335,12 @@ class Pipeline:
         file = self.checkpoint.folder / "files" / "scheduler" / "scheduler_config.json"
         if not file.exists():
             raise UserError(f"{self.checkpoint.folder} has no scheduler, so no base sampling")
+        try:
+            scheduler = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} cannot be read ({error}): import again") from error
         tokens = shape[0] * shape[1] // self.config("transformer").patch ** 2
-        return sampling.published_times(json.loads(file.read_text()), steps, tokens)
+        return sampling.published_times(scheduler, steps, tokens)
 
     def few_step(self, grid: sampling.Grid) -> Callable:
         """For `denoise`: the any-step sampler along a grid."""

@@ -129,7 +129,8 @@ def _write_network(folder: epath.Path, stem: str, network: Tensors, wanted, bar:
     """Writes one network's weights, in shards with an index where they are large."""
     shards: list[dict] = [{}]
     size = 0
-    for key, entry in sorted(wanted.items(), key=lambda item: -item[1][0].itemsize):  # aligned
+    # Larger elements first, so that all are aligned, then by name: as the library writes them.
+    for key, entry in sorted(wanted.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
         if shards[-1] and size + nbytes(*entry) > SHARD:
             shards.append({})
             size = 0

@@ -83,7 +83,7 @@ def test_an_empty_prompt(tokenizer):
     for empty in ("", " \n"):
         with pytest.raises(UserError, match="prompt 2 of 3 is empty"):
             prompt.tokenize(tokenizer, ["a", empty, "b"])
-    assert prompt.tokenize(tokenizer, [" "], blank=True)[1].sum() == 34 + 1 + 5
+    assert prompt.tokenize(tokenizer, [" "], negative=True)[1].sum() == 34 + 1 + 5
 
 
 def test_both_formats_of_a_tokenizer(folder, tokenizer, tmp_path):

@@ -60,17 +60,17 @@ def load_tokenizer(folder: str | os.PathLike):
 
 
 def tokenize(
-    tokenizer, prompts: Sequence[str], buckets: Sequence[int] = BUCKETS, blank: bool = False
+    tokenizer, prompts: Sequence[str], buckets: Sequence[int] = BUCKETS, negative: bool = False
 ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
     """The prompts in the template as token ids and the mask of those that are no padding.
 
     L is PREFIX and the smallest of the buckets that holds the longest prompt. A prompt longer
     than the largest bucket, or than MAX_TOKENS, is cut there, with a warning. Raises UserError
-    for an empty prompt; blank: allow it (" " is what Qwen-Image uses as negative prompt).
+    for an empty prompt; negative: allow it (" " is what Qwen-Image uses as negative prompt).
     """
     count = len(prompts)
     for number, prompt in enumerate(prompts, 1):
-        if not blank and not prompt.strip():
+        if not negative and not prompt.strip():
             raise UserError(f"prompt {number} of {count} is empty: write what the image shows")
     limit = min(MAX_TOKENS, max(buckets))
     rows = tokenizer([TEMPLATE.format(prompt) for prompt in prompts])["input_ids"]

@@ -1,0 +1,167 @@
+"""Time and memory of tools/convert.py on a synthetic folder of real width.
+
+    python benchmarks/conversion.py [--network transformer] [--layers 18] [--dtype float32]
+
+Writes a folder of random bfloat16 weights in the published layout (sharded safetensors with an
+index), 12.3 GB by default, then runs import, verify and export on it, each in a process of its
+own, and compares the export with the source. For each it prints the wall time, until everything
+is on disk, and the process's peak resident memory. Before each, the files are dropped from the
+page cache. The floor is the time in which this disk reads and writes as many bytes, measured
+with one large file. Takes three times the folder's size, under --folder.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from etils import epath  # noqa: E402
+
+from twinflow_jax import models  # noqa: E402
+from twinflow_jax.checkpoints import tensors  # noqa: E402
+from twinflow_jax.models import names  # noqa: E402
+
+SHARD = 5_000_000_000
+BF16 = tensors.DTYPES["BF16"]
+CONFIGS = {
+    "transformer": ({"_class_name": "QwenImageTransformer2DModel"}, "num_layers"),
+    "text_encoder": (
+        {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"},
+        "num_hidden_layers",
+    ),
+}
+BARE = {"transformer": {}, "text_encoder": {"lm_head.weight": (152_064, 3584)}}  # only carried
+
+
+def write_folder(folder: pathlib.Path, name: str, layers: int) -> dict[str, int]:
+    """Writes it; returns each tensor's bytes."""
+    network = models.FAMILIES["qwen_image"].text_to_image.networks[name]
+    published, count = CONFIGS[name]
+    published = {**published, count: layers}
+    config = network.config.from_published(published)
+    leaves = {k: v.shape for k, v in names.flatten(network.abstract(config)[0]).items()}
+    table = network.table(config)
+    shapes = table.shapes(leaves) | BARE[name]
+    shapes = {k: (BF16, shape) for k, shape in shapes.items() if k not in table.optional()}
+    sizes = {key: int(np.prod(shape)) * 2 for key, (_, shape) in shapes.items()}
+    shards: list[dict] = [{}]
+    for key, entry in shapes.items():
+        if sum(sizes[k] for k in shards[-1]) + sizes[key] > SHARD and shards[-1]:
+            shards.append({})
+        shards[-1][key] = entry
+    place = {}
+    for i, shard in enumerate(shards):
+        file = f"{network.stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors.write(epath.Path(folder / file), shard, random_weights(shard, seed=i))
+        place |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": place}
+    (folder / f"{network.stem}.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(published))
+    return sizes
+
+
+def random_weights(shapes: dict, seed: int) -> Iterator[np.ndarray]:
+    """Random bits for each shape; each starts elsewhere in one small pool."""
+    rng = np.random.default_rng(seed)
+    pool = rng.integers(0, 1 << 15, 1 << 24, dtype=np.uint16)
+    for _, shape in shapes.values():
+        yield np.resize(np.roll(pool, rng.integers(len(pool))), shape).view(BF16)
+
+
+def forget(folder: pathlib.Path) -> None:
+    """Drops a folder's files from the page cache."""
+    os.sync()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def convert(arguments: list[str], parent: pathlib.Path) -> tuple[float, int]:
+    """Runs the verb; returns seconds until all is on disk, and peak resident bytes."""
+    forget(parent)
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, str(ROOT / "tools/convert.py"), *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    if status:
+        sys.exit(f"convert.py {' '.join(arguments)} failed")
+    return time.perf_counter() - begin, usage.ru_maxrss * 1024
+
+
+def disk_speeds(folder: pathlib.Path, size: int = 4 << 30) -> tuple[float, float]:
+    """Bytes per second that a large file is read and written with."""
+    file, block = folder / "disk", np.random.default_rng(0).bytes(64 << 20)
+    begin = time.perf_counter()
+    with file.open("wb", buffering=0) as handle:
+        for _ in range(size // len(block)):
+            handle.write(block)
+        os.fsync(handle.fileno())
+    written = time.perf_counter()
+    forget(folder)
+    start = time.perf_counter()
+    with file.open("rb", buffering=0) as handle:
+        while handle.read(len(block)):
+            pass
+    read = time.perf_counter() - start
+    file.unlink()
+    return size / read, size / (written - begin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", choices=CONFIGS, default="transformer")
+    parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--folder", help="where to write (default: the temporary folder)")
+    arguments = parser.parse_args()
+    parent = pathlib.Path(tempfile.mkdtemp(prefix="conversion", dir=arguments.folder))
+    try:
+        measure(parent, arguments.network, arguments.layers, arguments.dtype)
+    finally:
+        shutil.rmtree(parent)
+
+
+def measure(parent: pathlib.Path, network: str, layers: int, dtype: str) -> None:
+    source, ours, back = (parent / name for name in ("source", "checkpoint", "export"))
+    source.mkdir()
+    read_speed, write_speed = disk_speeds(parent)
+    print(f"disk: reads {read_speed / 1e9:.2f} GB/s, writes {write_speed / 1e9:.2f} GB/s")
+    sizes = write_folder(source, network, layers)
+    size, stored = sum(sizes.values()), sum(sizes.values()) * (2 if dtype == "float32" else 1)
+    bound = (3 << 30) + 3 * max(sizes.values())
+    print(
+        f"{network}, {layers} layers: {size / 1e9:.2f} GB, largest tensor "
+        f"{max(sizes.values()) / 1e9:.3f} GB, so the bound is {bound / 1e9:.2f} GB"
+    )
+    verbs = {
+        "import": (["import", source, ours, "--dtype", dtype], size, stored),
+        "verify": (["verify", source, ours], size + stored, 0),
+        "export": (["export", ours, back], stored, size),
+        "verify the export": (["verify", back, ours], size + stored, 0),
+    }
+    for name, (command, read, written) in verbs.items():
+        seconds, peak = convert([str(word) for word in command], parent)
+        floor = read / read_speed + written / write_speed
+        print(
+            f"{name}: {seconds:.1f} s, {seconds / (size / 1e9):.2f} s per GB of the folder, "
+            f"{seconds / floor:.2f} of the floor {floor:.1f} s; peak {peak / 1e9:.2f} GB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
