@@ -91,10 +91,8 @@ def jax_step(layers: int, size: int):
     random = jax.jit(
         lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1
     )
-    keys = jax.random.split(jax.random.key(0), len(flat))
-    params = names.unflatten(
-        {path: random(key, leaf.shape) for key, (path, leaf) in zip(keys, flat.items(), strict=True)}
-    )
+    keys = dict(zip(flat, jax.random.split(jax.random.key(0), len(flat)), strict=True))
+    params = names.unflatten({path: random(keys[path], flat[path].shape) for path in flat})
 
     def step(batch: int) -> None:
         shape = (batch, size // 8, size // 8, 16)

@@ -5,7 +5,8 @@
     python tools/convert.py verify Qwen/Qwen-Image checkpoints/qwen_image
 
 SRC is a pipeline folder as diffusers writes it (transformer/, vae/, text_encoder/, tokenizer/),
-the folder of one network, or a hub id that is in the local cache. Paths may be local or gs://.
+the folder of one network, or a hub id that is in the local cache, perhaps with a folder of it:
+inclusionAI/TwinFlow/FOLDER. Paths may be local or gs://.
 """
 
 import argparse

@@ -57,6 +57,8 @@ def whole_folder(target: epath.PathLike, needed: int):
         yield
         if not _is_owner(mark, owner):
             raise UserError(f"{target} is written by another process: leave it to that one")
+        if "://" not in str(target):
+            os.sync()  # a machine that is switched off now finds it whole, or marked
         mark.unlink()
     except BaseException as error:
         if _is_owner(mark, owner):

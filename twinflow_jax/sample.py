@@ -26,8 +26,6 @@ from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.sampling import arguments, generate
 from twinflow_jax.text_to_image import Embeddings
 
-BASE_STEPS, BASE_GUIDANCE = 50, 4.0  # of the published pipelines
-
 
 def main() -> int:
     args = parse()
@@ -75,7 +73,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help="a run's --workdir, or imported")
     parser.add_argument("--out", required=True, help="folder for the pictures")
-    parser.add_argument("--steps", type=int, help="network evaluations (default 1; --base: 50)")
+    parser.add_argument("--steps", type=int, help="of the sampler (default 1, --base: as usual)")
     parser.add_argument("--count", type=int, help="samples per class (8) or per prompt (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", action="store_true", help="one labelled sheet instead of files")
@@ -95,7 +93,8 @@ def parse() -> argparse.Namespace:
         "--base", action="store_const", const=True,
         help="the base model's own sampling: many steps, its time grid and guidance",
     )
-    group.add_argument("--guidance", type=float, help="of --base; 1 is none (default 4)")
+    group.add_argument("--guidance", type=float,
+                       help="of --base; 1 is none (default: the model's own)")
     group.add_argument("--negative", help="negative prompt of --base (default: the model's own)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"),
                        help="of the computation (default: bfloat16, float32 on a CPU)")
@@ -192,19 +191,19 @@ def choose_few(args, pipeline, shape) -> tuple[Callable, dict, str]:
 def choose_base(args, pipeline, shape) -> tuple[Callable, dict, str]:
     """How to draw as the base model does: `(draw, settings, a label for file names)`."""
     refuse(args, FEW_ONLY, "--base has its own time grid")
-    steps = BASE_STEPS if args.steps is None else args.steps
-    guidance = BASE_GUIDANCE if args.guidance is None else args.guidance
+    steps = pipeline.family.base_steps if args.steps is None else args.steps
+    guidance = pipeline.family.base_guidance if args.guidance is None else args.guidance
     if not math.isfinite(guidance):
         raise UserError(f"--guidance is {guidance}; give a number, 1 for none")
-    times = pipeline.base_times(steps, shape)
-    settings = {"base": True, "nfe": steps, "times": times, "guidance": guidance}
+    schedule = pipeline.schedule(steps, shape)
+    settings = {"base": True, "nfe": steps, "times": schedule.times, "guidance": guidance}
     if guidance == 1:
         refuse(args, ("negative",), "guidance 1 takes no negative prompt")
     else:
         given = args.negative
         negative = pipeline.family.negative_prompt if given is None else given
         settings |= {"nfe": 2 * steps, "negative": negative}
-    return pipeline.base(times, guidance), settings, f"base{steps}steps"
+    return pipeline.base(schedule, guidance), settings, f"base{steps}steps"
 
 
 def describe(args, **settings) -> dict[str, str]:

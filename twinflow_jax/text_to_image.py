@@ -10,7 +10,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ from twinflow_jax.models.family import TextToImage
 
 TEXT_BATCH = 8  # prompts encoded at once
 IMAGE_BATCH = 16  # images encoded at once
-OVERLAP = 16  # latent positions that neighbouring tiles share
+OVERLAP = 128  # pixels that neighbouring tiles share
 TILE = 1536  # pixels a side that are decoded whole: attention takes 5 GiB there
 
 
@@ -197,24 +196,25 @@ class Pipeline:
         stage = "text encoding"
         with local_copy(self.checkpoint.folder / "files" / "tokenizer") as folder:
             tokenizer = self.family.load_tokenizer(folder)
-        buckets = {"buckets": (tokens,)} if tokens else {}
-        tokenize = partial(self.family.tokenize, tokenizer, **buckets)
-        rows = [tokenize(prompts)] if prompts else []
-        rows += [] if negative is None else [tokenize([negative], negative=True)]
-        ids, mask = (pad_and_join(parts) for parts in zip(*rows, strict=True))
-        size = min(TEXT_BATCH, len(ids))
+        groups = [self.family.tokenize(tokenizer, prompts, tokens)] if prompts else []
+        if negative is not None:  # apart: its template, and so its length, may be another
+            groups.append(self.family.tokenize(tokenizer, [negative], tokens, negative=True))
         parts = []
         with self.loaded("text_encoder", stage) as (config, params):
-            embed = jax.jit(self.family.embed, static_argnums=0)
-            with self.clock.measure(stage, "compile"):
-                embed = embed.lower(config, params, ids[:size], mask[:size]).compile()
-            for start in range(0, len(ids), size):
-                rows = np.arange(start, start + size) % len(ids)  # the last batch wraps
-                with self.clock.measure(stage, "run"):
-                    tokens, valid = embed(params, ids[rows], mask[rows])
-                    tokens = np.asarray(tokens.astype(jnp.float32))
-                    parts.append(Embeddings(tokens, np.asarray(valid)))
-        return Embeddings.join(parts)[: len(ids)]
+            for ids, mask in groups:
+                size = min(TEXT_BATCH, len(ids))
+                embed = jax.jit(self.family.embed, static_argnums=0)
+                with self.clock.measure(stage, "compile"):
+                    embed = embed.lower(config, params, ids[:size], mask[:size]).compile()
+                done = []
+                for start in range(0, len(ids), size):
+                    rows = np.arange(start, start + size) % len(ids)  # the last batch wraps
+                    with self.clock.measure(stage, "run"):
+                        states, valid = embed(params, ids[rows], mask[rows])
+                        states = np.asarray(states.astype(jnp.float32))
+                        done.append(Embeddings(states, np.asarray(valid)))
+                parts.append(Embeddings.join(done)[: len(ids)])
+        return Embeddings.join(parts)
 
     def null(self) -> Embeddings:
         """The prompt that stands for none in training: encoded once, then kept beside the rest."""
@@ -222,7 +222,7 @@ class Pipeline:
         if file.exists():
             return Embeddings.read(file, self.config("transformer").text_width)[1]
         prompts = [self.family.null_prompt]
-        embeddings = self.embed(prompts)
+        embeddings = self.embed([], negative=self.family.null_prompt)
         with contextlib.suppress(OSError):  # a checkpoint that only others may write
             embeddings.save(file, prompts)
         return embeddings
@@ -294,9 +294,9 @@ class Pipeline:
                 with self.clock.measure(stage, "run"):
                     return np.asarray(compiled[x.shape](params, x).astype(jnp.float32))
 
-            size = tile // config.downscale
+            size, overlap = tile // config.downscale, OVERLAP // config.downscale
             return [
-                tiling.tiled(run, x[None], size, OVERLAP, config.downscale)[0]
+                tiling.tiled(run, x[None], size, overlap, config.downscale)[0]
                 for x in tqdm(latents, unit="image", desc=stage, disable=not self.progress)
             ]
 
@@ -306,10 +306,17 @@ class Pipeline:
         Raises:
           UserError: the latents cannot have that size.
         """
-        vae = self.config("vae")
-        height, width = self.config("transformer").sample_shape[:2]
-        size = size or (height * vae.downscale, width * vae.downscale)
-        return self.family.latent_shape(vae, *size)
+        vae, transformer = self.config("vae"), self.config("transformer")
+        places = transformer.sample_shape[:2]
+        height, width = size or (side * vae.downscale for side in places)
+        step = transformer.patch * vae.downscale
+        if height < step or width < step or height % step or width % step:
+            near = lambda side: max(step, round(side / step) * step)
+            raise UserError(
+                f"the size {width}x{height} is not divisible by {step}: choose "
+                f"{near(width)}x{near(height)}"
+            )
+        return height // vae.downscale, width // vae.downscale, vae.latent_channels
 
     def tile_of(self, pixels: int | None) -> int:
         """The side of decoding's tiles: what was asked for, or TILE.
@@ -319,15 +326,14 @@ class Pipeline:
         """
         downscale = self.config("vae").downscale
         pixels = TILE if pixels is None else pixels
-        if pixels % downscale or pixels < 2 * OVERLAP * downscale:
+        if pixels % downscale or pixels < 2 * OVERLAP:
             raise UserError(
-                f"--tile is {pixels}; give a multiple of {downscale}, {2 * OVERLAP * downscale} "
-                "or more"
+                f"--tile is {pixels}; give a multiple of {downscale}, {2 * OVERLAP} or more"
             )
         return pixels
 
-    def base_times(self, steps: int, shape: tuple[int, int, int]) -> tuple[float, ...]:
-        """The base model's own times for a number of steps, from the checkpoint's scheduler.
+    def schedule(self, steps: int, shape: tuple[int, int, int]) -> sampling.Schedule:
+        """The base model's own, for a number of steps, from the checkpoint's scheduler.
 
         Raises:
           UserError: the checkpoint has none, or one that we do not know.
@@ -340,7 +346,7 @@ class Pipeline:
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} cannot be read ({error}): import again") from error
         tokens = shape[0] * shape[1] // self.config("transformer").patch ** 2
-        return sampling.published_times(scheduler, steps, tokens)
+        return sampling.published(scheduler, steps, tokens)
 
     def few_step(self, grid: sampling.Grid) -> Callable:
         """For `denoise`: the any-step sampler along a grid."""
@@ -348,12 +354,17 @@ class Pipeline:
             apply, params, noise, cond, grid, keys
         )
 
-    def base(self, times: tuple[float, ...], guidance: float) -> Callable:
+    def base(self, schedule: sampling.Schedule, guidance: float) -> Callable:
         """For `denoise`: the base model's own multi-step sampling."""
-        rule = self.family.base_guide
-        return lambda apply, params, noise, cond, null, keys: sampling.solve(
-            apply, params, noise, cond, null, times, guidance, rule=rule
-        )
+        rule = self.family.base_guide or sampling.guide
+
+        def draw(apply, params, noise, cond, null, keys):
+            inputs = (apply, params, noise, cond, null, schedule.times)
+            if schedule.solver == "dpm":
+                return sampling.dpm_solve(*inputs, schedule.told, guidance, rule)
+            return sampling.solve(*inputs, guidance, rule=rule)
+
+        return draw
 
 
 def open_pipeline(

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.sampling.schedules import dynamic_shift, published_times
+from twinflow_jax.sampling.schedules import dynamic_shift, published
 
 QWEN = {
     "_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.34.0.dev0",
@@ -15,6 +15,14 @@ QWEN = {
     "shift_terminal": 0.02, "stochastic_sampling": False, "time_shift_type": "exponential",
     "use_beta_sigmas": False, "use_dynamic_shifting": True, "use_exponential_sigmas": False,
     "use_karras_sigmas": False,
+}
+SANA = {
+    "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++",
+    "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 0.0001, "euler_at_final": False,
+    "final_sigmas_type": "zero", "flow_shift": 3.0, "lambda_min_clipped": -float("inf"),
+    "lower_order_final": True, "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
+    "solver_order": 2, "solver_type": "midpoint", "thresholding": False,
+    "timestep_spacing": "linspace", "use_flow_sigmas": True, "use_karras_sigmas": False,
 }
 SPARSE = {"use_dynamic_shifting": True}  # everything else as the published class assumes
 
@@ -31,29 +39,45 @@ def theirs(config: dict, steps: int, tokens: int) -> np.ndarray:
 @pytest.mark.parametrize("config", [QWEN, SPARSE, SPARSE | {"shift_terminal": 0.1}])
 def test_times_are_the_published_ones(config):
     for steps, tokens in [(2, 24), (6, 256), (7, 4096), (50, 10_000)]:
-        ours = published_times(config, steps, tokens)
+        schedule = published(config, steps, tokens)
+        ours = schedule.times
+        assert schedule.told == ours[:-1] and schedule.solver == "euler"
         np.testing.assert_allclose(ours, theirs(config, steps, tokens), rtol=0, atol=1e-6)
         assert ours[-1] == 0 and (np.diff(ours) < 0).all()
-    one_step = published_times(config, 1, 4096)  # stretched, it is nan there
+    one_step = published(config, 1, 4096).times  # stretched, it is nan there
     assert one_step == pytest.approx((1.0, 0.0))
 
 
 def test_defaults_are_qwen_images():
-    assert dynamic_shift(50, 4096) == published_times(QWEN, 50, 4096)
+    assert dynamic_shift(50, 4096) == published(QWEN, 50, 4096)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_sanas_times_are_the_published_ones(steps):
+    scheduler = DPMSolverMultistepScheduler.from_config(SANA)
+    scheduler.set_timesteps(steps)
+    ours = published(SANA, steps, 256)
+    np.testing.assert_allclose(ours.times, scheduler.sigmas.numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours.told, scheduler.timesteps.numpy() / 1000, rtol=0, atol=1e-9)
+    assert ours.solver == "dpm"
 
 
 def test_other_schedulers_are_refused():
     other = QWEN | {
-        "_class_name": "UniPCMultistepScheduler", "time_shift_type": "linear",
+        "time_shift_type": "linear",
         "use_karras_sigmas": True, "max_shift": None, "num_train_timesteps": 500,
     }
     with pytest.raises(UserError) as error:
-        published_times(other, 4, 256)
+        published(other, 4, 256)
     problems = str(error.value).removeprefix("scheduler_config.json: ").split("; ")
     assert [problem.split(" is ")[0] for problem in problems] == [
-        "_class_name", "num_train_timesteps", "time_shift_type", "use_karras_sigmas", "max_shift",
+        "num_train_timesteps", "time_shift_type", "use_karras_sigmas", "max_shift",
     ]
     with pytest.raises(UserError, match="use_dynamic_shifting is False, only True"):
-        published_times({"_class_name": QWEN["_class_name"]}, 4, 256)  # the class's default
+        published({"_class_name": QWEN["_class_name"]}, 4, 256)  # the class's default
     with pytest.raises(UserError, match="steps is 0"):
-        published_times(QWEN, 0, 256)
+        published(QWEN, 0, 256)
+    with pytest.raises(UserError, match="of class 'SCMScheduler'"):
+        published({"_class_name": "SCMScheduler"}, 4, 256)
+    with pytest.raises(UserError, match="solver_type is 'heun'.*flow_shift is 'big', not a number"):
+        published(SANA | {"solver_type": "heun", "flow_shift": "big"}, 4, 256)

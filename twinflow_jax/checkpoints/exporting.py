@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from twinflow_jax import files
 from twinflow_jax.checkpoints import published, store, tensors
-from twinflow_jax.checkpoints.imported import Imported
+from twinflow_jax.checkpoints.imported import Imported, layout
 from twinflow_jax.checkpoints.importing import DTYPES
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names
 from twinflow_jax.models.names import Rule
 
 SHARD = 4 << 30  # bytes of an exported file
+WRAPPER = "Wrapper"  # ends the names of classes that trainers wrap a network in, not exported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +55,7 @@ def as_published(
     Raises:
       UserError: arrays cannot be read, or the trained ones are of another network.
     """
-    network = checkpoint.network(name)
-    config = checkpoint.config(name)
-    table = network.table(config)
-    leaves = names.flatten(network.abstract(config)[0])
+    table, leaves = layout(checkpoint.network(name), checkpoint.config(name))
     if trained and (problems := store.misfits(trained, leaves)):
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise UserError(
@@ -112,13 +109,28 @@ def export_folder(
             folder = target if alone else target / part.folder
             _write_network(folder, part.stem, network, wanted[name], bar)
             config = dict(checkpoint.record["networks"][name]["published"])
-            if "_class_name" in config:  # what wraps the network is not in the folder
+            if config.get("_class_name", "").endswith(WRAPPER):
                 config["_class_name"] = part.classes[0]
             files.write(folder / "config.json", json.dumps(config, indent=2).encode())
         for name in checkpoint.record["files"]:
-            files.write(target / name, (checkpoint.folder / "files" / name).read_bytes())
+            data = (checkpoint.folder / "files" / name).read_bytes()
+            if name == "model_index.json":
+                data = _unwrapped(data, checkpoint)
+            files.write(target / name, data)
         if readme:
             files.write(target / "README.md", readme.encode())
+
+
+def _unwrapped(data: bytes, checkpoint: Imported) -> bytes:
+    """A model_index.json, naming the published classes instead of a trainer's wrappers."""
+    index = json.loads(data)
+    networks = {n.folder: n for n in map(checkpoint.network, checkpoint.parts)}
+    wrapped = {
+        folder: ["diffusers", networks[folder].classes[0]]
+        for folder, entry in index.items()
+        if folder in networks and entry and str(entry[-1]).endswith(WRAPPER)
+    }
+    return json.dumps(index | wrapped, indent=2).encode() if wrapped else data
 
 
 def nbytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:

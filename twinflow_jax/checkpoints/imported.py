@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -15,6 +16,7 @@ from etils import epath
 from twinflow_jax import files, models
 from twinflow_jax.checkpoints import store, tensors
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
 from twinflow_jax.models.family import Network
 
 RECORD = "checkpoint.json"
@@ -27,6 +29,15 @@ def array_folder(folder: epath.Path, network: str, path: str) -> epath.Path:
 
 def carried_file(folder: epath.Path, network: str) -> epath.Path:
     return folder / network / "carried.safetensors"
+
+
+@functools.cache
+def layout(network: Network, config) -> tuple[names.NameTable, dict[str, Any]]:
+    """A network's name table, and its abstract leaves by path.
+
+    Kept, since tracing a network takes up to a second.
+    """
+    return network.table(config), names.flatten(network.abstract(config)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Imported:
 
     def arrays(self, name: str) -> store.Arrays:
         """The arrays of a network by path, open and not yet read."""
-        table = self.network(name).table(self.config(name))
+        table, _ = layout(self.network(name), self.config(name))
         return {
             rule.path: store.open_array(
                 store.location(array_folder(self.folder, name, rule.path))

@@ -70,12 +70,26 @@ def import_folder(
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A tensor that no file holds: normal random values, which only its key decides."""
+
+    key: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    scale: float
+
+    def read(self) -> np.ndarray:
+        rng = np.random.default_rng(list(self.key.encode()))
+        return rng.normal(0.0, self.scale, self.shape).astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """One array to be written: the source tensors of its layers (one where not stacked)."""
 
     path: str
     rule: Rule
-    sources: dict[str, tensors.Tensor]
+    sources: dict[str, tensors.Tensor | Drawn]
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -120,15 +134,22 @@ class Plan:
 def _plans(part: Part, dtype: np.dtype | None) -> list[Plan]:
     plans = []
     for rule in part.table.rules:
-        keys = part.table.keys(rule)
-        if keys[0] in part.added:
-            keys = [rule.copy_of]
-        sources = {key: part.tensors[key] for key in keys}
+        sources = {key: _source(part, rule, key) for key in part.table.keys(rule)}
         theirs = {source.dtype for source in sources.values()}
         # Layers of several dtypes are stored as the one that holds them all.
         own = theirs.pop() if len(theirs) == 1 else DTYPES["float32"]
         plans.append(Plan(rule.path, rule, sources, part.leaves[rule.path], dtype or own))
     return plans
+
+
+def _source(part: Part, rule: Rule, key: str) -> tensors.Tensor | Drawn:
+    """The tensor of a key, or what stands in for it where it is added."""
+    if key not in part.added:
+        return part.tensors[key]
+    if rule.copy_of:
+        return part.tensors[rule.copy_of]
+    like = next(iter(part.tensors.values()))
+    return Drawn(key, like.dtype, rule.theirs_shape(part.leaves[rule.path]), rule.normal)
 
 
 def _carried(part: Part) -> dict[str, tensors.Tensor]:

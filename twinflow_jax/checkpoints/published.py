@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from twinflow_jax import files, models
-from twinflow_jax.checkpoints import tensors
+from twinflow_jax.checkpoints import imported, tensors
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.models.family import Network
@@ -57,6 +57,7 @@ class Folder:
 def find(source: str) -> epath.Path:
     """The folder of a path, or of a hub id that is in the local cache.
 
+    A hub id may be followed by a folder of the repository: ORGANISATION/NAME/FOLDER.
     Raises:
       UserError: neither.
     """
@@ -65,17 +66,22 @@ def find(source: str) -> epath.Path:
         return folder
     if folder.exists():
         raise UserError(f"{source} is a file: give the folder with transformer/ in it")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        import huggingface_hub  # slow to import, and needed here only
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
+    if not hub:
+        raise UserError(f"no folder {source}")
+    import huggingface_hub  # slow to import, and needed here only
 
-        try:
-            return epath.Path(huggingface_hub.snapshot_download(source, local_files_only=True))
-        except Exception as error:  # it raises many kinds
-            raise UserError(
-                f"{source} is neither a folder nor in the local hub cache: download it first "
-                f"(hf download {source}), or give its folder"
-            ) from error
-    raise UserError(f"no folder {source}")
+    try:
+        snapshot = huggingface_hub.snapshot_download(hub[1], local_files_only=True)
+    except Exception as error:  # it raises many kinds
+        raise UserError(
+            f"{source} is neither a folder nor in the local hub cache: download it first "
+            f"(hf download {hub[1]}), or give its folder"
+        ) from error
+    folder = epath.Path(snapshot) / (hub[2] or "")
+    if not folder.is_dir():
+        raise UserError(f"{hub[1]} has no folder {hub[2]} in the local hub cache")
+    return folder
 
 
 def open_folder(source: str) -> Folder:
@@ -98,6 +104,11 @@ def open_folder(source: str) -> Folder:
         (path / "tokenizer" / name).exists() for name in VOCABULARIES
     ):
         problems.append(f"tokenizer: holds none of {', '.join(VOCABULARIES)}; prompts need it")
+    if (path / "model_index.json").exists():
+        try:
+            _json(path / "model_index.json")
+        except UserError as error:
+            problems.append(str(error))
     if problems:
         listed = "\n  ".join(problems)
         raise UserError(f"{path} cannot be used:\n  {listed}")
@@ -160,10 +171,13 @@ def _open_part(network: Network, folder: epath.Path) -> tuple[Part | None, list[
     try:
         published = _json(folder / "config.json")
         config = network.config.from_published(published)
+        table, abstract = imported.layout(network, config)
     except UserError as error:
         return None, [str(error), *problems]
-    table = network.table(config)
-    leaves = {path: leaf.shape for path, leaf in names.flatten(network.abstract(config)[0]).items()}
+    except Exception as error:  # values of the wrong kind: what fails, and how, depends on which
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None, [f"config.json holds values that make no network ({reason})", *problems]
+    leaves = {path: leaf.shape for path, leaf in abstract.items()}
     by_key: dict[str, tensors.Tensor] = {}
     for key, tensor in found.items():
         name = table.published(key)

@@ -24,6 +24,9 @@ from twinflow_jax.models import names
 Arrays = dict[str, ts.TensorStore]
 T = TypeVar("T")
 
+# Local files reach the disk when their folder is finished (files.whole_folder), not one by one.
+CONTEXT = ts.Context({"file_io_sync": False})
+
 
 def location(folder: epath.PathLike) -> str:
     """A folder as tensorstore names it, a URL: `gs://...`, `file://...` for local paths."""
@@ -57,7 +60,7 @@ def create(
         "store_data_equal_to_fill_value": True,  # so that a file that is gone is no zeros
     }
     try:
-        return ts.open(spec, create=True, delete_existing=True).result()
+        return ts.open(spec, create=True, delete_existing=True, context=CONTEXT).result()
     except ValueError as error:
         raise UserError(f"array {folder} cannot be made: {_reason(error)}") from error
 
@@ -91,10 +94,11 @@ def read(array: ts.TensorStore) -> np.ndarray:
 def write(array: ts.TensorStore, values: np.ndarray) -> None:
     """Writes an array, or the part of it that indexing gave, to its end.
 
+    values: not to be changed afterwards.
     Raises:
       UserError: it cannot be written.
     """
-    future = array.write(values)
+    future = array.write(values, can_reference_source_data_indefinitely=True)
     try:
         future.result()
     except ValueError as error:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import dit, mlp, qwen_image, unet
+from twinflow_jax.models import dit, mlp, qwen_image, sana, unet
 from twinflow_jax.models.family import Family, logical_axes
 
 FAMILIES = {
@@ -21,6 +21,7 @@ FAMILIES = {
     "unet": Family(unet.Config, unet.UNet),
     "dit": Family(dit.Config, dit.DiT),
     "qwen_image": qwen_image.FAMILY,
+    "sana": sana.FAMILY,
 }
 
 

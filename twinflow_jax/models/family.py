@@ -5,7 +5,7 @@ text, a TextToImage: the published networks with their name tables, prompts and 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -66,7 +66,8 @@ class TextToImage:
     """From a prompt to an image, in parts that are loaded one after the other.
 
     networks: "transformer", "text_encoder" and "vae" (the names are the same in all families).
-    null_prompt: stands for no prompt in training. negative_prompt: the base model's own.
+    null_prompt: stands for no prompt in training. negative_prompt, base_steps, base_guidance: of
+    the base model's own sampling.
     export_note: what somebody who loads an export elsewhere must know about r. tiny: published
     configs of networks of a few megabytes, which with random weights try everything.
     """
@@ -74,23 +75,24 @@ class TextToImage:
     networks: dict[str, Network]
     null_prompt: str
     negative_prompt: str
+    base_steps: int
+    base_guidance: float
     export_note: str
     tiny: dict[str, dict[str, Any]]
     save_tiny_tokenizer: Callable[[str], None]
     load_tokenizer: Callable[[str], Any]
-    tokenize: Callable[
-        [Any, Sequence[str]], tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]
-    ]
+    tokenize: Callable[..., tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]]
+    """(tokenizer, prompts, tokens=None, negative=False) -> ids and mask; tokens: that each prompt
+    is padded or cut to; negative: of negative prompts, which may be empty."""
     embed: Callable[..., tuple[Float[Array, "B L D"], Bool[Array, "B L"]]]
     """(config, params, ids, mask) -> tokens and their mask, as the transformer takes them."""
     encode: Callable[..., Float[Array, "B h w c"]]
     """(config, params, images (B, H, W, 3) in [-1, 1]) -> normalised latents."""
     decode: Callable[..., Float[Array, "B H W 3"]]
     """(config, params, latents) -> images in [-1, 1]."""
-    latent_shape: Callable[[Any, int, int], tuple[int, int, int]]
-    """(vae config, height, width in pixels) -> a sample's shape; UserError for sizes it cannot."""
-    base_guide: Callable[..., Float[Array, "B h w c"]]
-    """(velocity with the prompt, without, scale) -> the base model's guided velocity."""
+    base_guide: Callable[..., Float[Array, "B h w c"]] | None = None
+    """(velocity with the prompt, without, scale) -> the base model's guided velocity, where it is
+    not plain guidance."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,11 +151,11 @@ def test_logical_axes():
     assert axes["embedding"] == ("vocab", "embed")
     assert axes["norm/scale"] == (None,)
     assert axes["layers/attention_norm/scale"] == ("layers", None)
-    assert axes["layers/query/kernel"] == ("layers", "embed", "heads")
-    assert axes["layers/key/bias"] == ("layers", "kv_heads")
-    assert axes["layers/out/kernel"] == ("layers", "heads", "embed")
-    assert axes["layers/gate/kernel"] == ("layers", "embed", "mlp")
-    assert axes["layers/down/kernel"] == ("layers", "mlp", "embed")
+    assert axes["layers/attention/query/kernel"] == ("layers", "embed", "heads")
+    assert axes["layers/attention/key/bias"] == ("layers", "kv_heads")
+    assert axes["layers/attention/out/kernel"] == ("layers", "heads", "embed")
+    assert axes["layers/mlp/gate/kernel"] == ("layers", "embed", "mlp")
+    assert axes["layers/mlp/down/kernel"] == ("layers", "mlp", "embed")
 
 
 def test_a_folder_that_transformers_writes(tmp_path):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from twinflow_jax.errors import UserError
 from twinflow_jax.models.family import Family, Network, TextToImage
 from twinflow_jax.models.qwen_image import autoencoder, prompt, text_encoder, tiny, transformer
 
@@ -49,6 +48,12 @@ NETWORKS = {
 }
 
 
+def tokenize(tokenizer, prompts, tokens: int | None = None, negative: bool = False):
+    """As `prompt.tokenize`, to one number of tokens or to the smallest bucket that will do."""
+    buckets = prompt.BUCKETS if tokens is None else (tokens,)
+    return prompt.tokenize(tokenizer, prompts, buckets, negative)
+
+
 def embed(config: text_encoder.Config, params, ids, mask):
     """The prompts' tokens (B, S, D) and their mask (B, S)."""
     states = text_encoder.TextEncoder(config).apply({"params": params}, ids, mask)
@@ -61,19 +66,6 @@ def encode(config: autoencoder.Config, params, images):
 
 def decode(config: autoencoder.Config, params, latents):
     return autoencoder.Autoencoder(config).apply({"params": params}, latents, method="decode")
-
-
-def latent_shape(
-    config: autoencoder.Config, height: int, width: int
-) -> tuple[int, int, int]:
-    """Of an image in pixels; its latents are taken two by two."""
-    step = 2 * config.downscale
-    if height < step or width < step or height % step or width % step:
-        raise UserError(
-            f"the size {width}x{height} is not divisible by {step}: choose "
-            f"{max(step, round(width / step) * step)}x{max(step, round(height / step) * step)}"
-        )
-    return height // config.downscale, width // config.downscale, config.latent_channels
 
 
 def norm_preserving(
@@ -91,10 +83,11 @@ def norm_preserving(
 FAMILY = Family(
     transformer.Config, transformer.Transformer,
     TextToImage(
-        networks=NETWORKS, null_prompt=prompt.NULL_PROMPT, negative_prompt=" ",
+        networks=NETWORKS, null_prompt=prompt.NULL_PROMPT, negative_prompt=" ", base_steps=50,
+        base_guidance=4.0,
         export_note=EXPORT_NOTE, tiny=tiny.CONFIGS, save_tiny_tokenizer=tiny.save_tokenizer,
         load_tokenizer=prompt.load_tokenizer,
-        tokenize=prompt.tokenize, embed=embed, encode=encode, decode=decode,
-        latent_shape=latent_shape, base_guide=norm_preserving,
+        tokenize=tokenize, embed=embed, encode=encode, decode=decode,
+        base_guide=norm_preserving,
     ),
 )

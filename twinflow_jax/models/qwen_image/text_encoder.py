@@ -8,12 +8,11 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
-from twinflow_jax.models.attention import attention
+from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles, stack_of
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
@@ -101,37 +100,11 @@ class Config:
         return cls(**values)
 
 
-def init_of(init, *axes: str | None):
-    return nn.with_logical_partitioning(init, axes)
-
-
-def dense(config: Config, features: int, axes: tuple[str, str], name: str, bias: bool = False):
-    return nn.Dense(
-        features, use_bias=bias, dtype=config.dtype, name=name,
-        kernel_init=init_of(nn.initializers.lecun_normal(), *axes),
-        bias_init=init_of(nn.initializers.zeros, axes[1]),
-    )
-
-
 def rms_norm(config: Config, name: str):
     return nn.RMSNorm(
         config.norm_eps, dtype=config.dtype, name=name,
         scale_init=init_of(nn.initializers.ones, None),
     )
-
-
-def rope_angles(config: Config, length: int) -> Float[np.ndarray, "L D/2"]:
-    """Of positions 0..length-1. On the host: a power on the device is not exact enough."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = 1 / np.float32(config.rope_theta) ** exponents
-    return np.arange(length, dtype=np.float32)[:, None] * frequencies
-
-
-def rotate(x: Float[Array, "B L N D"], angles: Float[Array, "L D/2"]) -> Float[Array, "B L N D"]:
-    """Turns the i-th channel of the first half with the i-th of the second, in float32."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -144,23 +117,11 @@ class Block(nn.Module):
         self, h: Float[Array, "B L D"], angles: Float[Array, "L K"], lengths: Int[Array, "B"]
     ):
         c = self.config
-
-        def heads(count, axis, name):
-            flat = dense(c, count * c.head_dim, ("embed", axis), name, bias=True)(x)
-            return flat.reshape(*flat.shape[:2], count, c.head_dim)
-
-        x = rms_norm(c, "attention_norm")(h)
-        query = rotate(heads(c.heads, "heads", "query"), angles)
-        key = rotate(heads(c.kv_heads, "kv_heads", "key"), angles)
-        value = heads(c.kv_heads, "kv_heads", "value")
-        attended = attention(query, key, value, lengths, causal=True)
-        attended = attended.reshape(*attended.shape[:2], -1)
-        h = h + dense(c, c.width, ("heads", "embed"), "out")(attended)
-
-        x = rms_norm(c, "mlp_norm")(h)
-        gate = dense(c, c.hidden, ("embed", "mlp"), "gate")(x)
-        up = dense(c, c.hidden, ("embed", "mlp"), "up")(x)
-        return h + dense(c, c.width, ("mlp", "embed"), "down")(nn.silu(gate) * up), None
+        attended = Attention(c, bias=True, name="attention")(
+            rms_norm(c, "attention_norm")(h), angles, lengths
+        )
+        h = h + attended
+        return h + GatedMLP(c, nn.silu, name="mlp")(rms_norm(c, "mlp_norm")(h)), None
 
 
 class TextEncoder(nn.Module):
@@ -183,12 +144,7 @@ class TextEncoder(nn.Module):
             (c.vocab, c.width),
         )
         h = jnp.take(embedding, ids, axis=0).astype(c.dtype)
-        angles = rope_angles(c, ids.shape[1])
-        layers = nn.scan(
-            Block, length=c.layers, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        h, _ = layers(c, name="layers")(h, angles, mask.sum(axis=-1))
+        h, _ = stack_of(Block, c)(h, rope_angles(c, ids.shape[1]), mask.sum(axis=-1))
         return jnp.where(mask[..., None], rms_norm(c, "norm")(h), 0)
 
 
@@ -196,14 +152,14 @@ def table(config: Config) -> names.NameTable:
     """The names in the published folder; newer transformers spell them with more parts."""
     layer = (
         ("input_layernorm.weight", "attention_norm/scale", "same"),
-        *names.linear("self_attn.q_proj", "query"),
-        *names.linear("self_attn.k_proj", "key"),
-        *names.linear("self_attn.v_proj", "value"),
-        *names.linear("self_attn.o_proj", "out", bias=False),
+        *names.linear("self_attn.q_proj", "attention/query"),
+        *names.linear("self_attn.k_proj", "attention/key"),
+        *names.linear("self_attn.v_proj", "attention/value"),
+        *names.linear("self_attn.o_proj", "attention/out", bias=False),
         ("post_attention_layernorm.weight", "mlp_norm/scale", "same"),
-        *names.linear("mlp.gate_proj", "gate", bias=False),
-        *names.linear("mlp.up_proj", "up", bias=False),
-        *names.linear("mlp.down_proj", "down", bias=False),
+        *names.linear("mlp.gate_proj", "mlp/gate", bias=False),
+        *names.linear("mlp.up_proj", "mlp/up", bias=False),
+        *names.linear("mlp.down_proj", "mlp/down", bias=False),
     )
     return names.NameTable(
         rules=(

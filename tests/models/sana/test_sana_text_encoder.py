@@ -1,0 +1,194 @@
+"""The text encoder against transformers' Gemma2Model, and its names against the published ones."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.linen import meta
+
+from tests.models import oracles
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.models.attention import attention
+from twinflow_jax.models.sana import text_encoder, tiny
+
+PUBLISHED = {  # text_encoder/config.json of SANA
+    "architectures": ["Gemma2Model"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid",
+    "eos_token_id": [1, 107], "final_logit_softcapping": 30.0, "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304, "initializer_range": 0.02, "intermediate_size": 9216,
+    "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8,
+    "num_hidden_layers": 26, "num_key_value_heads": 4, "pad_token_id": 0,
+    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+    "sliding_window": 4096, "torch_dtype": "bfloat16", "transformers_version": "4.42.4",
+    "use_cache": True, "vocab_size": 256000,
+}
+SMALL = PUBLISHED | tiny.CONFIGS["text_encoder"]
+CAPPED = SMALL | {"attn_logit_softcapping": 1.5, "sliding_window": 40}  # so that the cap matters
+WIDE = PUBLISHED | {"vocab_size": 592, "num_hidden_layers": 1, "intermediate_size": 512}
+
+
+def torch_model(published, kind=transformers.Gemma2Model):
+    config = transformers.Gemma2Config(**published, attn_implementation="eager")
+    return kind(config).float().eval()
+
+
+@functools.cache
+def abstract(config):
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 8), bool)
+    init = text_encoder.TextEncoder(config).init
+    return jax.eval_shape(init, jax.random.key(0), ids, mask)["params"]
+
+
+def both(published):
+    """A PyTorch model with every weight random, our config and the same weights as ours."""
+    torch.manual_seed(0)
+    model = torch_model(published)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(-0.5, 0.5)
+            else:
+                weight.normal_(0, weight.shape[-1] ** -0.5)
+    config = text_encoder.Config.from_published(published)
+    expected = meta.unbox(abstract(config))
+    return model, config, oracles.params_of(model, text_encoder.table(config), expected)
+
+
+def batch(vocab, lengths, width):
+    ids = np.random.default_rng(1).integers(0, vocab, (len(lengths), width), np.int32)
+    return ids, np.arange(width) < np.array(lengths)[:, None]
+
+
+def theirs(model, ids, mask):
+    with torch.no_grad():
+        states = model(
+            input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask).long()
+        ).last_hidden_state
+    return states.numpy()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(config, params, ids, mask):
+    return text_encoder.TextEncoder(config).apply({"params": params}, ids, mask)
+
+
+def ours(config, params, ids, mask):
+    return np.asarray(apply(config, params, ids, mask))
+
+
+def test_a_batch_of_different_lengths():
+    model, config, params = both(CAPPED)
+    ids, mask = batch(config.vocab, (1, 23, 40), 40)
+    expected = theirs(model, ids, mask)[mask]
+    states = ours(config, params, ids, mask)
+    assert oracles.relative_error(states[mask], expected) < 2e-5
+    assert not states[~mask].any()
+
+    half = dataclasses.replace(config, dtype="bfloat16")
+    rounded = ours(half, params, ids, mask)
+    assert rounded.dtype == jnp.bfloat16
+    assert oracles.relative_error(rounded[mask], expected) < 2e-2
+    stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+    assert oracles.relative_error(ours(half, stored, ids, mask)[mask], expected) < 2e-2
+
+    # neither what the padding is nor how much of it there is matters
+    states = states[1, :23]
+    ids[~mask] = 7
+    np.testing.assert_array_equal(ours(config, params, ids, mask)[1, :23], states)
+    shorter = ours(config, params, ids[1:2, :24], mask[1:2, :24])[0, :23]
+    assert oracles.relative_error(shorter, states) < 2e-6
+
+    with pytest.raises(UserError, match="41 tokens is longer than the text encoder's window of 40"):
+        ours(config, params, *batch(config.vocab, (3,), 41))
+
+
+def test_a_high_cap_changes_nothing():
+    draw = np.random.default_rng(2).standard_normal
+    query, key, value = (
+        draw(shape, np.float32) for shape in ((2, 5, 6, 8), (2, 7, 3, 8), (2, 7, 3, 8))
+    )
+    for lengths, causal in ((None, False), (np.array([2, 7]), False), (np.array([2, 7]), True)):
+        capped = attention(query, key, value, lengths, causal, softcap=1e4)
+        plain = attention(query, key, value, lengths, causal)
+        assert oracles.relative_error(capped, plain) < 2e-6
+
+
+def test_a_layer_at_full_width():
+    model, config, params = both(WIDE)
+    ids, mask = batch(config.vocab, (5, 12), 12)
+    expected = theirs(model, ids, mask)[mask]
+    assert oracles.relative_error(ours(config, params, ids, mask)[mask], expected) < 2e-5
+    half = dataclasses.replace(config, dtype="bfloat16")
+    assert oracles.relative_error(ours(half, params, ids, mask)[mask], expected) < 2e-2
+
+
+def test_the_table_has_the_published_names():
+    config = text_encoder.Config()
+    leaves = names.flatten(meta.unbox(abstract(config)))
+    table = text_encoder.table(config)
+    shapes = table.shapes({path: leaf.shape for path, leaf in leaves.items()})
+    assert len(shapes) == 288
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 2_614_341_888
+    assert all(leaf.dtype == jnp.float32 for leaf in leaves.values())
+
+    with torch.device("meta"):
+        bare = torch_model(PUBLISHED).state_dict()
+        whole = torch_model(PUBLISHED, transformers.Gemma2ForCausalLM).state_dict()
+    assert {key: tuple(value.shape) for key, value in bare.items()} == shapes
+    tensors = {table.published(key): tuple(value.shape) for key, value in whole.items()}
+    assert tensors == shapes | {"lm_head.weight": (256000, 2304)}
+    assert [key for key in tensors if table.is_carried(key)] == ["lm_head.weight"]
+
+
+def test_logical_axes():
+    boxes = jax.tree.map(
+        lambda box: (box.names, len(box.value.shape)), abstract(text_encoder.Config()),
+        is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata),
+    )
+    axes = {path: axes for path, (axes, _) in names.flatten(boxes).items()}
+    assert all(len(axes) == ndim for axes, ndim in names.flatten(boxes).values())
+    assert axes["embedding"] == ("vocab", "embed")
+    assert axes["norm/scale"] == (None,)
+    assert axes["layers/mlp_out_norm/scale"] == ("layers", None)
+    assert axes["layers/attention/query/kernel"] == ("layers", "embed", "heads")
+    assert axes["layers/attention/value/kernel"] == ("layers", "embed", "kv_heads")
+    assert axes["layers/attention/out/kernel"] == ("layers", "heads", "embed")
+    assert axes["layers/mlp/gate/kernel"] == ("layers", "embed", "mlp")
+    assert axes["layers/mlp/down/kernel"] == ("layers", "mlp", "embed")
+
+
+def test_a_folder_that_transformers_writes(tmp_path):
+    torch_model(SMALL, transformers.Gemma2ForCausalLM).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in written
+    config = text_encoder.Config.from_published(written)
+    assert config == text_encoder.Config.from_published(SMALL)
+    assert config == text_encoder.Config.from_published(tiny.CONFIGS["text_encoder"])
+    assert text_encoder.Config.from_published(PUBLISHED) == text_encoder.Config()
+
+
+def test_a_config_that_computes_something_else():
+    text_encoder.Config.from_published(PUBLISHED | {"_attn_implementation": "sdpa"})
+    with pytest.raises(UserError) as error:
+        text_encoder.Config.from_published(PUBLISHED | {
+            "model_type": "gemma", "architectures": ["GemmaForCausalLM"],
+            "hidden_activation": "silu", "attention_bias": True, "num_key_value_heads": 3,
+            "use_bidirectional_attention": True, "query_pre_attn_scalar": 144,
+            "layer_types": ["chunked_attention"], "quantization_config": {},
+            "rope_scaling": {"type": "yarn", "factor": 4.0},
+        })
+    for part in ("model_type", "architectures", "hidden_activation", "attention_bias is set",
+                 "num_key_value_heads", "use_bidirectional_attention is set", "'chunked_attention'",
+                 "query_pre_attn_scalar", "'yarn'", "factor, quantization_config"):
+        assert part in str(error.value)
+    with pytest.raises(UserError, match="softcap is None, not a positive number"):
+        text_encoder.Config.from_published(PUBLISHED | {"attn_logit_softcapping": None})

@@ -1,0 +1,90 @@
+"""What the text encoders share: the parts of a causal language model's layers.
+
+`config` has width, heads, kv_heads, head_dim, hidden, rope_theta and dtype.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from twinflow_jax.models.attention import attention
+
+
+def init_of(init, *axes: str | None):
+    """An initialiser whose parameter's axes have names."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+def dense(config, features: int, axes: tuple[str, str], name: str, bias: bool = False):
+    return nn.Dense(
+        features, use_bias=bias, dtype=config.dtype, name=name,
+        kernel_init=init_of(nn.initializers.lecun_normal(), *axes),
+        bias_init=init_of(nn.initializers.zeros, axes[1]),
+    )
+
+
+def rope_angles(config, length: int) -> Float[np.ndarray, "L D/2"]:
+    """Of positions 0..length-1. On the host: a power on the device is not exact enough."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = 1 / np.float32(config.rope_theta) ** exponents
+    return np.arange(length, dtype=np.float32)[:, None] * frequencies
+
+
+def rotate(x: Float[Array, "B L N D"], angles: Float[Array, "L D/2"]) -> Float[Array, "B L N D"]:
+    """Turns the i-th channel of the first half with the i-th of the second, in float32."""
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions; several query heads share one of keys and values.
+
+    bias: of the projections to queries, keys and values. softcap: of the scores.
+    """
+
+    config: Any
+    bias: bool = False
+    softcap: float | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], angles: Float[Array, "L K"], lengths: Int[Array, "B"]
+    ) -> Float[Array, "B L D"]:
+        c = self.config
+
+        def heads(count, axis, name):
+            flat = dense(c, count * c.head_dim, ("embed", axis), name, self.bias)(x)
+            return flat.reshape(*flat.shape[:2], count, c.head_dim)
+
+        query = rotate(heads(c.heads, "heads", "query"), angles)
+        key = rotate(heads(c.kv_heads, "kv_heads", "key"), angles)
+        value = heads(c.kv_heads, "kv_heads", "value")
+        attended = attention(query, key, value, lengths, causal=True, softcap=self.softcap)
+        attended = attended.reshape(*attended.shape[:2], -1)
+        return dense(c, c.width, ("heads", "embed"), "out")(attended)
+
+
+class GatedMLP(nn.Module):
+    config: Any
+    activation: Callable
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        c = self.config
+        gate = self.activation(dense(c, c.hidden, ("embed", "mlp"), "gate")(x))
+        up = dense(c, c.hidden, ("embed", "mlp"), "up")(x)
+        return dense(c, c.width, ("mlp", "embed"), "down")(gate * up)
+
+
+def stack_of(block: type[nn.Module], config) -> nn.Module:
+    """`(h, angles, lengths) -> (h, None)` of all layers, their parameters stacked as `layers`."""
+    layers = nn.scan(
+        block, length=config.layers, variable_axes={"params": 0}, split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return layers(config, name="layers")

@@ -1,0 +1,202 @@
+"""SANA's text encoder: the decoder of Gemma-2-2b, without its output head.
+
+Its last state, after the final norm, is what the image model reads. Half of its layers attend
+within a sliding window; texts are refused that would not fit into it, so all layers are equal.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles, stack_of
+
+ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
+
+# Of a published config: our field and the default of transformers' Gemma2Config.
+NUMBERS = {
+    "vocab_size": ("vocab", 256000),
+    "hidden_size": ("width", 2304),
+    "num_hidden_layers": ("layers", 26),
+    "num_attention_heads": ("heads", 8),
+    "num_key_value_heads": ("kv_heads", 4),
+    "head_dim": ("head_dim", 256),
+    "intermediate_size": ("hidden", 9216),
+    "sliding_window": ("window", 4096),
+    "attn_logit_softcapping": ("softcap", 50.0),
+    "rms_norm_eps": ("norm_eps", 1e-6),
+}
+# What else may stand there: checked below, or without effect on the states of a text.
+OTHERS = {
+    "architectures", "attention_bias", "attention_dropout", "cache_implementation", "dtype",
+    "final_logit_softcapping", "hidden_act", "hidden_activation", "initializer_range",
+    "layer_types", "max_position_embeddings", "model_type", "query_pre_attn_scalar",
+    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window_size", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_bidirectional_attention", "use_cache",
+}
+ROPE = {"rope_theta", "rope_type", "type"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The published Gemma-2-2b. dtype: of the computation, "float32" or "bfloat16".
+
+    window: the most tokens of a text. softcap: of the attention's scores.
+    """
+
+    vocab: int = 256000
+    width: int = 2304
+    layers: int = 26
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 256
+    hidden: int = 9216
+    window: int = 4096
+    softcap: float = 50.0
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+
+    @classmethod
+    def from_published(cls, config: dict) -> "Config":
+        """From the folder's config.json.
+
+        Raises UserError, with all that is wrong, for another model or one that computes
+        something else.
+        """
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        values = {ours: config.get(key, default) for key, (ours, default) in NUMBERS.items()}
+        values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 1e4))
+
+        problems = []
+        if config.get("model_type") != "gemma2":
+            problems.append(f"model_type is {config.get('model_type')!r}, not 'gemma2'")
+        architectures = config.get("architectures") or ARCHITECTURES[:1]
+        if not set(architectures) <= set(ARCHITECTURES):
+            expected = " or ".join(ARCHITECTURES)
+            problems.append(f"architectures is {architectures!r}, not {expected}")
+        bad = {name: v for name, v in values.items() if not isinstance(v, int | float) or v <= 0}
+        problems += [f"{name} is {value!r}, not a positive number" for name, value in bad.items()]
+        if not bad:
+            if values["heads"] % values["kv_heads"]:
+                problems.append("num_attention_heads is no multiple of num_key_value_heads")
+            if values["head_dim"] % 2:
+                problems.append("head_dim is odd")
+            if config.get("query_pre_attn_scalar", 256) != values["head_dim"]:
+                problems.append("query_pre_attn_scalar is not head_dim")
+        activation = config.get("hidden_activation", "gelu_pytorch_tanh")
+        if activation != "gelu_pytorch_tanh":
+            problems.append(f"hidden_activation is {activation!r}, not 'gelu_pytorch_tanh'")
+        problems += [
+            f"{key} is set" for key in ("attention_bias", "use_bidirectional_attention")
+            if config.get(key)
+        ]
+        others = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+        problems += [f"layer_types has {kind!r}" for kind in sorted(others)]
+        for kind in {rope.get("type"), rope.get("rope_type")} - {None, "default"}:
+            problems.append(f"the rope's type is {kind!r}, not 'default'")
+        unknown = (rope.keys() - ROPE) | {
+            key for key in config.keys() - NUMBERS.keys() - OTHERS
+            if not key.startswith("_") and not key.endswith("_token_id")
+        }
+        if unknown:
+            problems.append(f"unknown settings {', '.join(sorted(unknown))}")
+        if problems:
+            raise UserError(
+                f"this config.json is not of SANA's text encoder: {'; '.join(problems)}"
+            )
+        return cls(**values)
+
+
+class RMSNorm(nn.Module):
+    """Scales by 1 + scale, all in float32, as transformers' Gemma2RMSNorm does."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", init_of(nn.initializers.zeros, None), x.shape[-1:])
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.config.norm_eps)
+        return (x * (1 + scale.astype(jnp.float32))).astype(self.config.dtype)
+
+
+class Block(nn.Module):
+    """Causal grouped-query attention, then gated GELU, each between two norms.
+
+    `(h, ...) -> (h, None)` for nn.scan.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, h: Float[Array, "B L D"], angles: Float[Array, "L K"], lengths: Int[Array, "B"]
+    ):
+        c = self.config
+        attended = Attention(c, softcap=c.softcap, name="attention")(
+            RMSNorm(c, name="attention_norm")(h), angles, lengths
+        )
+        h = h + RMSNorm(c, name="attention_out_norm")(attended)
+        inner = GatedMLP(c, nn.gelu, name="mlp")(RMSNorm(c, name="mlp_norm")(h))  # of tanh
+        return h + RMSNorm(c, name="mlp_out_norm")(inner), None
+
+
+class TextEncoder(nn.Module):
+    """transformers' Gemma2Model, of which it gives the `last_hidden_state`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The states of the tokens, after the final norm, zero at padding.
+
+        mask: of each row the valid tokens, which are its first ones and at least one. Raises
+        UserError for more tokens than the window.
+        """
+        c, length = self.config, ids.shape[1]
+        if length > c.window:
+            raise UserError(
+                f"a text of {length} tokens is longer than the text encoder's window of "
+                f"{c.window}: shorten it"
+            )
+        embedding = self.param(
+            "embedding", init_of(nn.initializers.normal(0.02), "vocab", "embed"),
+            (c.vocab, c.width),
+        )
+        h = jnp.take(embedding, ids, axis=0).astype(c.dtype)
+        h *= jnp.asarray(math.sqrt(c.width), c.dtype)  # rounded to that dtype, as published
+        h, _ = stack_of(Block, c)(h, rope_angles(c, length), mask.sum(axis=-1))
+        return jnp.where(mask[..., None], RMSNorm(c, name="norm")(h), 0)
+
+
+def table(config: Config) -> names.NameTable:
+    """The names in SANA's folders; Gemma's own folder has "model." before them."""
+    layer = (
+        ("input_layernorm.weight", "attention_norm/scale", "same"),
+        *names.linear("self_attn.q_proj", "attention/query", bias=False),
+        *names.linear("self_attn.k_proj", "attention/key", bias=False),
+        *names.linear("self_attn.v_proj", "attention/value", bias=False),
+        *names.linear("self_attn.o_proj", "attention/out", bias=False),
+        ("post_attention_layernorm.weight", "attention_out_norm/scale", "same"),
+        ("pre_feedforward_layernorm.weight", "mlp_norm/scale", "same"),
+        *names.linear("mlp.gate_proj", "mlp/gate", bias=False),
+        *names.linear("mlp.up_proj", "mlp/up", bias=False),
+        *names.linear("mlp.down_proj", "mlp/down", bias=False),
+        ("post_feedforward_layernorm.weight", "mlp_out_norm/scale", "same"),
+    )
+    return names.NameTable(
+        rules=(
+            names.Rule("embed_tokens.weight", "embedding"),
+            *names.stack("layers", layer, "layers"),
+            names.Rule("norm.weight", "norm/scale"),
+        ),
+        layers=config.layers,
+        prefixes=("model.",),
+        carried=(r"lm_head\.weight",),
+    )

@@ -1,0 +1,479 @@
+"""The SANA transformer: linear self-attention, text cross-attention and a convolutional MLP.
+
+The same function as diffusers' SanaTransformer2DModel for SANA 1.0, 1.5 and Sprint, with
+TwinFlow's second time: both outputs of the time's AdaLN-single become m1(t) + (t - r) m2(r).
+There is no positional embedding: the MLPs' 3x3 convolutions tell where a token is.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import names, remat
+from twinflow_jax.models.attention import attention
+
+EPSILON = 1e-6  # of the norms before self-attention, MLP and output
+RMS_EPSILON = 1e-5  # of the norms of text, queries and keys
+SINUSOID_WIDTH = 256
+
+CLASS = "SanaTransformer2DModel"
+# Keys of config.json: our field and the published class's default.
+_FIELDS = {
+    "num_layers": ("layers", 20),
+    "num_attention_heads": ("heads", 70),
+    "attention_head_dim": ("head_dim", 32),
+    "num_cross_attention_heads": ("cross_heads", 20),
+    "cross_attention_head_dim": ("cross_head_dim", 112),
+    "in_channels": ("latent_channels", 32),
+    "caption_channels": ("text_width", 2304),
+    "mlp_ratio": ("mlp_ratio", 2.5),
+    "guidance_embeds": ("guidance_embeds", False),
+    "guidance_embeds_scale": ("guidance_embeds_scale", 0.1),
+    "timestep_scale": ("timestep_scale", 1.0),
+}
+_ONLY = {
+    "patch_size": 1, "attention_bias": False, "dropout": 0.0, "norm_elementwise_affine": False,
+    "norm_eps": EPSILON, "interpolation_scale": None,
+}
+_QK_NORMS = {None: False, "rms_norm_across_heads": True}
+_DERIVED = ("out_channels", "cross_attention_dim", "sample_size", "qk_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The published values of SANA-0.6B at 512 pixels.
+
+    text_width: of the text tokens. cross_heads, cross_head_dim: of the attention to the text.
+    mlp_ratio: of the MLP's width to the model's. qk_norm: whether queries and keys are
+    normalised (1.5, Sprint). guidance_embeds: whether the guidance scale, multiplied by
+    guidance_embeds_scale, has an embedder (Sprint). timestep_scale: what diffusers multiplies
+    its times by, see `time_scale`. second_embedder: whether r has an embedder; without, r is
+    ignored. dtype: of computation. remat: one of remat.POLICIES. sample_shape: (H, W,
+    latent_channels) of training's latents.
+    """
+
+    name: str = "sana"
+    sample_shape: tuple[int, ...] = (16, 16, 32)
+    layers: int = 28
+    heads: int = 36
+    head_dim: int = 32
+    cross_heads: int = 16
+    cross_head_dim: int = 72
+    latent_channels: int = 32
+    text_width: int = 2304
+    mlp_ratio: float = 2.5
+    qk_norm: bool = False
+    guidance_embeds: bool = False
+    guidance_embeds_scale: float = 0.1
+    timestep_scale: float = 1.0
+    second_embedder: bool = True
+    num_classes: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        positive = (
+            "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "latent_channels",
+            "text_width", "mlp_width",
+        )
+        problems = [
+            f"{name} is {getattr(self, name)}, but must be positive"
+            for name in positive if getattr(self, name) < 1
+        ]
+        shape = self.sample_shape
+        if len(shape) != 3 or min(shape) < 1 or shape[-1] != self.latent_channels:
+            problems.append(
+                f"sample_shape {shape} must be (height, width, {self.latent_channels})"
+            )
+        if self.num_classes:
+            problems.append("num_classes must be 0: the condition is text")
+        if self.dtype not in ("float32", "bfloat16"):
+            problems.append(f"dtype is {self.dtype!r}; choose from float32, bfloat16")
+        if problems:
+            raise UserError(f"model 'sana': {'; '.join(problems)}")
+        remat.check(self.remat)
+
+    @property
+    def patch(self) -> int:
+        """Latents a token covers along each side."""
+        return 1
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.mlp_ratio * self.width)
+
+    @property
+    def time_scale(self) -> float:
+        """What the embedders see of a time in [-1, 1].
+
+        diffusers' SanaPipeline passes 1000 timestep_scale t, where timestep_scale is 1, or .001
+        for Sprint's teacher. SanaSprintPipeline passes t itself, whatever timestep_scale says.
+        """
+        return 1.0 if self.guidance_embeds else 1000.0 * self.timestep_scale
+
+    @classmethod
+    def from_published(cls, config: dict) -> "Config":
+        """From the contents of a transformer folder's config.json.
+
+        Raises:
+          UserError: another class, or values that mean something we do not compute; all of
+            them in one message.
+        """
+        kind, problems = str(config.get("_class_name")), []
+        if kind not in (CLASS, f"{CLASS}Wrapper"):
+            problems.append(f"_class_name is {kind}, not {CLASS}")
+        known = (*_FIELDS, *_ONLY, *_DERIVED)
+        problems += [
+            f"unknown key {key!r}" for key in config if key not in known and key[0] != "_"
+        ]
+        problems += [
+            f"{key} is {config[key]!r}, but only {value!r} is supported"
+            for key, value in _ONLY.items() if config.get(key, value) != value
+        ]
+        fields = {}
+        for key, (field, default) in _FIELDS.items():
+            fields[field] = value = config.get(key, default)
+            kinds = (float, int) if isinstance(default, float) else (type(default),)
+            if type(value) not in kinds:
+                problems.append(f"{key} is {value!r}, not of type {kinds[0].__name__}")
+        norm, side = config.get("qk_norm"), config.get("sample_size", 32)
+        if norm not in _QK_NORMS:
+            problems.append(f"qk_norm is {norm!r}, neither null nor 'rms_norm_across_heads'")
+        if type(side) is not int:
+            problems.append(f"sample_size is {side!r}, not of type int")
+        channels = fields["latent_channels"]
+        out = config.get("out_channels", 32) or channels  # the published class reads null so
+        if out != channels:
+            problems.append(f"out_channels {out} differs from in_channels {channels}")
+        text, heads, head_dim = (
+            config.get("cross_attention_dim", 2240), fields["heads"], fields["head_dim"]
+        )
+        if text != heads * head_dim:
+            problems.append(
+                f"cross_attention_dim {text} is not num_attention_heads {heads} times "
+                f"attention_head_dim {head_dim}"
+            )
+        if problems:
+            raise UserError(f"config.json of the transformer: {'; '.join(problems)}")
+        return cls(**fields, qk_norm=_QK_NORMS[norm], sample_shape=(side, side, channels))
+
+
+def sinusoid(values: Float[Array, "B"]) -> Float[Array, "B 256"]:
+    """Cosines, then sines, of values at frequencies from 1 down to almost 1/10000.
+
+    In float32, and in diffusers' order of operations: at values of up to 1000 another rounding
+    already shows.
+    """
+    half = SINUSOID_WIDTH // 2
+    exponents = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32)
+    angles = values[:, None] * np.exp(exponents / np.float32(half))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def linear_attention(
+    query: Float[Array, "B S N D"], key: Float[Array, "B S N D"], value: Float[Array, "B S N D"]
+) -> Float[Array, "B S N D"]:
+    """The mean of the values under weights relu(query)·relu(key), computed in float32.
+
+    Keys meet values before they meet queries, so that the cost is linear in S. The mean keeps
+    its value when its query shrinks, so that its gradient grows as 1/query: where the weights'
+    sum is next to nothing only rounding would be left of it, times up to 1e15, and a few such
+    layers end in NaN. There the gradient is 0, as it is on both sides of the ReLU's edge; the
+    values are those of diffusers' SanaLinearAttnProcessor2_0 everywhere.
+    """
+    # Rounded products would not cancel in the quotient and in its gradient.
+    product = functools.partial(jnp.einsum, precision="highest")
+    q, k, v = (a.astype(jnp.float32) for a in (nn.relu(query), nn.relu(key), value))
+    weighted = product("bsnd,bnde->bsne", q, product("bsnd,bsne->bnde", k, v))
+    total = product("bsnd,bnd->bsn", q, k.sum(1))[..., None]
+    mean = weighted / (total + 1e-15)
+    return jnp.where(total > 1e-6, mean, jax.lax.stop_gradient(mean)).astype(value.dtype)
+
+
+_unit_variance = nn.initializers.lecun_normal()
+
+
+def _dense(
+    config: Config, features: int, axes: tuple[str | None, str | None], name: str,
+    bias: bool = True, kernel: Callable = _unit_variance,
+) -> nn.Dense:
+    """A projection whose kernel has these logical axes; a bias of the model's width has none."""
+    bias_axes = (None if axes[1] == "embed" else axes[1],)
+    return nn.Dense(
+        features, use_bias=bias, dtype=config.dtype, name=name,
+        kernel_init=nn.with_logical_partitioning(kernel, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, bias_axes),
+    )
+
+
+def _rms_norm(config: Config, name: str, scale: float = 1.0) -> nn.RMSNorm:
+    scale_init = nn.with_logical_partitioning(nn.initializers.constant(scale), (None,))
+    return nn.RMSNorm(RMS_EPSILON, dtype=config.dtype, scale_init=scale_init, name=name)
+
+
+def _shift_scale_table(module: nn.Module, rows: int, name: str) -> Float[Array, "rows D"]:
+    """A parameter that is added to a modulation."""
+    width = module.config.width
+    normal = nn.initializers.normal(width**-0.5)
+    init = nn.with_logical_partitioning(normal, (None, None))
+    return module.param(name, init, (rows, width))
+
+
+def _modulated(
+    h: Float[Array, "B H W D"], shift: Float[Array, "B 1 1 D"], scale: Float[Array, "B 1 1 D"]
+) -> Float[Array, "B H W D"]:
+    """h with zero mean and unit variance, scaled by 1 + scale and shifted; float32."""
+    norm = nn.LayerNorm(
+        EPSILON, dtype="float32", use_bias=False, use_scale=False, use_fast_variance=False
+    )
+    return norm(h) * (1.0 + scale) + shift
+
+
+class Embedder(nn.Module):
+    """The sinusoid of a number and an MLP."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, values: Float[Array, "B"]) -> Float[Array, "B D"]:
+        c, normal = self.config, nn.initializers.normal(0.02)
+        hidden = _dense(c, c.width, (None, None), "hidden", kernel=normal)(sinusoid(values))
+        return _dense(c, c.width, ("embed", None), "out", kernel=normal)(nn.silu(hidden))
+
+
+class AdaLNSingle(nn.Module):
+    """`(time (B,), guidance (B,) or None) -> (modulation (B, 6, D), embedding (B, D))`, float32.
+
+    The modulation is that of all blocks, the embedding that of the output; numbers come scaled.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, time: Float[Array, "B"], guidance: Float[Array, "B"] | None = None):
+        c = self.config
+        embedding = Embedder(c, name="time")(time).astype(jnp.float32)
+        if guidance is not None:
+            embedding += Embedder(c, name="guidance")(guidance)
+        modulation = _dense(
+            c, 6 * c.width, ("embed", "modulation"), "modulation",
+            kernel=nn.initializers.normal(0.02),
+        )(nn.silu(embedding))
+        return modulation.astype(jnp.float32).reshape(-1, 6, c.width), embedding
+
+
+class Attention(nn.Module):
+    """Queries from h, keys and values from context; `attend` maps these to the queries' means.
+
+    input_bias: whether the first three projections have one.
+    """
+
+    config: Config
+    heads: int
+    head_dim: int
+    input_bias: bool
+
+    @nn.compact
+    def __call__(
+        self, h: Float[Array, "B S D"], context: Float[Array, "B T D"], attend: Callable
+    ) -> Float[Array, "B S D"]:
+        c, inner = self.config, self.heads * self.head_dim
+        parts = []
+        for name, source in (("query", h), ("key", context), ("value", context)):
+            part = _dense(c, inner, ("embed", "heads"), name, bias=self.input_bias)(source)
+            if c.qk_norm and name != "value":
+                part = _rms_norm(c, f"{name}_norm")(part)  # over all heads together
+            part = part.reshape(*part.shape[:2], self.heads, self.head_dim)
+            parts.append(checkpoint_name(part, name))
+        attended = checkpoint_name(attend(*parts), "attention_output")
+        return _dense(c, c.width, ("heads", "embed"), "out")(attended.reshape(*h.shape[:2], inner))
+
+
+class GatedConvolution(nn.Module):
+    """The MLP: its hidden channels see their neighbours, and one half gates the other."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        c, channels = self.config, 2 * self.config.mlp_width
+        hidden = _dense(c, channels, ("embed", "mlp"), "hidden")(h)
+        hidden = nn.silu(checkpoint_name(hidden, "mlp_hidden"))
+        depthwise = nn.Conv(
+            channels, (3, 3), feature_group_count=channels, dtype=c.dtype, name="depthwise",
+            kernel_init=nn.with_logical_partitioning(
+                _unit_variance, (None, None, None, "mlp")
+            ),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("mlp",)),
+        )
+        value, gate = jnp.split(depthwise(hidden), 2, axis=-1)
+        return _dense(c, c.width, ("mlp", "embed"), "out", bias=False)(value * nn.silu(gate))
+
+
+class Block(nn.Module):
+    """`(h, ...) -> (h, None)` for nn.scan."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, h: Float[Array, "B H W D"], modulation: Float[Array, "B 6 D"],
+        text: Float[Array, "B L D"], lengths: Int[Array, "B"],
+    ):
+        c = self.config
+        h = checkpoint_name(h, "block_input")
+        terms = modulation + _shift_scale_table(self, 6, "modulation")
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.moveaxis(
+            terms[:, :, None, None], 1, 0
+        )
+        tokens = lambda x: x.reshape(x.shape[0], -1, c.width)
+
+        x = tokens(_modulated(h, shift_1, scale_1))
+        self_attention = Attention(c, c.heads, c.head_dim, False, name="self_attention")
+        update = self_attention(x, x, linear_attention).reshape(h.shape)
+        h = (h + gate_1 * update).astype(c.dtype)
+
+        cross_attention = Attention(
+            c, c.cross_heads, c.cross_head_dim, True, name="cross_attention"
+        )
+        attend = functools.partial(attention, lengths=lengths)
+        h = h + cross_attention(tokens(h), text, attend).reshape(h.shape)
+
+        update = GatedConvolution(c, name="mlp")(_modulated(h, shift_2, scale_2))
+        return (h + gate_2 * update).astype(c.dtype), None
+
+
+class Transformer(nn.Module):
+    """Velocity of latents under text.
+
+    `(x_t (B, H, W, C), t (B,), r (B,), cond) -> (B, H, W, C)`, float32, for any H and W; t and
+    r are in [-1, 1]. cond: {"tokens": (B, L, text_width), "mask": (B, L), true at each row's
+    valid tokens, of which there is at least one and which come before its padding; "guidance":
+    (B,) float32 guidance scales as users give them, say 4.5, for a config with
+    guidance_embeds}. Rows do not depend on L.
+
+    Raises:
+      UserError: guidance scales are missing.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, x_t: Float[Array, "B H W C"], t: Float[Array, "B"], r: Float[Array, "B"], cond: dict
+    ) -> Float[Array, "B H W C"]:
+        c = self.config
+        guidance = None
+        if c.guidance_embeds:
+            if "guidance" not in cond:
+                raise UserError(
+                    "the condition has no 'guidance': this transformer embeds a guidance scale "
+                    "(B,), give one for each row"
+                )
+            guidance = c.guidance_embeds_scale * cond["guidance"]
+        h = _dense(c, c.width, (None, None), "latent_in")(x_t)
+        text = _dense(c, c.width, ("text", None), "text_hidden")(cond["tokens"])
+        text = _dense(c, c.width, ("embed", None), "text_out")(nn.gelu(text, approximate=True))
+        text = _rms_norm(c, "text_norm", scale=0.01)(text)  # SANA's training starts from 0.01
+
+        modulation, embedding = AdaLNSingle(c, name="time_embedder")(c.time_scale * t, guidance)
+        if c.second_embedder:
+            second = AdaLNSingle(c, name="second_time_embedder")(c.time_scale * r)
+            modulation += (t - r)[:, None, None] * second[0]
+            embedding += (t - r)[:, None] * second[1]
+
+        layers = nn.scan(
+            remat.block(Block, c.remat), length=c.layers, variable_axes={"params": 0},
+            split_rngs={"params": True}, in_axes=nn.broadcast,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        lengths = cond["mask"].astype(jnp.int32).sum(1)
+        h, _ = layers(c, name="layers")(h, modulation, text, lengths)
+
+        terms = embedding[:, None] + _shift_scale_table(self, 2, "final_modulation")
+        shift, scale = jnp.moveaxis(terms[:, :, None, None], 1, 0)
+        out = _dense(
+            c, c.latent_channels, ("embed", None), "out", kernel=nn.initializers.zeros
+        )
+        return out(_modulated(h, shift, scale)).astype(jnp.float32)
+
+
+def _attention(key: str, path: str, input_bias: bool, qk_norm: bool):
+    norms = tuple(
+        (f"{key}.norm_{name[0]}.weight", f"{path}/{name}_norm/scale", "same")
+        for name in ("query", "key") if qk_norm
+    )
+    return (
+        *names.linear(f"{key}.to_q", f"{path}/query", input_bias),
+        *names.linear(f"{key}.to_k", f"{path}/key", input_bias),
+        *names.linear(f"{key}.to_v", f"{path}/value", input_bias),
+        *norms,
+        *names.linear(f"{key}.to_out.0", f"{path}/out"),
+    )
+
+
+def _embedder(key: str, path: str):
+    return (
+        *names.linear(f"{key}.linear_1", f"{path}/hidden"),
+        *names.linear(f"{key}.linear_2", f"{path}/out"),
+    )
+
+
+def table(config: Config) -> names.NameTable:
+    """The published tensors' names; a second embedder that is missing starts at random.
+
+    It embeds r alone, also beside guidance, and has the keys of TwinFlow's wrapper for SANA.
+    """
+    first = "time_embed" if config.guidance_embeds else "time_embed.emb"
+    guidance = _embedder("time_embed.guidance_embedder", "time_embedder/guidance")
+    single = (
+        ("patch_embed.proj.weight", "latent_in/kernel", "pointwise"),
+        ("patch_embed.proj.bias", "latent_in/bias", "same"),
+        *names.linear("caption_projection.linear_1", "text_hidden"),
+        *names.linear("caption_projection.linear_2", "text_out"),
+        ("caption_norm.weight", "text_norm/scale", "same"),
+        *_embedder(f"{first}.timestep_embedder", "time_embedder/time"),
+        *(guidance if config.guidance_embeds else ()),
+        *names.linear("time_embed.linear", "time_embedder/modulation"),
+        ("scale_shift_table", "final_modulation", "same"),
+        *names.linear("proj_out", "out"),
+    )
+    second = (
+        *_embedder("time_embed_2.emb.timestep_embedder", "second_time_embedder/time"),
+        *names.linear("time_embed_2.linear", "second_time_embedder/modulation"),
+    )
+    block = (
+        ("scale_shift_table", "modulation", "same"),
+        *_attention("attn1", "self_attention", False, config.qk_norm),
+        *_attention("attn2", "cross_attention", True, config.qk_norm),
+        ("ff.conv_inverted.weight", "mlp/hidden/kernel", "pointwise"),
+        ("ff.conv_inverted.bias", "mlp/hidden/bias", "same"),
+        ("ff.conv_depth.weight", "mlp/depthwise/kernel", "conv"),
+        ("ff.conv_depth.bias", "mlp/depthwise/bias", "same"),
+        ("ff.conv_point.weight", "mlp/out/kernel", "pointwise"),
+    )
+    random = tuple(
+        names.Rule(*rule, normal=0.02 if rule[0].endswith("weight") else 0.0) for rule in second
+    )
+    return names.NameTable(
+        rules=(
+            *(names.Rule(*rule) for rule in single),
+            *(random if config.second_embedder else ()),
+            *names.stack("transformer_blocks", block, "layers"),
+        ),
+        layers=config.layers,
+        prefixes=("transformer.", "module.", "base_model.model.transformer.", "extended_weights."),
+    )
