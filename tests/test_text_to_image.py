@@ -329,7 +329,7 @@ def test_bad_inputs_get_one_line(made, tmp_path, capsys):
         (on(without("tokenizer")), "holds no tokenizer"),
         (on(without()), "text_encoder.* cannot be read"),
         ([*on(without("scheduler")), "--base"], "has no scheduler, so no base sampling"),
-        ([*on(other), "--base"], "_class_name is 'DDIMScheduler', only"),
+        ([*on(other), "--base"], "the scheduler is of class 'DDIMScheduler'; known are"),
         ([*on(broken), "--base"], "scheduler_config.json cannot be read"),
         (["--embeddings", str(tmp_path / "no")], "no cannot be read .No such file"),
         (["--embeddings", str(tmp_path / "empty.txt")], "is no safetensors file"),

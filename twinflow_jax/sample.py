@@ -10,6 +10,7 @@ seed gives the same picture, whatever else is drawn with it.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from etils import epath
 from PIL import Image
 
 from twinflow_jax import checkpoints, images, models, text_to_image
-from twinflow_jax.checkpoints import imported
+from twinflow_jax.checkpoints import imported, tensors
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.sampling import arguments, generate
 from twinflow_jax.text_to_image import Embeddings
@@ -52,8 +53,8 @@ def main() -> int:
 
 CLASS_ONLY = ("classes",)
 TEXT_ONLY = (
-    "prompt", "prompts", "embeddings", "save_embeddings", "size", "batch", "base", "guidance",
-    "negative", "dtype", "tile", "pipeline",
+    "prompt", "prompts", "embeddings", "save_embeddings", "save_latents", "size", "batch", "base",
+    "guidance", "negative", "dtype", "tile", "pipeline",
 )
 BASE_ONLY = ("guidance", "negative")
 FEW_ONLY = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
@@ -86,6 +87,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--prompts", help="a file with one prompt a line")
     group.add_argument("--embeddings", help="encoded prompts, from --save-embeddings")
     group.add_argument("--save-embeddings", help="write the encoded prompts to this file")
+    group.add_argument("--save-latents", help="write the samples before decoding to this file")
     group.add_argument("--size", help="pixels, like 1024 or 1328x800 (width x height)")
     group.add_argument("--batch", type=int,
                        help="pictures denoised at once (default: the least that uses all devices)")
@@ -155,11 +157,15 @@ def draw_prompts(args, run) -> int:
             stacklevel=2,
         )
     if args.save_embeddings:
-        save_embeddings(args.save_embeddings, embeddings, prompts)
+        with writing("--save-embeddings", args.save_embeddings):
+            embeddings.save(args.save_embeddings, prompts)
     owners, numbers = np.divmod(np.arange(len(prompts) * count), count)
     latents = pipeline.denoise(
         draw, embeddings, owners, numbers, shape, args.seed, args.batch, null
     )
+    if args.save_latents:
+        with writing("--save-latents", args.save_latents):
+            tensors.save(epath.Path(args.save_latents), {"latents": latents})
     pictures = pipeline.decode(latents, tile)
 
     text = describe(args, raw=args.raw, dtype=pipeline.dtype, **settings)
@@ -255,13 +261,13 @@ def read_lines(file: str) -> list[str]:
     return prompts
 
 
-def save_embeddings(file: str, embeddings: Embeddings, prompts: list[str]) -> None:
+@contextlib.contextmanager
+def writing(flag: str, file: str):
+    """Reports what goes wrong with the file of an argument."""
     try:
-        embeddings.save(file, prompts)
+        yield
     except OSError as error:
-        raise UserError(
-            f"--save-embeddings {file} cannot be written: {error.strerror or error}"
-        ) from error
+        raise UserError(f"{flag} {file} cannot be written: {error.strerror or error}") from error
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -85,10 +85,7 @@ class Embeddings:
         """Writes a safetensors file with `tokens`, `mask` and the prompts' UTF-8 as `prompts`."""
         text = np.frombuffer(json.dumps(list(prompts)).encode(), np.uint8)
         arrays = {"tokens": self.tokens, "mask": self.mask, "prompts": text}
-        shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-        path = epath.Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors.write(path, shapes, arrays.values())
+        tensors.save(epath.Path(file), arrays)
 
     @classmethod
     def read(cls, file: epath.PathLike, width: int) -> tuple[list[str], "Embeddings"]:

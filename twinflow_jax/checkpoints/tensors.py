@@ -159,3 +159,9 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     copy = np.empty(array.shape, array.dtype)
     assign(copy, array)
     return copy
+
+
+def save(file: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays that are in memory; makes the file's folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file, {key: (array.dtype, array.shape) for key, array in arrays.items()}, arrays.values())

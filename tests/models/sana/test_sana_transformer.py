@@ -143,14 +143,13 @@ def error(config: Config) -> float:
     ("config", "changes"),
     [
         (SMALL, {}),
-        (SMALL, {"second_embedder": False}),
         (SMALL, {"qk_norm": True}),
         (SPRINT, {}),
         (SPRINT, {"second_embedder": False}),
         (Config(sample_shape=(5, 3, 32), layers=1), {}),
         (SPRINT, {"layers": 1, "heads": 70, "cross_heads": 20, "cross_head_dim": 112}),
     ],
-    ids=["1.0", "1.0 base", "1.5", "Sprint", "Sprint base", "0.6B width", "1.6B width"],
+    ids=["1.0", "1.5", "Sprint", "Sprint base", "0.6B width", "1.6B width"],
 )
 def test_parity(config, changes):
     assert error(dataclasses.replace(config, **changes)) <= 2e-5
@@ -259,17 +258,17 @@ def test_linear_attention_of_zero_sums(dead):
 @pytest.mark.parametrize("scale", [0.0, 1e-12])
 def test_gradients_are_finite(scale):
     """Through blocks whose queries are dead, or as good as dead."""
-    params, _, ours, _ = pair(SMALL)
+    params, _, ours, _ = pair(SPRINT)
     query = params["layers"]["self_attention"]["query"]
     query["kernel"] = query["kernel"] * scale
-    grads = gradients(SMALL, params, ours, ours[0])
+    grads = gradients(SPRINT, params, ours, ours[0])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads)) < 1e4
 
 
 def test_remat():
     """Policies give equal gradients, and need less memory one after the other."""
-    deep = dataclasses.replace(SPRINT, layers=8, sample_shape=(16, 16, 32))
+    deep = dataclasses.replace(SPRINT, layers=8, heads=1, cross_heads=1, cross_head_dim=32)
     params, _, ours, _ = pair(deep)
     results, memory = {}, {}
     for name in remat.POLICIES:

@@ -120,7 +120,8 @@ class Config:
         """What the embedders see of a time in [-1, 1].
 
         diffusers' SanaPipeline passes 1000 timestep_scale t, where timestep_scale is 1, or .001
-        for Sprint's teacher. SanaSprintPipeline passes t itself, whatever timestep_scale says.
+        for Sprint's teacher. SanaSprintPipeline passes t itself, whatever timestep_scale says,
+        where t is sin/(cos + sin) of its angle: the time of the straight path through x_t.
         """
         return 1.0 if self.guidance_embeds else 1000.0 * self.timestep_scale
 
@@ -188,11 +189,11 @@ def linear_attention(
 ) -> Float[Array, "B S N D"]:
     """The mean of the values under weights relu(query)·relu(key), computed in float32.
 
-    Keys meet values before they meet queries, so that the cost is linear in S. The mean keeps
-    its value when its query shrinks, so that its gradient grows as 1/query: where the weights'
-    sum is next to nothing only rounding would be left of it, times up to 1e15, and a few such
-    layers end in NaN. There the gradient is 0, as it is on both sides of the ReLU's edge; the
-    values are those of diffusers' SanaLinearAttnProcessor2_0 everywhere.
+    Keys meet values before they meet queries, so that the cost is linear in S. The values are
+    those of diffusers' SanaLinearAttnProcessor2_0 everywhere, and so is the gradient, except
+    where a query's weights add up to less than 1e-6: there it is 0. The mean does not change
+    when its query shrinks, so its gradient is a difference of terms that grow as 1/query; for a
+    query with one channel left at 1e-15 the true value is 0 and rounding makes it 1e15.
     """
     # Rounded products would not cancel in the quotient and in its gradient.
     product = functools.partial(jnp.einsum, precision="highest")
