@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,11 @@ BF16 = tensors.DTYPES["BF16"]
 CONFIGS = {
     "transformer": ({"_class_name": "QwenImageTransformer2DModel"}, "num_layers"),
     "text_encoder": (
-        {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"},
+        {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+            "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152_064,
+        },
         "num_hidden_layers",
     ),
 }
@@ -72,11 +77,11 @@ def write_folder(folder: pathlib.Path, name: str, layers: int) -> dict[str, int]
 
 
 def random_weights(shapes: dict, seed: int) -> Iterator[np.ndarray]:
-    """Random bits for each shape; each starts elsewhere in one small pool."""
+    """Normal values for each shape; each starts elsewhere in one small pool."""
     rng = np.random.default_rng(seed)
-    pool = rng.integers(0, 1 << 15, 1 << 24, dtype=np.uint16)
+    pool = rng.standard_normal(1 << 24, np.float32).astype(BF16)
     for _, shape in shapes.values():
-        yield np.resize(np.roll(pool, rng.integers(len(pool))), shape).view(BF16)
+        yield np.resize(np.roll(pool, rng.integers(len(pool))), shape)
 
 
 def forget(folder: pathlib.Path) -> None:
@@ -128,6 +133,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--folder", help="where to write (default: the temporary folder)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
     parent = pathlib.Path(tempfile.mkdtemp(prefix="conversion", dir=arguments.folder))
     try:
         measure(parent, arguments.network, arguments.layers, arguments.dtype)

@@ -120,7 +120,11 @@ def as_it_is(source):
 
 
 def sharded(source):
-    """As large models are: several files and an index; beside it a variant's files."""
+    """As large models are: several files and an index; beside it a variant's files.
+
+    Some repositories have a config.json that says nothing at the top, for the hub's counting.
+    """
+    (source / "config.json").write_text("{}")
     wanted = to_bfloat16(source)
     pipeline = QwenImagePipeline.from_pretrained(source).to(torch.bfloat16)
     for name in ("transformer", "text_encoder"):

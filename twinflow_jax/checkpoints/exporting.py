@@ -19,6 +19,7 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.models.names import Rule
 
 SHARD = 4 << 30  # bytes of an exported file
+BLOCK = 1 << 24  # elements that are compared at once
 WRAPPER = "Wrapper"  # ends the names of classes that trainers wrap a network in, not exported
 
 
@@ -231,12 +232,17 @@ def _read_both(pairs, result: Difference) -> Iterator[tuple[str, np.ndarray, np.
 
 
 def _compare(key: str, theirs: np.ndarray, ours: np.ndarray, result: Difference) -> None:
-    same_dtype = theirs.dtype == ours.dtype
-    theirs = theirs.astype(ours.dtype, copy=False)
+    """In blocks, so that no copy of a whole tensor is made."""
     bits = np.dtype(f"u{ours.dtype.itemsize}")  # so that NaN equals NaN, and 0 not -0
-    if np.array_equal(theirs.reshape(-1).view(bits), ours.reshape(-1).view(bits)):
-        result.identical += same_dtype
-        result.converted += not same_dtype
-        return
-    gap = np.abs(theirs.astype(np.float32) - ours.astype(np.float32)).max()
-    result.lines.append(f"{key}: differs by up to {gap:.3g}")
+    same, gap = True, 0.0
+    for start in range(0, ours.size, BLOCK):
+        a, b = (array.reshape(-1)[start : start + BLOCK] for array in (theirs, ours))
+        if not np.array_equal(a.astype(b.dtype, copy=False).view(bits), b.view(bits)):
+            gaps = np.abs(a.astype(np.float32) - b.astype(np.float32))
+            same, gap = False, np.maximum(gap, gaps.max())  # which keeps NaN
+    if not same:
+        result.lines.append(f"{key}: differs by up to {gap:.3g}")
+    elif theirs.dtype == ours.dtype:
+        result.identical += 1
+    else:
+        result.converted += 1

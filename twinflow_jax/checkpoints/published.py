@@ -122,7 +122,7 @@ def _networks(path: epath.Path) -> tuple[str, dict[str, epath.Path]]:
         for name, family in models.FAMILIES.items()
         if family.text_to_image
     }
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() and not (path / "transformer").exists():
         given = class_name(_json(path / "config.json"))
         for family, networks in known.items():
             for name, network in networks.items():

@@ -127,7 +127,13 @@ def pair(config: Config):
     return params, module, ours, jax.tree.map(torch.from_numpy, ours)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Compiling takes longer than running.
+quick = functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@quick
 def apply(config: Config, params, x_t, t, r, cond):
     return Transformer(config).apply({"params": params}, x_t, t, r, cond)
 
@@ -160,7 +166,7 @@ def test_bfloat16(config):
     assert error(dataclasses.replace(config, dtype="bfloat16")) <= 2e-2
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@quick
 def gradients(config: Config, params, args, direction):
     """Of <velocity, direction>, with respect to parameters, x_t and tokens."""
     def loss(params, x_t, tokens):
@@ -268,13 +274,14 @@ def test_gradients_are_finite(scale):
 
 def test_remat():
     """Policies give equal gradients, and need less memory one after the other."""
-    deep = dataclasses.replace(SPRINT, layers=8, heads=1, cross_heads=1, cross_head_dim=32)
+    deep = dataclasses.replace(
+        SMALL, layers=8, heads=1, cross_heads=1, cross_head_dim=32, second_embedder=False
+    )
     params, _, ours, _ = pair(deep)
     results, memory = {}, {}
     for name in remat.POLICIES:
         config = dataclasses.replace(deep, remat=name)
-        lowered = gradients.lower(config, params, ours, ours[0])
-        compiled = lowered.compile({"xla_backend_optimization_level": 0})
+        compiled = gradients.lower(config, params, ours, ours[0]).compile()
         memory[name] = compiled.memory_analysis().temp_size_in_bytes
         results[name] = compiled(params, ours, ours[0])
     for name in remat.POLICIES:
@@ -305,7 +312,8 @@ def test_equal_times_ignore_the_second_embedder():
 def test_initialisation():
     """A fresh network is zero everywhere, and each part has its own scale."""
     ours = inputs(SMALL)
-    params = jax.jit(Transformer(SMALL).init)(jax.random.key(0), *ours)["params"]
+    init = quick(lambda config, *args: Transformer(config).init(*args))
+    params = init(SMALL, jax.random.key(0), *ours)["params"]
     params = flax.core.meta.unbox(params)
     assert not np.asarray(apply(SMALL, params, *ours)).any()
     query = params["layers"]["self_attention"]["query"]["kernel"]
