@@ -4,10 +4,10 @@
 
 Writes a folder of random bfloat16 weights in the published layout (sharded safetensors with an
 index), 12.3 GB by default, then runs import, verify and export on it, each in a process of its
-own, and compares the export with the source. For each it prints the wall time, until everything
-is on disk, and the process's peak resident memory. Before each, the files are dropped from the
-page cache. The floor is the time in which this disk reads and writes as many bytes, measured
-with one large file. Takes three times the folder's size, under --folder.
+own. For each it prints the wall time, until everything is on disk, and the process's peak
+resident memory. Before each, the files are dropped from the page cache. The floor is the time in
+which this disk reads and writes as many bytes, measured with one large file. Takes three times
+the folder's size, under --folder.
 """
 
 import argparse
@@ -93,8 +93,8 @@ def forget(folder: pathlib.Path) -> None:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def convert(arguments: list[str], parent: pathlib.Path) -> tuple[float, int]:
-    """Runs the verb; returns seconds until all is on disk, and peak resident bytes."""
+def convert(arguments: list[str], parent: pathlib.Path) -> tuple[float, float, int]:
+    """Runs the verb; returns seconds until all is on disk, CPU seconds, peak resident bytes."""
     forget(parent)
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, str(ROOT / "tools/convert.py"), *arguments])
@@ -102,7 +102,8 @@ def convert(arguments: list[str], parent: pathlib.Path) -> tuple[float, int]:
     os.sync()
     if status:
         sys.exit(f"convert.py {' '.join(arguments)} failed")
-    return time.perf_counter() - begin, usage.ru_maxrss * 1024
+    seconds = time.perf_counter() - begin
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def disk_speeds(folder: pathlib.Path, size: int = 4 << 30) -> tuple[float, float]:
@@ -160,11 +161,11 @@ def measure(parent: pathlib.Path, network: str, layers: int, dtype: str) -> None
         "verify the export": (["verify", back, ours], size + stored, 0),
     }
     for name, (command, read, written) in verbs.items():
-        seconds, peak = convert([str(word) for word in command], parent)
+        seconds, cpu, peak = convert([str(word) for word in command], parent)
         floor = read / read_speed + written / write_speed
         print(
-            f"{name}: {seconds:.1f} s, {seconds / (size / 1e9):.2f} s per GB of the folder, "
-            f"{seconds / floor:.2f} of the floor {floor:.1f} s; peak {peak / 1e9:.2f} GB",
+            f"{name}: {seconds:.1f} s (CPU {cpu:.1f}), {seconds / size * 1e9:.2f} s per GB of the "
+            f"folder, {seconds / floor:.2f} of the floor {floor:.1f} s; peak {peak / 1e9:.2f} GB",
             flush=True,
         )
 

@@ -201,7 +201,7 @@ class Pipeline:
             for ids, mask in groups:
                 size = min(TEXT_BATCH, len(ids))
                 embed = jax.jit(self.family.embed, static_argnums=0)
-                with self.clock.measure(stage, "compile"):
+                with self.clock.measure(stage, "compile"), parallel.applied(self.mesh()):
                     embed = embed.lower(config, params, ids[:size], mask[:size]).compile()
                 done = []
                 for start in range(0, len(ids), size):
@@ -270,7 +270,7 @@ class Pipeline:
                 inputs = (noise, cond.rows(owners[rows]), empty, pairs[rows, 1])
                 inputs = jax.device_put(inputs, over)
                 if compiled is None:
-                    with self.clock.measure(stage, "compile"):
+                    with self.clock.measure(stage, "compile"), parallel.applied(mesh):
                         compiled = jax.jit(run).lower(params, *inputs).compile()
                 with self.clock.measure(stage, "run"):
                     parts.append(np.asarray(compiled(params, *inputs)))

@@ -97,9 +97,11 @@ def compare_with_one_device() -> None:
 
     def run(params, inputs, out=None):
         jitted = jax.jit(velocity_and_gradients, out_shardings=out)
-        return jitted.lower(params, *inputs).compile(quick)(params, *inputs)
+        compiled = jitted.lower(params, *inputs).compile(quick)
+        return compiled(params, *inputs), compiled.as_text()
 
-    expected = jax.tree.leaves(run(params, inputs()))
+    outs, _ = run(params, inputs())
+    expected = jax.tree.leaves(outs)
     for fsdp, tensor in MESHES:
         mesh = parallel.make_mesh(tensor)
         assert dict(mesh.shape) == {"fsdp": fsdp, "tensor": tensor}
@@ -107,7 +109,12 @@ def compare_with_one_device() -> None:
         split = jax.device_put(params, layouts)
         kernel = split["layers"]["image"]["mlp_hidden"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size / 8
-        outs = run(split, jax.device_put(inputs(), over), (over, (layouts, over)))
+        with parallel.applied(mesh):
+            outs, hlo = run(split, jax.device_put(inputs(), over), (over, (layouts, over)))
+        # Only gradients of weights are added up over fsdp, no activation of the whole batch.
+        image = f"f32[8,6,{SMALL.width}]"
+        added_up = [line for line in hlo.splitlines() if "all-reduce(" in line and image in line]
+        assert bool(added_up) == (fsdp == 1), (fsdp, tensor, added_up[:2])
         for mine, want in zip(jax.tree.leaves(outs), expected, strict=True):
             error = np.linalg.norm(np.asarray(mine) - want)
             assert error <= 1e-4 * np.linalg.norm(want), (fsdp, tensor, want.shape, error)

@@ -4,6 +4,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES = {
+    "rows": "fsdp",  # of activations: the batch
     "embed": "fsdp",  # the input side of weights: splitting the output side costs copies on TPU
     "text": "fsdp",
     "heads": "tensor",

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, remat
 from twinflow_jax.models.attention import attention
+from twinflow_jax.models.axes import constrain, rows
 
 EPSILON = 1e-6  # of every norm
 ROPE_BASE = 10_000.0
@@ -264,7 +265,12 @@ class StackedDense(nn.Module):
             (c.layers, 6 * c.width),
         )
         context, kernel, bias = (a.astype(c.dtype) for a in (context, kernel, bias))
-        return jnp.einsum("bkd,ldm->lbkm", context, kernel) + bias[:, None, None]
+        # Over a mesh the small outputs travel, never the kernel: each device multiplies its
+        # rows of it, for the whole batch.
+        context = constrain(context, None, None, "embed")
+        terms = jnp.einsum("bkd,ldm->lbkm", context, kernel) + bias[:, None, None]
+        terms = constrain(terms, None, None, None, "modulation")
+        return constrain(terms, None, "rows", None, None)
 
 
 class Modulation(nn.Module):
@@ -331,7 +337,7 @@ class Block(nn.Module):
         angles: tuple[Float[Array, "S+L half"], Float[Array, "S+L half"]],
         lengths: Int[Array, "B"], is_reference: Bool[Array, "S"],
     ):
-        image, text = (checkpoint_name(h, "block_input") for h in streams)
+        image, text = (checkpoint_name(rows(h), "block_input") for h in streams)
         image_terms, text_terms = (
             jnp.split(m, 6, axis=-1) for m in (image_modulation, text_modulation)
         )
@@ -354,7 +360,7 @@ class Block(nn.Module):
         tokens = image.shape[1]
         image = self.image.update(image, attended[:, :tokens], *image_terms[2:])
         text = self.text.update(text, attended[:, tokens:], *text_terms[2:])
-        return (image, text), None
+        return (rows(image), rows(text)), None
 
 
 class Transformer(nn.Module):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
+from twinflow_jax.models.axes import rows
 from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles, stack_of
 
 ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
@@ -138,7 +139,7 @@ class Block(nn.Module):
     def __call__(
         self, h: Float[Array, "B L D"], angles: Float[Array, "L K"], lengths: Int[Array, "B"]
     ):
-        c = self.config
+        c, h = self.config, rows(h)
         attended = Attention(c, softcap=c.softcap, name="attention")(
             RMSNorm(c, name="attention_norm")(h), angles, lengths
         )

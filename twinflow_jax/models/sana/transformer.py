@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, remat
 from twinflow_jax.models.attention import attention
+from twinflow_jax.models.axes import rows
 
 EPSILON = 1e-6  # of the norms before self-attention, MLP and output
 RMS_EPSILON = 1e-5  # of the norms of text, queries and keys
@@ -335,7 +336,7 @@ class Block(nn.Module):
         text: Float[Array, "B L D"], lengths: Int[Array, "B"],
     ):
         c = self.config
-        h = checkpoint_name(h, "block_input")
+        h = checkpoint_name(rows(h), "block_input")
         terms = modulation + _shift_scale_table(self, 6, "modulation")
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.moveaxis(
             terms[:, :, None, None], 1, 0
@@ -354,7 +355,7 @@ class Block(nn.Module):
         h = h + cross_attention(tokens(h), text, attend).reshape(h.shape)
 
         update = GatedConvolution(c, name="mlp")(_modulated(h, shift_2, scale_2))
-        return (h + gate_2 * update).astype(c.dtype), None
+        return rows((h + gate_2 * update).astype(c.dtype)), None
 
 
 class Transformer(nn.Module):
