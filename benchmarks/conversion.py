@@ -5,9 +5,9 @@
 Writes a folder of random bfloat16 weights in the published layout (sharded safetensors with an
 index), 12.3 GB by default, then runs import, verify and export on it, each in a process of its
 own. For each it prints the wall time, until everything is on disk, and the process's peak
-resident memory. Before each, the files are dropped from the page cache. The floor is the time in
-which this disk reads and writes as many bytes, measured with one large file. Takes three times
-the folder's size, under --folder.
+resident memory. Before each, the files are dropped from the page cache, and the disk's speed is
+measured with one large file: the floor is the time in which it reads and writes as many bytes.
+Takes three times the folder's size, under --folder.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def convert(arguments: list[str], parent: pathlib.Path) -> tuple[float, float, i
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
-def disk_speeds(folder: pathlib.Path, size: int = 4 << 30) -> tuple[float, float]:
+def disk_speeds(folder: pathlib.Path, size: int = 1 << 30) -> tuple[float, float]:
     """Bytes per second that a large file is read and written with."""
     file, block = folder / "disk", np.random.default_rng(0).bytes(64 << 20)
     begin = time.perf_counter()
@@ -145,8 +145,6 @@ def main() -> None:
 def measure(parent: pathlib.Path, network: str, layers: int, dtype: str) -> None:
     source, ours, back = (parent / name for name in ("source", "checkpoint", "export"))
     source.mkdir()
-    read_speed, write_speed = disk_speeds(parent)
-    print(f"disk: reads {read_speed / 1e9:.2f} GB/s, writes {write_speed / 1e9:.2f} GB/s")
     sizes = write_folder(source, network, layers)
     size, stored = sum(sizes.values()), sum(sizes.values()) * (2 if dtype == "float32" else 1)
     bound = (3 << 30) + 3 * max(sizes.values())
@@ -161,11 +159,13 @@ def measure(parent: pathlib.Path, network: str, layers: int, dtype: str) -> None
         "verify the export": (["verify", back, ours], size + stored, 0),
     }
     for name, (command, read, written) in verbs.items():
+        read_speed, write_speed = disk_speeds(parent)
         seconds, cpu, peak = convert([str(word) for word in command], parent)
         floor = read / read_speed + written / write_speed
         print(
             f"{name}: {seconds:.1f} s (CPU {cpu:.1f}), {seconds / size * 1e9:.2f} s per GB of the "
-            f"folder, {seconds / floor:.2f} of the floor {floor:.1f} s; peak {peak / 1e9:.2f} GB",
+            f"folder; peak {peak / 1e9:.2f} GB; {seconds / floor:.2f} of the floor {floor:.1f} s "
+            f"({read_speed / 1e9:.2f} GB/s read, {write_speed / 1e9:.2f} written)",
             flush=True,
         )
 

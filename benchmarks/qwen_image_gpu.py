@@ -4,18 +4,17 @@
     python benchmarks/qwen_image_gpu.py --json qwen_image_gpu.json
 
 The published size with random bfloat16 weights: 1024x1024 pixels, 128 text tokens, one network
-evaluation, at batch 1 and at the largest batch up to 10 that fits. Each system runs in a process of
-its own, one after the other on the same card. `--layers 1 --size 64` tries it on a CPU.
+evaluation, at batch 1 and at the largest batch up to 10 that fits. `--layers 1 --size 64` tries it
+on a CPU.
 """
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 
-TEXT = 128
-WARM, TIMED = 2, 5
+import side_by_side
+
+TEXT, WIDTH = 128, 3584
 
 
 def main() -> None:
@@ -31,49 +30,29 @@ def main() -> None:
         build = {"jax": jax_step, "torch": torch_step}[args.system]
         print(json.dumps(measure(*build(args.layers, args.size), batches)))
         return
-    found = {}
-    for system in ("jax", "torch"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--system", system]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[system] = json.loads(done.stdout.splitlines()[-1])
-        print(system, found[system], flush=True)
-    for batch in batches:
-        times = [found[system].get(str(batch), {}).get("seconds") for system in ("jax", "torch")]
-        if all(times):
-            print(f"batch {batch}: diffusers / ours = {times[1] / times[0]:.3f} in time")
+    found = side_by_side.run_each(("jax", "torch"), __file__)
+    for batch in found["jax"].keys() & found["torch"].keys():
+        ours, theirs = (found[system][batch]["seconds"] for system in ("jax", "torch"))
+        print(f"batch {batch}: diffusers / ours = {theirs / ours:.3f} in time")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(found, file, indent=2)
 
 
-def measure(step, peak_bytes, is_full, batches: list[int]) -> dict[str, dict[str, float]]:
-    """Median seconds and peak bytes by batch: of batch 1, and of the first other that fits.
-
-    step(batch) runs one evaluation to its end; is_full tells errors of memory from others.
-    """
+def measure(step, peak_gib, batches: list[int]) -> dict[str, dict[str, float]]:
+    """By batch: of batch 1, and of the first other that fits. step(batch) is one evaluation."""
     found = {}
     for batch in batches:
         if batch > 1 and any(int(done) > 1 for done in found):
             break
         try:
-            begin = time.perf_counter()
-            step(batch)
-            first = time.perf_counter() - begin
-            for _ in range(WARM):
-                step(batch)
-            seconds = []
-            for _ in range(TIMED):
-                begin = time.perf_counter()
-                step(batch)
-                seconds.append(time.perf_counter() - begin)
+            found[str(batch)] = side_by_side.measure(lambda batch=batch: step(batch))
         except Exception as error:
-            if not is_full(error):
+            if not side_by_side.is_full(error):
                 raise
             print(f"batch {batch} does not fit", file=sys.stderr)
             continue
-        found[str(batch)] = {
-            "seconds": sorted(seconds)[TIMED // 2], "first": first, "peak_gib": peak_bytes() / 2**30
-        }
+        found[str(batch)]["peak_gib"] = peak_gib()
     return found
 
 
@@ -83,29 +62,18 @@ def jax_step(layers: int, size: int):
     import numpy as np
 
     from twinflow_jax import models, sampling
-    from twinflow_jax.models import names
 
     model = models.create({"name": "qwen_image", "layers": layers, "dtype": "bfloat16"})
-    grid = sampling.few_step(1)
-    flat = names.flatten(model.abstract_params())
-    random = jax.jit(
-        lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1
-    )
-    keys = dict(zip(flat, jax.random.split(jax.random.key(0), len(flat)), strict=True))
-    params = names.unflatten({path: random(keys[path], flat[path].shape) for path in flat})
+    grid, params = sampling.few_step(1), side_by_side.random_params(model.abstract_params())
 
     def step(batch: int) -> None:
-        shape = (batch, size // 8, size // 8, 16)
-        noise = jax.random.normal(jax.random.key(1), shape)
-        cond = {
-            "tokens": jnp.ones((batch, TEXT, 3584), jnp.bfloat16),
-            "mask": np.ones((batch, TEXT), bool),
-        }
+        noise = jax.random.normal(jax.random.key(1), (batch, size // 8, size // 8, 16))
+        tokens = jnp.ones((batch, TEXT, WIDTH), jnp.bfloat16)
+        cond = {"tokens": tokens, "mask": np.ones((batch, TEXT), bool)}
         key = jax.random.key(2)
         sampling.sample(model.apply, params, noise, cond, grid, key).block_until_ready()
 
-    peak = lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    return step, peak, lambda error: "RESOURCE_EXHAUSTED" in str(error)
+    return step, side_by_side.jax_peak_gib
 
 
 def torch_step(layers: int, size: int):
@@ -114,7 +82,6 @@ def torch_step(layers: int, size: int):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16)
-    torch.set_float32_matmul_precision("high")
     with torch.device(device):
         network = QwenImageTransformer2DModel(num_layers=layers).eval()
         for parameter in network.parameters():
@@ -127,15 +94,14 @@ def torch_step(layers: int, size: int):
         noise = torch.randn(batch, side * side, 64, device=device, dtype=torch.float32)
         out = compiled(
             hidden_states=noise.bfloat16(),
-            encoder_hidden_states=torch.ones(batch, TEXT, 3584, device=device),
+            encoder_hidden_states=torch.ones(batch, TEXT, WIDTH, device=device),
             encoder_hidden_states_mask=torch.ones(batch, TEXT, dtype=torch.bool, device=device),
             timestep=torch.ones(batch, device=device), img_shapes=[[(1, side, side)]] * batch,
             return_dict=False,
         )[0]
         (noise - out.float()).sum().item()
 
-    peak = torch.cuda.max_memory_allocated if device == "cuda" else lambda: 0
-    return step, peak, lambda error: isinstance(error, torch.OutOfMemoryError)
+    return step, side_by_side.torch_peak_gib
 
 
 if __name__ == "__main__":

@@ -85,10 +85,12 @@ def read(array: ts.TensorStore) -> np.ndarray:
     Raises:
       UserError: it cannot be read.
     """
-    try:
-        return array.read().result()
+    values = np.empty(array.shape, array.dtype.numpy_dtype)
+    try:  # into memory of numpy's, whose pages are large: twice as fast as array.read()
+        ts.array(values).write(array).result()
     except ValueError as error:
         raise UserError(f"an array cannot be read: {_reason(error)}") from error
+    return values
 
 
 def write(array: ts.TensorStore, values: np.ndarray) -> None:
