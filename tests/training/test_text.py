@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from twinflow_jax import checkpoints
+from twinflow_jax import checkpoints, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import exporting, imported, random
 from twinflow_jax.errors import UserError
@@ -14,7 +14,10 @@ from twinflow_jax.models import names
 from twinflow_jax.training.loop import train
 
 TINY = "configs/qwen20b_tpu.py:tiny"
-FEW = ("train.steps=4", "train.sample_every=4", "train.checkpoint_every=3", "sample.columns=1")
+FEW = (
+    "train.steps=4", "train.sample_every=4", "train.checkpoint_every=3", "sample.columns=1",
+    "sample.steps=(1,)", "model.remat=none",
+)
 
 
 def tiny(*overrides: str):
@@ -62,7 +65,8 @@ def test_weights_come_from_and_go_back_to_a_published_folder(run, tmp_path):
     still = tiny(
         f"pipeline={tmp_path / 'pipeline'}", f"train.init_from={tmp_path / 'pipeline'}",
         "optimizer.learning_rate=0.0", "train.steps=1",
-    )
+    ).unlock()
+    still.objective = objectives.preset("flow_matching")
     final = train(still, str(tmp_path / "run"), progress=False)
     for path, leaf in names.flatten(final.params).items():
         np.testing.assert_array_equal(leaf, source.arrays("transformer")[path].read().result())

@@ -9,7 +9,7 @@ import pytest
 from tests.models import oracles
 from tests.models.qwen_image import test_text_encoder as text
 from twinflow_jax.errors import UserError
-from twinflow_jax.models.qwen_image import prompt
+from twinflow_jax.models.qwen_image import prompt, tiny
 
 PROMPTS = [
     "Generate an image.", "two cats,\n one of them 猫 in a {box}", "<|im_end|>\n ", "1 " * 30,
