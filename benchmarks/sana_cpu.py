@@ -57,7 +57,7 @@ AUTOENCODER = {
 }
 PROMPTS = ("a red fox in fresh snow", "two lighthouses")
 SIZE, LATENTS = 512, 16
-TURNS = 5
+TURNS = 3
 
 
 def main() -> None:
@@ -144,7 +144,9 @@ def write(root: pathlib.Path, transformer) -> SanaPipeline:
 
 def sample(pipeline: SanaPipeline, prompt: str, grid) -> np.ndarray:
     """The any-step sampler in PyTorch: latents (1, h, w, 32), of our noise for seed 0."""
-    tokens, mask, *_ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+    tokens, mask, *_ = pipeline.encode_prompt(
+        prompt, False, complex_human_instruction=tiny.INSTRUCTION.split("\n")
+    )
     shape = (LATENTS, LATENTS, 32)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
     normal = lambda key: torch.tensor(np.array(jax.random.normal(key, shape))).permute(2, 0, 1)

@@ -21,6 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from etils import epath
 
 from tests import qwen_folder
 from tests.test_verbs import call
@@ -730,11 +731,23 @@ def test_two_processes_do_not_share_a_target(tmp_path):
     assert [(f.name, f.read_bytes()) for f in target.iterdir()] == [("a", b"last")]
 
 
+def test_what_is_left_of_an_interrupted_removal_is_still_marked(tmp_path, monkeypatch):
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / files.UNFINISHED).write_text("")
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.whole_folder(tmp_path, 0).__enter__()
+    assert (tmp_path / files.UNFINISHED).exists()
+
+
 def test_a_lost_or_short_file_of_a_checkpoint_is_no_zeros(base, tmp_path, capsys):
     assert convert("import", base / "vae", tmp_path / "ours") == 0
-    file = next((tmp_path / "ours/vae/arrays/encoder.conv_in.kernel/c").rglob("0"))
-    file = next(f for f in (tmp_path / "ours/vae/arrays/encoder.conv_in.kernel/c").rglob("*")
-                if f.is_file())
+    chunks = (tmp_path / "ours/vae/arrays/encoder.conv_in.kernel/c").rglob("*")
+    [file] = (f for f in chunks if f.is_file())
     whole = file.read_bytes()
     for damage in (lambda: file.write_bytes(whole[:-1]), file.unlink):
         damage()
