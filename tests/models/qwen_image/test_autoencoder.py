@@ -3,19 +3,18 @@
 import dataclasses
 import functools
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from tests.models.oracles import params_of, relative_error
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, tiling
 from twinflow_jax.models.qwen_image import autoencoder
 from twinflow_jax.models.qwen_image.autoencoder import Autoencoder, Config
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
 
 PUBLISHED = {"base_dim": 96, "num_res_blocks": 2}
 SMALL = {"base_dim": 8, "num_res_blocks": 1}

@@ -3,19 +3,18 @@
 import dataclasses
 import functools
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from tests.models.oracles import params_of, relative_error
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, tiling
 from twinflow_jax.models.sana import autoencoder
 from twinflow_jax.models.sana.autoencoder import Autoencoder, Config, MultiscaleAttention
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
 
 BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
 PUBLISHED = {  # beyond the class's defaults
