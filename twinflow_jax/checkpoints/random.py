@@ -24,7 +24,7 @@ def write_random(family: str, target: epath.PathLike, seed: int) -> imported.Imp
             params = jax.jit(lambda key, n=network, c=config: n.init(c, key))(key)
             for path, leaf in names.flatten(params).items():
                 place = imported.array_folder(target, name, path)
-                store.create(place, leaf.shape, leaf.dtype).write(np.asarray(leaf)).result()
+                store.write(store.create(place, leaf.shape, leaf.dtype), np.asarray(leaf))
         text_to_image.save_tiny_tokenizer(target / "files" / "tokenizer")
         tokenizer = sorted(f"tokenizer/{f.name}" for f in (target / "files/tokenizer").iterdir())
         record = {

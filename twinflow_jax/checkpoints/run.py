@@ -4,7 +4,6 @@ import contextlib
 import json
 from typing import Any
 
-import jax
 import ml_collections
 from etils import epath
 
@@ -90,10 +89,7 @@ def load_weights(
     """
     config = read_config(run)
     model = models.create(config.model)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), model.abstract_params()
-    )
+    params = store.on_one_device(model.abstract_params())
     with _reader(run, config, step) as (saver, step):
         which = _which(config, raw)
         return config, model, saver.load(step, {which: params})[which], step

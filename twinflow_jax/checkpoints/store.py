@@ -135,6 +135,14 @@ def misfits(arrays: Arrays, wanted: dict[str, Any]) -> list[str]:
     ]
 
 
+def on_one_device(abstract):
+    """Abstract leaves, to be loaded whole onto the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract
+    )
+
+
 def load(arrays: Arrays, abstract, label: str, progress: bool = True):
     """The tree of jax arrays that `abstract` describes.
 

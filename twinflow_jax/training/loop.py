@@ -186,14 +186,9 @@ def load_transformer(folder: str, model: models.Model):
     Raises:
       UserError: it is of another architecture.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        model.abstract_params(),
-    )
-    return store.load(
-        imported.open_imported(folder).arrays("transformer"), abstract, f"{folder}: transformer"
-    )
+    arrays = imported.open_imported(folder).arrays("transformer")
+    abstract = store.on_one_device(model.abstract_params())
+    return store.load(arrays, abstract, f"{folder}: transformer")
 
 
 class Stopper:
