@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
+from twinflow_jax.models.convolution import Depthwise, Grouped
 from twinflow_jax.models.sana.transformer import linear_attention
 
 CLASS = "AutoencoderDC"
@@ -181,11 +182,8 @@ class Neighbourhood(nn.Module):
 
     @nn.compact
     def __call__(self, qkv: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        channels = qkv.shape[-1]
-        conv = functools.partial(nn.Conv, channels, use_bias=False, dtype=self.dtype)
-        window, heads = (self.size, self.size), channels // self.head_dim
-        qkv = conv(window, feature_group_count=channels, name="proj_in")(qkv)
-        return conv((1, 1), feature_group_count=heads, name="proj_out")(qkv)
+        qkv = Depthwise(self.size, self.dtype, use_bias=False, name="proj_in")(qkv)
+        return Grouped(qkv.shape[-1] // self.head_dim, self.dtype, name="proj_out")(qkv)
 
 
 class MultiscaleAttention(nn.Module):
@@ -228,7 +226,7 @@ class GatedConv(nn.Module):
         channels = x.shape[-1]
         conv = functools.partial(nn.Conv, dtype=self.dtype)
         h = nn.silu(conv(8 * channels, (1, 1), name="conv_inverted")(x))
-        h = conv(8 * channels, (3, 3), feature_group_count=8 * channels, name="conv_depth")(h)
+        h = Depthwise(3, self.dtype, name="conv_depth")(h)
         h, gate = jnp.split(h, 2, axis=-1)
         h = conv(channels, (1, 1), use_bias=False, name="conv_point")(h * nn.silu(gate))
         return x + Norm(self.dtype, name="norm")(h)

@@ -21,6 +21,7 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, remat
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import rows
+from twinflow_jax.models.convolution import Depthwise
 
 EPSILON = 1e-6  # of the norms before self-attention, MLP and output
 RMS_EPSILON = 1e-5  # of the norms of text, queries and keys
@@ -314,14 +315,12 @@ class GatedConvolution(nn.Module):
         c, channels = self.config, 2 * self.config.mlp_width
         hidden = _dense(c, channels, ("embed", "mlp"), "hidden")(h)
         hidden = nn.silu(checkpoint_name(hidden, "mlp_hidden"))
-        depthwise = nn.Conv(
-            channels, (3, 3), feature_group_count=channels, dtype=c.dtype, name="depthwise",
-            kernel_init=nn.with_logical_partitioning(
-                _unit_variance, (None, None, None, "mlp")
-            ),
+        hidden = Depthwise(
+            3, c.dtype, name="depthwise",
+            kernel_init=nn.with_logical_partitioning(_unit_variance, (None, None, None, "mlp")),
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("mlp",)),
-        )
-        value, gate = jnp.split(depthwise(hidden), 2, axis=-1)
+        )(hidden)
+        value, gate = jnp.split(hidden, 2, axis=-1)
         return _dense(c, c.width, ("mlp", "embed"), "out", bias=False)(value * nn.silu(gate))
 
 
