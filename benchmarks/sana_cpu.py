@@ -2,7 +2,8 @@
 
     python benchmarks/sana_cpu.py parity    # import, sample at 1 and 2 NFE, export: about 10 GB of
                                             # disk and of memory, a few minutes
-    python benchmarks/sana_cpu.py speed     # forward, forward and backward, decode
+    python benchmarks/sana_cpu.py speed     # forward, forward and backward, decode; and of what
+                                            # a gradient consists: products, stacks of layers
 
 parity writes a pipeline folder with random weights through diffusers itself (the published
 transformer with a second embedder, the published autoencoder, a two-layer Gemma of the published
@@ -209,7 +210,32 @@ def speed(transformer) -> None:
     latents = torch.tensor(x).permute(0, 3, 1, 2)
     found["decode"] = ratio(lambda: ours(params).block_until_ready(),
                             without_grad(lambda: vae.decode(latents)))
+    del params, vae, transformer
+    found |= pieces(rng)
     print(json.dumps(found, indent=2))
+
+
+def pieces(rng: np.random.Generator) -> dict[str, dict[str, float]]:
+    """A projection's three products, and a pass over a stack of layers one by one."""
+    tokens, width, hidden, layers = 256, 1152, 5760, 28
+    x, w, g = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((tokens, width), (width, hidden), (tokens, hidden))
+    )
+    stack = rng.standard_normal((layers, width, hidden)).astype(np.float32)
+    products = jax.jit(lambda x, w, g: (x @ w, g @ w.T, x.T @ g))
+    by_layer = jax.jit(lambda stack: jax.lax.map(lambda layer: 2 * layer, stack))
+    tx, tw, tg, one_by_one = (torch.tensor(a) for a in (x, w, g, stack))
+    return {
+        "products of a projection": ratio(
+            lambda: jax.block_until_ready(products(x, w, g)),
+            lambda: (tx @ tw, tg @ tw.T, tx.T @ tg),
+        ),
+        "a stack of layers, one by one": ratio(
+            lambda: by_layer(stack).block_until_ready(),
+            lambda: [2 * layer for layer in one_by_one],
+        ),
+    }
 
 
 def without_grad(step):
