@@ -88,7 +88,8 @@ def jax_stages(size: dict, tiny: bool) -> dict:
     vae = vae_network.config(dtype="bfloat16")
     vae_params = side_by_side.random_params(vae_network.abstract(vae)[0])
     embed = jax.jit(lambda params, ids, mask: sana.embed(text, params, ids, mask))
-    decode = jax.jit(lambda params, latents: sana.decode(vae, params, latents))
+    decoder = vae_network.module(vae)
+    decode = jax.jit(lambda params, z: decoder.apply({"params": params}, z, method="decode"))
 
     def encode_text(batch: int) -> None:
         ids = np.ones((batch, TEXT_TOKENS), np.int32)

@@ -224,11 +224,20 @@ class Pipeline:
             embeddings.save(file, prompts)
         return embeddings
 
+    def codec(self, method: str) -> Callable:
+        """`(config, params, x)` through the autoencoder, compiled; method: encode or decode."""
+        module = self.checkpoint.network("vae").module
+
+        def apply(config, params, x):
+            return module(config).apply({"params": params}, x, method=method)
+
+        return jax.jit(apply, static_argnums=0)
+
     def encode(self, images: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N h w c"]:
         """Normalised latents of images in [-1, 1]."""
         size, parts = min(IMAGE_BATCH, len(images)), []
         with self.loaded("vae", "encoding") as (config, params):
-            encode = jax.jit(self.family.encode, static_argnums=0)
+            encode = self.codec("encode")
             for start in tqdm(
                 range(0, len(images), size), unit="batch", desc="encoding",
                 disable=not self.progress,
@@ -281,7 +290,7 @@ class Pipeline:
         stage = "decoding"
         with self.loaded("vae", stage) as (config, params):
             compiled = {}
-            decode = jax.jit(self.family.decode, static_argnums=0)
+            decode = self.codec("decode")
 
             def run(x):
                 x = jax.device_put(x, parallel.replicated(self.mesh()))

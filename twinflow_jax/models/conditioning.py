@@ -1,12 +1,29 @@
-"""How the small networks see their times and their condition.
+"""How networks see their times and the small ones their condition.
 
 `cond` is a dict: {"label": (B,) int32} for classes, where label num_classes stands for no
 class; {"tokens": (B, L, D), "mask": (B, L)} for text; {} for unconditional networks.
 """
 
+import math
+
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+SINUSOID_WIDTH = 256
+
+
+def sinusoid(values: Float[Array, "B"], scale: float = 1.0) -> Float[Array, "B 256"]:
+    """Cosines, then sines, of scale * values at frequencies from 1 down to almost 1/10000.
+
+    In float32 and in this order of operations as in diffusers' Timesteps: at angles of up to
+    1000 another rounding already shows.
+    """
+    half = SINUSOID_WIDTH // 2
+    exponents = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32)
+    angles = scale * (values[:, None] * np.exp(exponents / np.float32(half)))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class RawTime(nn.Module):

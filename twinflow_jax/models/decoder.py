@@ -1,9 +1,9 @@
-"""What the text encoders share: the parts of a causal language model's layers.
+"""What the text encoders share: the parts of a causal language model and of its settings.
 
 `config` has width, heads, kv_heads, head_dim, hidden, rope_theta and dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +11,56 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
+
+# The names of one layer's tensors, (key, path, layout), apart from its norms.
+MLP_NAMES = (
+    *names.linear("mlp.gate_proj", "mlp/gate", bias=False),
+    *names.linear("mlp.up_proj", "mlp/up", bias=False),
+    *names.linear("mlp.down_proj", "mlp/down", bias=False),
+)
+
+
+def attention_names(bias: bool) -> tuple[tuple[str, str, str], ...]:
+    """bias: of the projections to queries, keys and values."""
+    return (
+        *names.linear("self_attn.q_proj", "attention/query", bias),
+        *names.linear("self_attn.k_proj", "attention/key", bias),
+        *names.linear("self_attn.v_proj", "attention/value", bias),
+        *names.linear("self_attn.o_proj", "attention/out", bias=False),
+    )
+
+
+def published_numbers(
+    config: Mapping[str, Any], table: Mapping[str, tuple[str, float]], rope_theta: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(our fields, the settings of the rotary positions) of a published language model.
+
+    table: of each key our field and the published class's default; rope_theta: its default.
+    """
+    values = {ours: config.get(key, default) for key, (ours, default) in table.items()}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", rope_theta))
+    return values, rope
+
+
+def not_plain(
+    keys: Iterable[str], known: Collection[str], rope: Mapping[str, Any],
+    rope_types: tuple[str, ...],
+) -> list[str]:
+    """Settings of a published language model whose meaning we do not know.
+
+    keys: all that it has; known: those that it may have, also among `rope`, which are the
+    settings of its rotary positions. rope_types: the kinds of these that are plain ones.
+    """
+    others = {rope.get("type"), rope.get("rope_type")} - {None, *rope_types}
+    plain = " or ".join(map(repr, rope_types))
+    given = (key for key in {*keys, *rope} if not key.endswith("_token_id"))
+    return [
+        *(f"the rope's type is {kind!r}, not {plain}" for kind in sorted(others)),
+        *settings.unknown(given, known),
+    ]
 
 
 def init_of(init, *axes: str | None):
@@ -39,6 +88,14 @@ def rotate(x: Float[Array, "B L N D"], angles: Float[Array, "L D/2"]) -> Float[A
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def embedded(module: nn.Module, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """The tokens' rows of the module's parameter `embedding`."""
+    c = module.config
+    init = init_of(nn.initializers.normal(0.02), "vocab", "embed")
+    embedding = module.param("embedding", init, (c.vocab, c.width))
+    return jnp.take(embedding, ids, axis=0).astype(c.dtype)
 
 
 class Attention(nn.Module):

@@ -61,11 +61,31 @@ def logical_axes(boxed):
     return jax.tree.map(names, boxed, is_leaf=is_box)
 
 
+def transformer_inputs(config) -> tuple:
+    """(x_t, t, r, cond), abstract, of the smallest image and prompt."""
+    x = jax.ShapeDtypeStruct((1, config.patch, config.patch, config.latent_channels), "float32")
+    time = jax.ShapeDtypeStruct((1,), "float32")
+    tokens = jax.ShapeDtypeStruct((1, 1, config.text_width), "float32")
+    return x, time, time, {"tokens": tokens, "mask": jax.ShapeDtypeStruct((1, 1), "bool")}
+
+
+def text_inputs(config) -> tuple:
+    """(ids, mask), abstract, of a prompt of one token."""
+    return jax.ShapeDtypeStruct((1, 1), "int32"), jax.ShapeDtypeStruct((1, 1), "bool")
+
+
+def image_inputs(config) -> tuple:
+    """(images,), abstract: one that makes a single latent position."""
+    return (jax.ShapeDtypeStruct((1, config.downscale, config.downscale, 3), "float32"),)
+
+
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
     """From a prompt to an image, in parts that are loaded one after the other.
 
-    networks: "transformer", "text_encoder" and "vae" (the names are the same in all families).
+    networks: "transformer", "text_encoder" and "vae" (the names are the same in all families),
+    the last with the methods `encode`, from images (B, H, W, 3) in [-1, 1] to normalised latents
+    (B, h, w, c), and `decode`, back.
     null_prompt: stands for no prompt in training. negative_prompt, base_steps, base_guidance: of
     the base model's own sampling.
     export_note: what somebody who loads an export elsewhere must know about r. tiny: published
@@ -86,10 +106,6 @@ class TextToImage:
     is padded or cut to; negative: of negative prompts, which may be empty."""
     embed: Callable[..., tuple[Float[Array, "B L D"], Bool[Array, "B L"]]]
     """(config, params, ids, mask) -> tokens and their mask, as the transformer takes them."""
-    encode: Callable[..., Float[Array, "B h w c"]]
-    """(config, params, images (B, H, W, 3) in [-1, 1]) -> normalised latents."""
-    decode: Callable[..., Float[Array, "B H W 3"]]
-    """(config, params, latents) -> images in [-1, 1]."""
     base_guide: Callable[..., Float[Array, "B h w c"]] | None = None
     """(velocity with the prompt, without, scale) -> the base model's guided velocity, where it is
     not plain guidance."""

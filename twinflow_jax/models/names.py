@@ -6,8 +6,10 @@ key stands for the layer number where the leaf stacks all layers along its first
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import flax.linen as nn
+import jax
 import numpy as np
 
 # How ours is laid out from theirs, by name: the axes of theirs (without its trailing axes of
@@ -124,6 +126,23 @@ def linear(key: str, path: str, bias: bool = True) -> tuple[tuple[str, str, str]
     """(key, path, layout) of a dense layer's kernel and bias."""
     kernel = ((f"{key}.weight", f"{path}/kernel", "linear"),)
     return kernel + (((f"{key}.bias", f"{path}/bias", "same"),) if bias else ())
+
+
+def spelled(
+    module: nn.Module, inputs: tuple, layout: Callable[[str, int], str]
+) -> tuple[Rule, ...]:
+    """Rules of a network whose leaves spell the published keys themselves.
+
+    Its tree follows the published one, numbers being joined to the name before them by "_".
+    inputs: abstract, to initialise it with. layout: (path, ndim) of a leaf -> one of LAYOUTS.
+    """
+    leaves = flatten(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
+
+    def key(path: str) -> str:
+        dotted = re.sub(r"_(\d+)(?=[_/])", r".\1", path).replace("/", ".")
+        return re.sub(r"(kernel|scale)$", "weight", dotted)
+
+    return tuple(Rule(key(path), path, layout(path, leaf.ndim)) for path, leaf in leaves.items())
 
 
 def flatten(tree, prefix: str = "") -> dict:

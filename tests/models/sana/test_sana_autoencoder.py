@@ -171,7 +171,7 @@ def test_a_folder_of_something_else_is_refused_with_every_reason():
         Config.from_published(config)
     message = str(error.value)
     for reason in (
-        "AutoencoderKL", "in_channels 4", "batch_norm", "shift_factor", "MiddleBlock",
+        "AutoencoderKL", "in_channels is 4", "batch_norm", "shift_factor", "MiddleBlock",
         "without layers", "differ in length", "6 resolutions, the decoder 1",
     ):
         assert reason in message

@@ -17,8 +17,9 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from tests.models.oracles import params_of, relative_error
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, remat
+from twinflow_jax.models.linear_attention import linear_attention
 from twinflow_jax.models.sana import transformer
-from twinflow_jax.models.sana.transformer import Config, Transformer, linear_attention
+from twinflow_jax.models.sana.transformer import Config, Transformer
 
 SMALL = Config(
     sample_shape=(5, 3, 32), layers=2, heads=3, cross_heads=2, cross_head_dim=48, text_width=40

@@ -1,10 +1,16 @@
 """Qwen-Image: its three networks, its prompts and its codec, as one family."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from twinflow_jax.models.family import Family, Network, TextToImage
+from twinflow_jax.models.family import (
+    Family,
+    Network,
+    TextToImage,
+    image_inputs,
+    text_inputs,
+    transformer_inputs,
+)
 from twinflow_jax.models.qwen_image import autoencoder, prompt, text_encoder, tiny, transformer
 
 EXPORT_NOTE = """\
@@ -14,36 +20,18 @@ these keys as unexpected and computes E1(t), that is r = t, which is right for s
 steps. One- and few-step sampling tells the network r = 0: use twinflow_jax for it, or add
 E2(r) (t - r) to the time embedding."""
 
-
-def _transformer_inputs(config: transformer.Config) -> tuple:
-    """Abstract inputs of the smallest image and prompt."""
-    side = config.patch
-    x = jax.ShapeDtypeStruct((1, side, side, config.latent_channels), jnp.float32)
-    time = jax.ShapeDtypeStruct((1,), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, 1, config.text_width), jnp.float32)
-    return x, time, time, {"tokens": tokens, "mask": jax.ShapeDtypeStruct((1, 1), jnp.bool_)}
-
-
-def _text_inputs(config: text_encoder.Config) -> tuple:
-    return jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-
-
-def _image_inputs(config: autoencoder.Config) -> tuple:
-    return (jax.ShapeDtypeStruct((1, config.downscale, config.downscale, 3), jnp.float32),)
-
-
 NETWORKS = {
     "transformer": Network(
-        "transformer", ("QwenImageTransformer2DModel",), transformer.Config,
-        transformer.Transformer, _transformer_inputs, transformer.table,
+        "transformer", (transformer.CLASS,), transformer.Config,
+        transformer.Transformer, transformer_inputs, transformer.table,
     ),
     "text_encoder": Network(
-        "text_encoder", ("Qwen2_5_VLForConditionalGeneration",), text_encoder.Config,
-        text_encoder.TextEncoder, _text_inputs, text_encoder.table, stem="model",
+        "text_encoder", (text_encoder.ARCHITECTURE,), text_encoder.Config,
+        text_encoder.TextEncoder, text_inputs, text_encoder.table, stem="model",
     ),
     "vae": Network(
-        "vae", ("AutoencoderKLQwenImage",), autoencoder.Config,
-        autoencoder.Autoencoder, _image_inputs, autoencoder.table,
+        "vae", (autoencoder.CLASS,), autoencoder.Config,
+        autoencoder.Autoencoder, image_inputs, autoencoder.table,
     ),
 }
 
@@ -58,14 +46,6 @@ def embed(config: text_encoder.Config, params, ids, mask):
     """The prompts' tokens (B, S, D) and their mask (B, S)."""
     states = text_encoder.TextEncoder(config).apply({"params": params}, ids, mask)
     return prompt.drop_prefix(states, mask)
-
-
-def encode(config: autoencoder.Config, params, images):
-    return autoencoder.Autoencoder(config).apply({"params": params}, images, method="encode")
-
-
-def decode(config: autoencoder.Config, params, latents):
-    return autoencoder.Autoencoder(config).apply({"params": params}, latents, method="decode")
 
 
 def norm_preserving(
@@ -87,7 +67,6 @@ FAMILY = Family(
         base_guidance=4.0,
         export_note=EXPORT_NOTE, tiny=tiny.CONFIGS, save_tiny_tokenizer=tiny.save_tokenizer,
         load_tokenizer=prompt.load_tokenizer,
-        tokenize=tokenize, embed=embed, encode=encode, decode=decode,
-        base_guide=norm_preserving,
+        tokenize=tokenize, embed=embed, base_guide=norm_preserving,
     ),
 )

@@ -6,7 +6,6 @@ network which keeps the published kernels whole. Source: diffusers' AutoencoderK
 """
 
 import dataclasses
-import re
 
 import flax.linen as nn
 import jax
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names
+from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
+from twinflow_jax.models.family import image_inputs
 
 CLASS = "AutoencoderKLQwenImage"
 
@@ -67,14 +67,11 @@ class Config:
         # Dropout acts in training only, and a single frame never meets the temporal resampling.
         ignored = {"dropout", "temperal_downsample"}
 
-        problems = []
-        if config.get("_class_name", CLASS) != CLASS:
-            problems.append(f"_class_name is {config['_class_name']}, expected {CLASS}")
-        for key, value in config.items():
-            if key in implemented and value != implemented[key]:
-                problems.append(f"{key} {value} is not implemented, only {implemented[key]}")
-            if not (key.startswith("_") or key in {*ours, *implemented, *ignored}):
-                problems.append(f"{key} {value} is unknown")
+        problems = [
+            *settings.other("_class_name", config.get("_class_name", CLASS), CLASS),
+            *settings.unknown(config, (*ours, *implemented, *ignored)),
+            *settings.other_values(config, implemented),
+        ]
         fields = {
             field: tuple(config[key]) if isinstance(config[key], list) else config[key]
             for key, field in ours.items()
@@ -85,8 +82,7 @@ class Config:
             count = len(getattr(result, field))
             if count != result.latent_channels:
                 problems.append(f"{field} has {count} values for z_dim {result.latent_channels}")
-        if problems:
-            raise UserError(f"autoencoder's config.json: {'; '.join(problems)}")
+        settings.refuse("autoencoder's config.json", problems)
         return result
 
 
@@ -273,23 +269,15 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(images))
 
 
-def table(config: Config) -> names.NameTable:
-    """Of the published checkpoint; its temporal resampling is carried.
+def _layout(path: str, ndim: int) -> str:
+    if path.endswith("gamma"):
+        return "channel_2" if "attentions" in path else "channel_3"
+    return {1: "same", 2: "pointwise", 4: "conv", 5: "conv3d"}[ndim]
 
-    Our tree follows the published names, numbers being joined to theirs by "_", so that the
-    leaves themselves spell the keys.
-    """
-    side = config.downscale
-    abstract = jax.eval_shape(
-        Autoencoder(config).init, jax.random.key(0), jnp.zeros((1, side, side, 3))
+
+def table(config: Config) -> names.NameTable:
+    """Of the published checkpoint; its temporal resampling is carried."""
+    return names.NameTable(
+        names.spelled(Autoencoder(config), image_inputs(config), _layout),
+        carried=(r".*\.time_conv\.(weight|bias)",),
     )
-    rules = []
-    for path, leaf in names.flatten(abstract["params"]).items():
-        key = re.sub(r"_(\d+)(?=/)", r"/\1", path).replace("/", ".")
-        layout = "same"
-        if key.endswith("kernel"):
-            layout = {2: "pointwise", 4: "conv", 5: "conv3d"}[leaf.ndim]
-        elif key.endswith("gamma"):
-            layout = "channel_2" if "attentions" in key else "channel_3"
-        rules.append(names.Rule(re.sub("kernel$", "weight", key), path, layout))
-    return names.NameTable(tuple(rules), carried=(r".*\.time_conv\.(weight|bias)",))

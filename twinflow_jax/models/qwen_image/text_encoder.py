@@ -10,8 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from twinflow_jax.errors import UserError
-from twinflow_jax.models import names
+from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
 from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles, stack_of
 
@@ -60,44 +59,32 @@ class Config:
         something else.
         """
         text = config.get("text_config") or config
-        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-        values = {ours: text.get(key, default) for key, (ours, default) in NUMBERS.items()}
+        values, rope = decoder.published_numbers(text, NUMBERS, rope_theta=1e6)
         values["kv_heads"] = values["kv_heads"] or values["heads"]
-        values["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 1e6))
-
-        problems = []
-        if config.get("model_type") != "qwen2_5_vl":
-            problems.append(f"model_type is {config.get('model_type')!r}, not 'qwen2_5_vl'")
-        if config.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
-            problems.append(f"architectures is {config['architectures']!r}, not {[ARCHITECTURE]!r}")
-        bad = {name: v for name, v in values.items() if not isinstance(v, int | float) or v <= 0}
-        problems += [f"{name} is {value!r}, not a positive number" for name, value in bad.items()]
+        problems = [
+            *settings.other("model_type", config.get("model_type"), "qwen2_5_vl"),
+            *settings.other(
+                "architectures", config.get("architectures", [ARCHITECTURE]), [ARCHITECTURE]
+            ),
+            *settings.other("hidden_act", text.get("hidden_act", "silu"), "silu"),
+        ]
+        bad = settings.not_numbers(values)
         if not bad:
             values["head_dim"] = values["width"] // values["heads"]
             if values["width"] % (2 * values["heads"]):
-                problems.append("hidden_size is no even multiple of num_attention_heads")
+                bad.append("hidden_size is no even multiple of num_attention_heads")
             if values["heads"] % values["kv_heads"]:
-                problems.append("num_attention_heads is no multiple of num_key_value_heads")
+                bad.append("num_attention_heads is no multiple of num_key_value_heads")
             if text.get("head_dim") not in (None, values["head_dim"]):
-                problems.append("head_dim is not hidden_size / num_attention_heads")
-        if text.get("hidden_act", "silu") != "silu":
-            problems.append(f"hidden_act is {text['hidden_act']!r}, not 'silu'")
+                bad.append("head_dim is not hidden_size / num_attention_heads")
         if text.get("use_sliding_window"):
             problems.append("use_sliding_window is set")
         if set(text.get("layer_types") or ()) - {"full_attention"}:
             problems.append("layer_types has others than 'full_attention'")
-        for kind in {rope.get("type"), rope.get("rope_type")} - {None, "default", "mrope"}:
-            problems.append(f"the rope's type is {kind!r}, neither 'default' nor 'mrope'")
-        unknown = (rope.keys() - ROPE) | {
-            key for key in (config.keys() | text.keys()) - NUMBERS.keys() - OTHERS
-            if not key.startswith("_") and not key.endswith("_token_id")
-        }
-        if unknown:
-            problems.append(f"unknown settings {', '.join(sorted(unknown))}")
-        if problems:
-            raise UserError(
-                f"this config.json is not of Qwen-Image's text encoder: {'; '.join(problems)}"
-            )
+        problems += bad + decoder.not_plain(
+            {*config, *text}, {*NUMBERS, *OTHERS, *ROPE}, rope, ("default", "mrope")
+        )
+        settings.refuse("this config.json is not of Qwen-Image's text encoder", problems)
         return cls(**values)
 
 
@@ -140,11 +127,7 @@ class TextEncoder(nn.Module):
         mask: of each row the valid tokens, which are its first ones and at least one.
         """
         c = self.config
-        embedding = self.param(
-            "embedding", init_of(nn.initializers.normal(0.02), "vocab", "embed"),
-            (c.vocab, c.width),
-        )
-        h = jnp.take(embedding, ids, axis=0).astype(c.dtype)
+        h = decoder.embedded(self, ids)
         h, _ = stack_of(Block, c)(h, rope_angles(c, ids.shape[1]), mask.sum(axis=-1))
         return jnp.where(mask[..., None], rms_norm(c, "norm")(h), 0)
 
@@ -153,14 +136,9 @@ def table(config: Config) -> names.NameTable:
     """The names in the published folder; newer transformers spell them with more parts."""
     layer = (
         ("input_layernorm.weight", "attention_norm/scale", "same"),
-        *names.linear("self_attn.q_proj", "attention/query"),
-        *names.linear("self_attn.k_proj", "attention/key"),
-        *names.linear("self_attn.v_proj", "attention/value"),
-        *names.linear("self_attn.o_proj", "attention/out", bias=False),
+        *decoder.attention_names(bias=True),
         ("post_attention_layernorm.weight", "mlp_norm/scale", "same"),
-        *names.linear("mlp.gate_proj", "mlp/gate", bias=False),
-        *names.linear("mlp.up_proj", "mlp/up", bias=False),
-        *names.linear("mlp.down_proj", "mlp/down", bias=False),
+        *decoder.MLP_NAMES,
     )
     return names.NameTable(
         rules=(

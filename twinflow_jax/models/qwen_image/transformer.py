@@ -9,7 +9,6 @@ scan over blocks, and each block is given its own slice of their outputs.
 """
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,14 +17,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names, remat
+from twinflow_jax.models import names, remat, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import constrain, rows
+from twinflow_jax.models.conditioning import sinusoid
 
 EPSILON = 1e-6  # of every norm
 ROPE_BASE = 10_000.0
-SINUSOID_WIDTH = 256
 
+CLASS = "QwenImageTransformer2DModel"
 # Keys of config.json: our field and the published class's default.
 _FIELDS = {
     "num_layers": ("layers", 60),
@@ -69,31 +69,16 @@ class Config:
     remat: str = "none"
 
     def __post_init__(self):
-        problems = []
         counts = ("layers", "heads", "head_dim", "latent_channels", "patch", "text_width")
-        problems += [
-            f"{name} is {getattr(self, name)}, but must be positive"
-            for name in counts if getattr(self, name) < 1
-        ]
+        problems = settings.not_positive(self, counts)
         axes = self.rope_axes
         if len(axes) != 3 or sum(axes) != self.head_dim or any(axis % 2 for axis in axes):
             problems.append(
                 f"rope_axes {axes} must be three even numbers that add up to head_dim "
                 f"{self.head_dim}"
             )
-        shape = self.sample_shape
-        sides = [side % self.patch for side in shape[:2]] if self.patch > 0 else []
-        if len(shape) != 3 or any(sides) or shape[-1] != self.latent_channels:
-            problems.append(
-                f"sample_shape {shape} must be (height, width, {self.latent_channels}), height "
-                f"and width divisible by {self.patch}"
-            )
-        if self.num_classes:
-            problems.append("num_classes must be 0: the condition is text")
-        if self.dtype not in ("float32", "bfloat16"):
-            problems.append(f"dtype is {self.dtype!r}; choose from float32, bfloat16")
-        if problems:
-            raise UserError(f"model 'qwen_image': {'; '.join(problems)}")
+        problems += settings.not_latents_from_text(self)
+        settings.refuse("model 'qwen_image'", problems)
         remat.check(self.remat)
 
     @property
@@ -110,42 +95,18 @@ class Config:
         """
         kind = str(config.get("_class_name"))
         wrapper = kind.startswith("QwenImageTransformer") and kind.endswith("Wrapper")
-        problems = []
-        if kind != "QwenImageTransformer2DModel" and not wrapper:
-            problems.append(f"_class_name is {kind}, not QwenImageTransformer2DModel")
-        known = (*_FIELDS, *_ONLY, *_CHANNELS, *_HARMLESS)
-        problems += [
-            f"unknown key {key!r}" for key in config if key not in known and key[0] != "_"
-        ]
-        problems += [
-            f"{key} is {config[key]!r}, but only {value!r} is supported"
-            for key, value in _ONLY.items() if config.get(key, value) != value
+        values, mistyped = settings.fields(config, _FIELDS)
+        problems = [
+            *settings.other("_class_name", CLASS if wrapper else kind, CLASS),
+            *settings.unknown(config, (*_FIELDS, *_ONLY, *_CHANNELS, *_HARMLESS)),
+            *settings.other_values(config, _ONLY), *mistyped,
         ]
         packed, out = (config.get(key, value) for key, value in _CHANNELS.items())
         channels = out or packed  # the published class reads null as in_channels
         if packed != 4 * channels:
             problems.append(f"in_channels {packed} is not 4 times out_channels {channels}")
-        fields = {}
-        for key, (field, default) in _FIELDS.items():
-            value = config.get(key, default)
-            fields[field] = tuple(value) if isinstance(value, list) else value
-            if type(fields[field]) is not type(default):
-                problems.append(f"{key} is {value!r}, not a {type(default).__name__}")
-        if not problems:
-            return cls(**fields, latent_channels=channels, sample_shape=(64, 64, channels))
-        raise UserError(f"config.json of the transformer: {'; '.join(problems)}")
-
-
-def sinusoid(time: Float[Array, "B"]) -> Float[Array, "B 256"]:
-    """Cosines, then sines, of 1000 time at frequencies from 1 down to almost 1/10000.
-
-    In float32 and in this order of operations as in diffusers' Timesteps: at angles of up to
-    1000 another rounding already shows.
-    """
-    half = SINUSOID_WIDTH // 2
-    exponents = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32)
-    angles = 1000.0 * (time[:, None] * np.exp(exponents / np.float32(half)))
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        settings.refuse("config.json of the transformer", problems)
+        return cls(**values, latent_channels=channels, sample_shape=(64, 64, channels))
 
 
 def positions(grids: tuple[tuple[int, int], ...], text_length: int) -> Int[np.ndarray, "S 3"]:
@@ -245,7 +206,7 @@ class TimeEmbedder(nn.Module):
         self.out = _dense(self.config, width, ("embed", None))
 
     def __call__(self, time: Float[Array, "B"]) -> Float[Array, "B D"]:
-        return self.out(nn.silu(self.hidden(sinusoid(time))))
+        return self.out(nn.silu(self.hidden(sinusoid(time, scale=1000.0))))
 
 
 class StackedDense(nn.Module):

@@ -6,7 +6,6 @@ move pixels into channels around every change of resolution. Source: diffusers' 
 
 import dataclasses
 import functools
-import re
 
 import flax.linen as nn
 import jax
@@ -14,9 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names
+from twinflow_jax.models import names, settings
 from twinflow_jax.models.convolution import Depthwise, Grouped
-from twinflow_jax.models.sana.transformer import linear_attention
+from twinflow_jax.models.family import image_inputs
+from twinflow_jax.models.linear_attention import linear_attention
 
 CLASS = "AutoencoderDC"
 RES_BLOCK, ATTENTION_BLOCK = "ResBlock", "EfficientViTBlock"
@@ -120,18 +120,14 @@ class Config:
 
         Raises UserError naming everything in it that this network does not compute.
         """
-        problems = []
-        if config.get("_class_name", CLASS) != CLASS:
-            problems.append(f"_class_name is {config['_class_name']}, expected {CLASS}")
-        for key, value in config.items():
-            if not (key.startswith("_") or key in CLASS_DEFAULTS):
-                problems.append(f"{key} {value} is unknown")
+        problems = [
+            *settings.other("_class_name", config.get("_class_name", CLASS), CLASS),
+            *settings.unknown(config, CLASS_DEFAULTS),
+        ]
         config = CLASS_DEFAULTS | config
-        for key, only in IMPLEMENTED.items():
-            values = config[key] if isinstance(config[key], (list, tuple)) else [config[key]]
-            if any(value != only for value in values):
-                problems.append(f"{key} {config[key]} is not implemented, only {only}")
-
+        problems += settings.other_values(
+            {key: _same_throughout(config[key]) for key in IMPLEMENTED}, IMPLEMENTED
+        )
         encoder = Tower.from_published(config, "encoder")
         decoder = Tower.from_published(config, "decoder")
         problems += encoder.problems("encoder") + decoder.problems("decoder")
@@ -140,12 +136,17 @@ class Config:
                 f"the encoder has {len(encoder.widths)} resolutions, the decoder "
                 f"{len(decoder.widths)}"
             )
-        if problems:
-            raise UserError(f"autoencoder's config.json: {'; '.join(problems)}")
+        settings.refuse("autoencoder's config.json", problems)
         return cls(
             config["latent_channels"], config["attention_head_dim"], encoder, decoder,
             config["scaling_factor"],
         )
+
+
+def _same_throughout(value):
+    """What a list says for every resolution, or the list where that is not one thing."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return values[0] if values and all(item == values[0] for item in values) else value
 
 
 class Norm(nn.Module):
@@ -357,18 +358,6 @@ class Autoencoder(nn.Module):
 
 
 def table(config: Config) -> names.NameTable:
-    """Of the published checkpoint.
-
-    Our tree follows the published names, numbers being joined to theirs by "_", so that the
-    leaves themselves spell the keys.
-    """
-    side = config.downscale
-    abstract = jax.eval_shape(
-        Autoencoder(config).init, jax.random.key(0), jnp.zeros((1, side, side, 3))
-    )
-    rules = []
-    for path, leaf in names.flatten(abstract["params"]).items():
-        key = re.sub(r"_(\d+)(?=[_/])", r".\1", path).replace("/", ".")
-        key = re.sub(r"(kernel|scale)$", "weight", key)
-        rules.append(names.Rule(key, path, {1: "same", 2: "linear", 4: "conv"}[leaf.ndim]))
-    return names.NameTable(tuple(rules))
+    """Of the published checkpoint."""
+    layout = lambda path, ndim: {1: "same", 2: "linear", 4: "conv"}[ndim]
+    return names.NameTable(names.spelled(Autoencoder(config), image_inputs(config), layout))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names
+from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
 from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles, stack_of
 
@@ -70,47 +70,34 @@ class Config:
         Raises UserError, with all that is wrong, for another model or one that computes
         something else.
         """
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        values = {ours: config.get(key, default) for key, (ours, default) in NUMBERS.items()}
-        values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 1e4))
-
-        problems = []
-        if config.get("model_type") != "gemma2":
-            problems.append(f"model_type is {config.get('model_type')!r}, not 'gemma2'")
+        values, rope = decoder.published_numbers(config, NUMBERS, rope_theta=1e4)
+        activation = config.get("hidden_activation", "gelu_pytorch_tanh")
+        problems = [
+            *settings.other("model_type", config.get("model_type"), "gemma2"),
+            *settings.other("hidden_activation", activation, "gelu_pytorch_tanh"),
+        ]
         architectures = config.get("architectures") or ARCHITECTURES[:1]
         if not set(architectures) <= set(ARCHITECTURES):
             expected = " or ".join(ARCHITECTURES)
             problems.append(f"architectures is {architectures!r}, not {expected}")
-        bad = {name: v for name, v in values.items() if not isinstance(v, int | float) or v <= 0}
-        problems += [f"{name} is {value!r}, not a positive number" for name, value in bad.items()]
+        bad = settings.not_numbers(values)
         if not bad:
             if values["heads"] % values["kv_heads"]:
-                problems.append("num_attention_heads is no multiple of num_key_value_heads")
+                bad.append("num_attention_heads is no multiple of num_key_value_heads")
             if values["head_dim"] % 2:
-                problems.append("head_dim is odd")
+                bad.append("head_dim is odd")
             if config.get("query_pre_attn_scalar", 256) != values["head_dim"]:
-                problems.append("query_pre_attn_scalar is not head_dim")
-        activation = config.get("hidden_activation", "gelu_pytorch_tanh")
-        if activation != "gelu_pytorch_tanh":
-            problems.append(f"hidden_activation is {activation!r}, not 'gelu_pytorch_tanh'")
+                bad.append("query_pre_attn_scalar is not head_dim")
         problems += [
             f"{key} is set" for key in ("attention_bias", "use_bidirectional_attention")
             if config.get(key)
         ]
         others = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
         problems += [f"layer_types has {kind!r}" for kind in sorted(others)]
-        for kind in {rope.get("type"), rope.get("rope_type")} - {None, "default"}:
-            problems.append(f"the rope's type is {kind!r}, not 'default'")
-        unknown = (rope.keys() - ROPE) | {
-            key for key in config.keys() - NUMBERS.keys() - OTHERS
-            if not key.startswith("_") and not key.endswith("_token_id")
-        }
-        if unknown:
-            problems.append(f"unknown settings {', '.join(sorted(unknown))}")
-        if problems:
-            raise UserError(
-                f"this config.json is not of SANA's text encoder: {'; '.join(problems)}"
-            )
+        problems += bad + decoder.not_plain(
+            config, {*NUMBERS, *OTHERS, *ROPE}, rope, ("default",)
+        )
+        settings.refuse("this config.json is not of SANA's text encoder", problems)
         return cls(**values)
 
 
@@ -166,11 +153,7 @@ class TextEncoder(nn.Module):
                 f"a text of {length} tokens is longer than the text encoder's window of "
                 f"{c.window}: shorten it"
             )
-        embedding = self.param(
-            "embedding", init_of(nn.initializers.normal(0.02), "vocab", "embed"),
-            (c.vocab, c.width),
-        )
-        h = jnp.take(embedding, ids, axis=0).astype(c.dtype)
+        h = decoder.embedded(self, ids)
         h *= jnp.asarray(math.sqrt(c.width), c.dtype)  # rounded to that dtype, as published
         h, _ = stack_of(Block, c)(h, rope_angles(c, length), mask.sum(axis=-1))
         return jnp.where(mask[..., None], RMSNorm(c, name="norm")(h), 0)
@@ -180,15 +163,10 @@ def table(config: Config) -> names.NameTable:
     """The names in SANA's folders; Gemma's own folder has "model." before them."""
     layer = (
         ("input_layernorm.weight", "attention_norm/scale", "same"),
-        *names.linear("self_attn.q_proj", "attention/query", bias=False),
-        *names.linear("self_attn.k_proj", "attention/key", bias=False),
-        *names.linear("self_attn.v_proj", "attention/value", bias=False),
-        *names.linear("self_attn.o_proj", "attention/out", bias=False),
+        *decoder.attention_names(bias=False),
         ("post_attention_layernorm.weight", "attention_out_norm/scale", "same"),
         ("pre_feedforward_layernorm.weight", "mlp_norm/scale", "same"),
-        *names.linear("mlp.gate_proj", "mlp/gate", bias=False),
-        *names.linear("mlp.up_proj", "mlp/up", bias=False),
-        *names.linear("mlp.down_proj", "mlp/down", bias=False),
+        *decoder.MLP_NAMES,
         ("post_feedforward_layernorm.weight", "mlp_out_norm/scale", "same"),
     )
     return names.NameTable(

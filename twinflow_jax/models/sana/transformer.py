@@ -7,25 +7,23 @@ There is no positional embedding: the MLPs' 3x3 convolutions tell where a token 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names, remat
+from twinflow_jax.models import names, remat, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import rows
+from twinflow_jax.models.conditioning import sinusoid
 from twinflow_jax.models.convolution import Depthwise
+from twinflow_jax.models.linear_attention import linear_attention
 
 EPSILON = 1e-6  # of the norms before self-attention, MLP and output
 RMS_EPSILON = 1e-5  # of the norms of text, queries and keys
-SINUSOID_WIDTH = 256
 
 CLASS = "SanaTransformer2DModel"
 # Keys of config.json: our field and the published class's default.
@@ -87,21 +85,8 @@ class Config:
             "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "latent_channels",
             "text_width", "mlp_width",
         )
-        problems = [
-            f"{name} is {getattr(self, name)}, but must be positive"
-            for name in positive if getattr(self, name) < 1
-        ]
-        shape = self.sample_shape
-        if len(shape) != 3 or min(shape) < 1 or shape[-1] != self.latent_channels:
-            problems.append(
-                f"sample_shape {shape} must be (height, width, {self.latent_channels})"
-            )
-        if self.num_classes:
-            problems.append("num_classes must be 0: the condition is text")
-        if self.dtype not in ("float32", "bfloat16"):
-            problems.append(f"dtype is {self.dtype!r}; choose from float32, bfloat16")
-        if problems:
-            raise UserError(f"model 'sana': {'; '.join(problems)}")
+        problems = settings.not_positive(self, positive) + settings.not_latents_from_text(self)
+        settings.refuse("model 'sana'", problems)
         remat.check(self.remat)
 
     @property
@@ -135,75 +120,32 @@ class Config:
           UserError: another class, or values that mean something we do not compute; all of
             them in one message.
         """
-        kind, problems = str(config.get("_class_name")), []
-        if kind not in (CLASS, f"{CLASS}Wrapper"):
-            problems.append(f"_class_name is {kind}, not {CLASS}")
-        known = (*_FIELDS, *_ONLY, *_DERIVED)
-        problems += [
-            f"unknown key {key!r}" for key in config if key not in known and key[0] != "_"
+        kind = str(config.get("_class_name")).removesuffix("Wrapper")
+        values, mistyped = settings.fields(config, _FIELDS)
+        problems = [
+            *settings.other("_class_name", kind, CLASS),
+            *settings.unknown(config, (*_FIELDS, *_ONLY, *_DERIVED)),
+            *settings.other_values(config, _ONLY), *mistyped,
         ]
-        problems += [
-            f"{key} is {config[key]!r}, but only {value!r} is supported"
-            for key, value in _ONLY.items() if config.get(key, value) != value
-        ]
-        fields = {}
-        for key, (field, default) in _FIELDS.items():
-            fields[field] = value = config.get(key, default)
-            kinds = (float, int) if isinstance(default, float) else (type(default),)
-            if type(value) not in kinds:
-                problems.append(f"{key} is {value!r}, not of type {kinds[0].__name__}")
         norm, side = config.get("qk_norm"), config.get("sample_size", 32)
         if norm not in _QK_NORMS:
             problems.append(f"qk_norm is {norm!r}, neither null nor 'rms_norm_across_heads'")
         if type(side) is not int:
             problems.append(f"sample_size is {side!r}, not of type int")
-        channels = fields["latent_channels"]
+        channels = values["latent_channels"]
         out = config.get("out_channels", 32) or channels  # the published class reads null so
         if out != channels:
             problems.append(f"out_channels {out} differs from in_channels {channels}")
         text, heads, head_dim = (
-            config.get("cross_attention_dim", 2240), fields["heads"], fields["head_dim"]
+            config.get("cross_attention_dim", 2240), values["heads"], values["head_dim"]
         )
         if text != heads * head_dim:
             problems.append(
                 f"cross_attention_dim {text} is not num_attention_heads {heads} times "
                 f"attention_head_dim {head_dim}"
             )
-        if problems:
-            raise UserError(f"config.json of the transformer: {'; '.join(problems)}")
-        return cls(**fields, qk_norm=_QK_NORMS[norm], sample_shape=(side, side, channels))
-
-
-def sinusoid(values: Float[Array, "B"]) -> Float[Array, "B 256"]:
-    """Cosines, then sines, of values at frequencies from 1 down to almost 1/10000.
-
-    In float32, and in diffusers' order of operations: at values of up to 1000 another rounding
-    already shows.
-    """
-    half = SINUSOID_WIDTH // 2
-    exponents = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32)
-    angles = values[:, None] * np.exp(exponents / np.float32(half))
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def linear_attention(
-    query: Float[Array, "B S N D"], key: Float[Array, "B S N D"], value: Float[Array, "B S N D"]
-) -> Float[Array, "B S N D"]:
-    """The mean of the values under weights relu(query)·relu(key), computed in float32.
-
-    Keys meet values before they meet queries, so that the cost is linear in S. The values are
-    those of diffusers' SanaLinearAttnProcessor2_0 everywhere, and so is the gradient, except
-    where a query's weights add up to less than 1e-6: there it is 0. The mean does not change
-    when its query shrinks, so its gradient is a difference of terms that grow as 1/query; for a
-    query with one channel left at 1e-15 the true value is 0 and rounding makes it 1e15.
-    """
-    # Rounded products would not cancel in the quotient and in its gradient.
-    product = functools.partial(jnp.einsum, precision="highest")
-    q, k, v = (a.astype(jnp.float32) for a in (nn.relu(query), nn.relu(key), value))
-    weighted = product("bsnd,bnde->bsne", q, product("bsnd,bsne->bnde", k, v))
-    total = product("bsnd,bnd->bsn", q, k.sum(1))[..., None]
-    mean = weighted / (total + 1e-15)
-    return jnp.where(total > 1e-6, mean, jax.lax.stop_gradient(mean)).astype(value.dtype)
+        settings.refuse("config.json of the transformer", problems)
+        return cls(**values, qk_norm=_QK_NORMS[norm], sample_shape=(side, side, channels))
 
 
 _unit_variance = nn.initializers.lecun_normal()
