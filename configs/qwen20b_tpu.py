@@ -21,23 +21,13 @@ so that its pictures show that everything works, and nothing else.
 import ml_collections
 
 from twinflow_jax import objectives
-from twinflow_jax.errors import UserError
-from twinflow_jax.models.qwen_image import tiny
-from twinflow_jax.training import defaults
+from twinflow_jax.training import defaults, variants
 
-PROMPTS = (
-    "A red fox in fresh snow, close-up, morning light",
-    "A shop window with the words \"one step\" in gold letters",
-    "Two old men playing chess in a park, oil painting",
-    "A bowl of ramen, seen from above, on a dark wooden table",
-)
+PROMPTS = (*variants.PROMPTS, "A shop window with the words \"one step\" in gold letters")
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
-    variants = {"paper": paper, "released": released, "bench": bench, "tiny": small}
-    if variant not in variants:
-        raise UserError(f"no variant {variant!r}; choose from {', '.join(variants)}")
-    return variants[variant]()
+    return variants.choose(variant, paper=paper, released=released, bench=bench, tiny=small)
 
 
 def paper() -> ml_collections.ConfigDict:
@@ -73,19 +63,4 @@ def bench() -> ml_collections.ConfigDict:
 
 
 def small() -> ml_collections.ConfigDict:
-    config = paper()
-    config.pipeline = "random"
-    config.data.update(name="digits", batch_size=16, text_tokens=64)
-    published = tiny.CONFIGS["transformer"]
-    config.model = {
-        "name": "qwen_image", "sample_shape": (4, 4, 16), "layers": published["num_layers"],
-        "heads": published["num_attention_heads"], "head_dim": published["attention_head_dim"],
-        "text_width": published["joint_attention_dim"],
-        "rope_axes": tuple(published["axes_dims_rope"]), "remat": "full",
-    }
-    config.optimizer.learning_rate = 1e-3
-    config.train.update(
-        steps=60, init_from="", condition_dropout=0.1, sample_every=30, checkpoint_every=30
-    )
-    config.sample.update(steps=(1, 2), columns=4)
-    return config
+    return variants.shrink(paper(), sample_shape=(4, 4, 16), text_tokens=64)

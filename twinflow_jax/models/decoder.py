@@ -58,7 +58,7 @@ def not_plain(
     plain = " or ".join(map(repr, rope_types))
     given = (key for key in {*keys, *rope} if not key.endswith("_token_id"))
     return [
-        *(f"the rope's type is {kind!r}, not {plain}" for kind in sorted(others)),
+        *(f"the rope's type is {kind!r}, not {plain}" for kind in sorted(others, key=str)),
         *settings.unknown(given, known),
     ]
 
