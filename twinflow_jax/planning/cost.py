@@ -1,0 +1,304 @@
+"""Seconds and bytes that a compiled program is expected to take: a model, not a measurement.
+
+`predict` charges every scheduled instruction of a Program once: matrix products by the compiler's
+cycles or by FLOPs, kernels by FLOPs, collectives by bytes over the torus axes that they span, the
+rest by memory traffic. Everything that is assumed beyond the program and the chip's published
+figures stands in Assumptions. The result ranks programs and catches regressions; its seconds are
+right to UNCERTAINTY.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from twinflow_jax.planning import hlo
+from twinflow_jax.planning.topology import Generation, generation_of, slice_of, torus
+
+UNCERTAINTY = (.3, .5)  # of the seconds: from 30 % for programs of large matrix products to 50 %
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the time model takes for granted.
+
+    A collective takes bytes * (n - 1) / n over the summed rates of the torus axes along which
+    its group of n differs, twice that for an all-reduce; an axis that is no ring has half the rate;
+    groups that share links do not slow each other down. Attention has no mask.
+    """
+
+    matmul_share: float = .9  # of peak, where the compiler's cycles are absent or not trusted
+    trusted_cycles: tuple[str, ...] = ("v4", "v5e", "v5p")  # generations: right for matmuls
+    attention_share: float = .55  # of peak, in Pallas kernels
+    line: float = .5  # rate of an axis without the link that closes its ring
+    vmem: float = 20.  # rate of on-chip memory, in rates of main memory
+    die: float = 6.  # rate between the devices of one chip, in rates of a torus axis
+    host: float = 16e9  # bytes/s per device to and from the host's memory
+
+
+@dataclass(frozen=True)
+class Component:
+    """One row of the breakdown, for one device and step.
+
+    seconds: with nothing overlapped. hidden: of these, what runs beside other work.
+    amount: FLOPs or bytes. count: executions of instructions.
+    """
+
+    name: str
+    seconds: float
+    hidden: float
+    amount: float
+    unit: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device, of `compiled.memory_analysis()`. peak includes the arguments."""
+
+    peak: int
+    arguments: int
+    outputs: int
+    aliased: int
+    temporary: int
+    code: int
+    host_temporary: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The breakdown of one step. notes: what the model could not see."""
+
+    components: tuple[Component, ...]
+    peak: float  # FLOP/s of a device
+    notes: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Per step, with nothing overlapped."""
+        return sum(part.seconds for part in self.components)
+
+    @property
+    def overlapped(self) -> float:
+        """Per step, less the overlap that the compiler shows."""
+        return self.seconds - sum(part.hidden for part in self.components)
+
+    @property
+    def flops(self) -> float:
+        """Executed per device and step, recomputation included."""
+        return sum(part.amount for part in self.components if part.unit == "FLOP")
+
+    @property
+    def utilisation(self) -> float:
+        """Share of peak, of executed FLOPs over `overlapped` seconds."""
+        return self.flops / self.peak / self.overlapped if self.overlapped else 0.
+
+
+def predict(program: hlo.Program, devices: Sequence,
+            assumptions: Assumptions = Assumptions()) -> Prediction:  # noqa: B008
+    """What one run of the program costs on these devices.
+
+    devices: those that it was compiled for, in the order of the mesh (`mesh.devices.flat`).
+    Raises UserError where the devices' generation is unknown.
+    """
+    devices = list(devices)
+    generation = generation_of(devices)
+    network = Network(generation, slice_devices(program, devices), assumptions)
+    rows, free = [], {}
+    for step in program.steps:
+        row = charge(program, step, generation, assumptions)
+        if row is not None:
+            rows.append((row, step))
+            if hlo.covers(step) is None:  # only work that the device waits for can hide other work
+                free[step.visit, step.op.name] = row.seconds
+    parts, notes = {}, set()
+    for row, step in rows:
+        beside = hlo.covers(step)
+        hidden = hide(row.seconds, beside, step.visit, free) if beside else 0.
+        add(parts, row, hidden, step.times)
+        if row.name == "other kernels":
+            notes |= {f"kernel {kernel.name}: FLOPs unknown, charged for its memory traffic"
+                      for kernel in hlo.step_kernels(program, step)}
+    for one in hlo.collectives(program):
+        row = Component(f"{one.kind} ({one.network})", network.seconds(one), 0., one.bytes, "B", 1)
+        hidden = hide(row.seconds, one.covers, one.visit, free) if one.overlapped else 0.
+        add(parts, row, hidden, one.count)
+    notes |= {f"loop {name}: trip count unknown, taken as 1" for name in program.unknown_loops}
+    order = sorted(parts.values(), key=lambda part: -part.seconds)
+    return Prediction(tuple(order), generation.peak, tuple(sorted(notes)))
+
+
+def slice_devices(program: hlo.Program, devices: list) -> list:
+    """The devices that the program's numbers mean: with several slices, those of one."""
+    if len(devices) == program.devices:
+        return devices
+    return [device for device in devices if slice_of(device) == slice_of(devices[0])]
+
+
+def add(parts: dict, row: Component, hidden: float, times: int) -> None:
+    """Adds `times` executions of a row to the component of its name."""
+    old = parts.get(row.name, Component(row.name, 0., 0., 0., row.unit, 0))
+    parts[row.name] = Component(
+        row.name, old.seconds + row.seconds * times, old.hidden + hidden * times,
+        old.amount + row.amount * times, row.unit, old.count + times)
+
+
+def hide(seconds: float, beside: Sequence[str], visit: int, free: dict) -> float:
+    """How much of `seconds` fits beside the named instructions; uses up their time in `free`."""
+    left = seconds
+    for name in beside:
+        taken = min(left, free.get((visit, name), 0.))
+        if taken:
+            free[visit, name] -= taken
+            left -= taken
+    return seconds - left
+
+
+def charge(program: hlo.Program, step: hlo.Step, generation: Generation,
+           assumptions: Assumptions) -> Component | None:
+    """One execution of a step; None for collectives and for what costs nothing."""
+    found = hlo.step_kernels(program, step)
+    if found:
+        return kernel_cost(program, step, found, generation, assumptions)
+    work = hlo.step_flops(program, step)
+    cycles = step.op.cycles
+    if work and step.op.opcode in ("fusion", "dot", "convolution"):
+        if cycles and generation.name in assumptions.trusted_cycles:
+            # The compiler's word, but never faster than the chip.
+            seconds = max(cycles / generation.clock, work / generation.peak)
+        else:
+            seconds = max(work / generation.peak / assumptions.matmul_share,
+                          traffic_seconds(hlo.step_traffic(program, step), generation, assumptions))
+        return Component("matmul", seconds, 0., work, "FLOP", 1)
+    if not hlo.moves(program, step):
+        return None
+    traffic = hlo.step_traffic(program, step)
+    seconds = traffic_seconds(traffic, generation, assumptions)
+    if cycles:
+        seconds = min(seconds, cycles / generation.clock)
+    if traffic.host:
+        name = "host copies"
+    else:
+        name = "memory" if hlo.covers(step) is None else "asynchronous copies"
+    return Component(name, seconds, 0., traffic.host or traffic.hbm, "B", 1)
+
+
+def traffic_seconds(traffic: hlo.Traffic, generation: Generation,
+                    assumptions: Assumptions) -> float:
+    """The slowest memory's time."""
+    return max(traffic.hbm / generation.hbm,
+               traffic.vmem / generation.hbm / assumptions.vmem,
+               traffic.host / assumptions.host)
+
+
+def kernel_cost(program: hlo.Program, step: hlo.Step, found: list[hlo.Kernel],
+                generation: Generation, assumptions: Assumptions) -> Component:
+    """Attention by its FLOPs; a kernel that is not known as attention by its memory traffic."""
+    work = [attention_flops(kernel) for kernel in found]
+    if None in work:
+        traffic = hlo.step_traffic(program, step)
+        seconds = traffic_seconds(traffic, generation, assumptions)
+        return Component("other kernels", seconds, 0., traffic.hbm, "B", 1)
+    seconds = sum(work) / generation.peak / assumptions.attention_share
+    return Component("attention kernels", seconds, 0., sum(work), "FLOP", 1)
+
+
+def attention_flops(kernel: hlo.Kernel) -> int | None:
+    """FLOPs of one execution of an attention kernel without a mask; None for other kernels.
+
+    Reads q (..., heads, rows, depth), k and v as the first three floating operands. Forward: 2
+    products of rows x columns x depth; backward for k and v: 4, with q's gradient in the same
+    kernel 5; for q: 3.
+    """
+    arrays = [array for array in kernel.operands
+              if array.dtype.startswith(("f", "bf")) and len(array.dims) >= 3]
+    if "attention" not in kernel.name and "mha" not in kernel.name and "mqa" not in kernel.name:
+        return None
+    if len(arrays) < 3:
+        return None
+    q, k, v = arrays[:3]
+    depth, value_depth = q.dims[-1], v.dims[-1]
+    if "dkv" in kernel.name:
+        # Partial gradients of q, one per block of keys, have one axis more than q.
+        fused = any(len(array.dims) == len(q.dims) + 1 for array in kernel.results)
+        products = 2 * depth + 2 * value_depth + (depth if fused else 0)
+    elif "dq" in kernel.name:
+        products = 2 * depth + value_depth
+    else:
+        products = depth + value_depth
+    return 2 * math.prod(q.dims[:-1]) * k.dims[-2] * products
+
+
+class Network:
+    """The links between devices: which torus axes a group spans, and how fast they are."""
+
+    def __init__(self, generation: Generation, devices: list, assumptions: Assumptions):
+        """devices: of one slice or all, in the order that the program numbers them."""
+        self.generation, self.assumptions = generation, assumptions
+        self.devices = devices
+        self.shape = torus(devices)
+        self.rates = {}
+
+    def seconds(self, one: hlo.Collective) -> float:
+        """Of one execution of a collective."""
+        if one.kind == "collective-permute":  # one link, one direction
+            passes = .5 / self.assumptions.line
+        else:
+            passes = (one.group - 1) / one.group * (2 if one.kind == "all-reduce" else 1)
+        return passes * one.bytes / self.rate(one)
+
+    def rate(self, one: hlo.Collective) -> float:
+        """Bytes per second that a device receives in the slowest group of a collective."""
+        between = self.generation.dcn / self.generation.devices_per_chip
+        if one.network == "dcn":
+            return between
+        groups = one.groups or (tuple(range(len(self.devices))),)
+        if groups not in self.rates:
+            self.rates[groups] = min(self.group_rate(group, between) for group in groups)
+        return self.rates[groups]
+
+    def group_rate(self, group: tuple[int, ...], between: float) -> float:
+        members = [self.devices[number] for number in group]
+        if len({slice_of(device) for device in members}) > 1:
+            return between
+        per_device = self.generation.ici / self.generation.devices_per_chip
+        axes = [axis for axis in range(len(self.shape))
+                if len({device.coords[axis] for device in members}) > 1]
+        if not axes:  # inside one chip
+            return per_device * self.assumptions.die
+        return sum(per_device * self.ring(axis) for axis in axes)
+
+    def ring(self, axis: int) -> float:
+        """1 for an axis whose ends are joined, `line` for one whose ends are not."""
+        joined = self.shape[axis] % self.generation.wraps == 0
+        return 1. if joined else self.assumptions.line
+
+
+def memory(compiled) -> Memory:
+    """What the compiler says about a compiled program's memory, per device."""
+    found = compiled.memory_analysis()
+    return Memory(
+        peak=found.peak_memory_in_bytes,
+        arguments=found.argument_size_in_bytes,
+        outputs=found.output_size_in_bytes,
+        aliased=found.alias_size_in_bytes,
+        temporary=found.temp_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+        host_temporary=found.host_temp_size_in_bytes,
+    )
+
+
+def table(prediction: Prediction) -> str:
+    """The breakdown as text, with the uncertainty said."""
+    low, high = (round(100 * share) for share in UNCERTAINTY)
+    lines = [f"{'component':<28}{'seconds':>10}{'hidden':>10}{'count':>9}  amount"]
+    for part in prediction.components:
+        scale, unit = (1e12, "TFLOP") if part.unit == "FLOP" else (1e9, "GB")
+        lines.append(f"{part.name:<28}{part.seconds:>10.3g}{part.hidden:>10.3g}{part.count:>9}"
+                     f"  {part.amount / scale:.4g} {unit}")
+    lines += [
+        f"{'sum':<28}{prediction.seconds:>10.3g}   with nothing overlapped",
+        f"{'':<28}{prediction.overlapped:>10.3g}   less the overlap that the compiler shows, "
+        f"{100 * prediction.utilisation:.0f} % of peak",
+        f"A model, not a measurement: right to {low}-{high} %, good for comparing programs.",
+    ]
+    return "\n".join(lines + [f"note: {note}" for note in prediction.notes])
