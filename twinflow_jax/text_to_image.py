@@ -178,7 +178,7 @@ class Pipeline:
     def mesh(self) -> jax.sharding.Mesh:
         heads = self.config("transformer").heads
         tensor = next(n for n in (8, 4, 2, 1) if len(jax.devices()) % n == 0 and heads % n == 0)
-        return parallel.make_mesh(tensor)
+        return parallel.make_mesh(parallel.MeshConfig(tensor=tensor))
 
     def embed(
         self, prompts: Sequence[str], tokens: int | None = None, negative: str | None = None
@@ -258,7 +258,7 @@ class Pipeline:
         batch: images at once (default: one for each part of the mesh's rows).
         """
         stage, mesh = "denoising", self.mesh()
-        batch = min(batch or mesh.shape["fsdp"], len(owners))
+        batch = min(batch or parallel.row_parts(mesh), len(owners))
         owners, numbers = np.asarray(owners), np.asarray(numbers, np.uint32)
         keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers)
         pairs = jax.vmap(jax.random.split)(keys)

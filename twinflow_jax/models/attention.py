@@ -1,8 +1,26 @@
 """Attention over a batch of sequences, on whatever device there is."""
 
+import contextlib
+import contextvars
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from twinflow_jax.models import axes
+
+_platform = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str):
+    """What is traced inside is for that platform ("tpu", "gpu", "cpu"), not for this machine."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
 
 
 def attention(
@@ -18,12 +36,58 @@ def attention(
     """
     if softcap is not None:
         return _softcapped(query, key, value, lengths, causal, softcap)
-    half, width = query.dtype in (jnp.bfloat16, jnp.float16), query.shape[-1]
+    platform, width = _platform.get() or jax.default_backend(), query.shape[-1]
+    if platform == "tpu" and width % 128 == 0 and key.shape[2] == query.shape[2] and not causal:
+        if lengths is None:
+            lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32)
+        whole = ("rows", None, "heads", None)
+        return axes.locally(
+            splash, (query, ("rows", "tokens", "heads", None)), (key, whole), (value, whole),
+            (lengths, ("rows",)),
+        )
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and width <= 128 and width % 8 == 0  # what every cuDNN kernel takes
-    flash = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    flash = "cudnn" if fits and platform == "gpu" else "xla"
     return jax.nn.dot_product_attention(
         query, key, value, key_value_seq_lengths=lengths, is_causal=causal, implementation=flash
     )
+
+
+def splash(
+    query: Float[Array, "B T N D"], key: Float[Array, "B S N D"], value: Float[Array, "B S N D"],
+    lengths: Int[Array, "B"], interpret: bool = False,
+) -> Float[Array, "B T N D"]:
+    """The TPU's kernel, which never holds the scores. interpret: on any device, slowly."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (  # half a second to import
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    tokens, (keys, heads, width) = query.shape[1], key.shape[1:]
+    (query, block_q), (key, block_kv), (value, _) = map(_blocks, (query, key, value))
+    shape = query.shape[1], key.shape[1]
+    attend = kernels.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask(shape)] * heads), head_shards=1, q_seq_shards=1,
+        block_sizes=kernels.BlockSizes(
+            block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
+            use_fused_bwd_kernel=True,
+        ),
+        residual_checkpoint_name="attention_output", interpret=interpret,
+    )
+    # Keys of another segment than the queries' are not seen: the padding.
+    own = jnp.zeros((shape[0],), jnp.int32)
+    padding = (np.arange(shape[1]) >= jnp.minimum(lengths, keys)[:, None]).astype(jnp.int32)
+    segments = jax.vmap(lambda kv: kernels.SegmentIds(own, kv))(padding)
+    scaled = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
+    heads_first = [jnp.swapaxes(a, 1, 2) for a in (scaled, key, value)]
+    return jnp.swapaxes(jax.vmap(attend)(*heads_first, segments), 1, 2)[:, :tokens]
+
+
+def _blocks(x: Float[Array, "B S N D"]) -> tuple[Float[Array, "B P N D"], int]:
+    """x padded to whole blocks, and their size: 512 fits a TPU's vector memory at 24 x 128."""
+    blocks = -(-x.shape[1] // 512)
+    size = 128 * -(-x.shape[1] // (128 * blocks))  # the least padding for so many blocks
+    return jnp.pad(x, ((0, 0), (0, blocks * size - x.shape[1]), (0, 0), (0, 0))), size
 
 
 def _softcapped(query, key, value, lengths, causal: bool, softcap: float):

@@ -4,25 +4,60 @@ They mean nothing until rules map them to a mesh (`parallel.applied`); without, 
 return their argument.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
+
+
+def spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec | None:
+    """Where the rules put an array with these names for its axes; None where there is no choice.
+
+    An axis without a name, or that its mesh axes do not divide, is whole. There is no choice
+    without a mesh, or inside a map over all of it.
+    """
+    rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
+    if not rules or mesh.empty or AxisType.Auto not in mesh.axis_types:
+        return None
+    entries = []
+    for size, name in zip(shape, names, strict=True):
+        entry = rules.get(name) or ()
+        entry = (entry,) if isinstance(entry, str) else entry
+        parts = 1
+        for axis in entry:
+            parts *= mesh.shape[axis]
+        entries.append(entry if entry and size % parts == 0 else None)
+    return PartitionSpec(*entries)
 
 
 def constrain(x: Array, *names: str | None) -> Array:
     """x with its axes laid out as the rules say for these names; None, or what the mesh does
     not divide: whole."""
-    rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
-    if not rules or mesh.empty:
-        return x
-    spec = []
-    for size, name in zip(x.shape, names, strict=True):
-        axis = rules.get(name)
-        spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    layout = spec(x.shape, names)
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
 
 
 def rows(x: Array) -> Array:
     """x split along its first axis, the batch, and nowhere else."""
     return constrain(x, "rows", *(None,) * (x.ndim - 1))
+
+
+def tokens(x: Array) -> Array:
+    """x (B, S, ...) split along the batch and along the tokens, and nowhere else."""
+    return constrain(x, "rows", "tokens", *(None,) * (x.ndim - 2))
+
+
+def locally(function: Callable, *arguments: tuple[Array, tuple[str | None, ...]]) -> Array:
+    """`function(*arrays)` on each device's own part; the result lies as the first array does.
+
+    For kernels that a partitioner cannot split. arguments: arrays with the names of their axes.
+    """
+    layouts = [spec(x.shape, names) for x, names in arguments]
+    arrays = [x for x, _ in arguments]
+    if layouts[0] is None:
+        return function(*arrays)
+    return jax.shard_map(
+        function, in_specs=tuple(layouts), out_specs=layouts[0], check_vma=False
+    )(*arrays)

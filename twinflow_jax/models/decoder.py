@@ -136,12 +136,3 @@ class GatedMLP(nn.Module):
         gate = self.activation(dense(c, c.hidden, ("embed", "mlp"), "gate")(x))
         up = dense(c, c.hidden, ("embed", "mlp"), "up")(x)
         return dense(c, c.width, ("mlp", "embed"), "down")(gate * up)
-
-
-def stack_of(block: type[nn.Module], config) -> nn.Module:
-    """`(h, angles, lengths) -> (h, None)` of all layers, their parameters stacked as `layers`."""
-    layers = nn.scan(
-        block, length=config.layers, variable_axes={"params": 0}, split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return layers(config, name="layers")

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import conditioning, remat
+from twinflow_jax.models.stack import run_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def position_features(height: int, width: int, channels: int) -> Float[Array, "H
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, both modulated; `(h, _) -> (h, None)` for nn.scan."""
+    """Attention and feed-forward, both modulated; `(h, ...) -> (h, None)`."""
 
     config: Config
 
@@ -100,12 +101,7 @@ class DiT(nn.Module):
             image = jnp.ones((rows, grid[0] * grid[1]), bool)
             mask = jnp.concatenate([cond["mask"].astype(bool), image], axis=1)[:, None, None]
 
-        block = remat.block(Block, c.remat)
-        layers = nn.scan(
-            block, length=c.depth, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-        )
-        h, _ = layers(c, name="layers")(h, nn.silu(context), mask)
+        h = run_layers(self, Block, c.depth, c.remat, h, per_row=(nn.silu(context), mask))
         h = nn.LayerNorm()(h[:, -grid[0] * grid[1] :])
         out = nn.Dense(p * p * channels, kernel_init=nn.initializers.zeros)(h)
         out = out.reshape(rows, *grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)

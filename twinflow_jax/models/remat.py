@@ -1,10 +1,11 @@
-"""Rematerialisation: which activations of a block are kept for the backward pass, by name.
+"""Rematerialisation: which activations of a layer are kept for the backward pass, by name.
 
-Blocks mark their activations with `jax.ad_checkpoint.checkpoint_name`; a policy says which of
+Layers mark their activations with `jax.ad_checkpoint.checkpoint_name`; a policy says which of
 them stay in memory, and the backward pass computes the others again.
 """
 
-import flax.linen as nn
+from collections.abc import Callable
+
 import jax
 
 from twinflow_jax.errors import UserError
@@ -12,8 +13,9 @@ from twinflow_jax.errors import UserError
 _saved = jax.checkpoint_policies
 _attention = _saved.save_only_these_names("attention_output")
 
-# From the most memory to the least, apart from "full". "dots" keeps the outputs of projections
-# and of attention, but no scores: their matrix products have batch dimensions.
+# From the most device memory to the least. "dots" keeps the outputs of projections and of
+# attention, but no scores: their matrix products have batch dimensions. "offload" moves the
+# layers' inputs to the host's memory, "full" keeps them on the device.
 POLICIES = {
     "none": None,
     "dots": _saved.save_from_both_policies(
@@ -21,6 +23,10 @@ POLICIES = {
     ),
     "attention": _attention,
     "full": _saved.nothing_saveable,
+    "offload": _saved.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
 }
 
 
@@ -30,14 +36,14 @@ def check(name: str) -> None:
         raise UserError(f"remat is {name!r}; choose from {', '.join(POLICIES)}")
 
 
-def block(module_class: type[nn.Module], name: str) -> type[nn.Module]:
-    """The class of a block under `nn.scan`, recomputed in backward as policy `name` says.
+def recomputed(layer: Callable, name: str) -> Callable:
+    """The body of a scan over layers, recomputed in backward as policy `name` says.
 
     Raises:
       UserError: no such policy.
     """
     check(name)
     if POLICIES[name] is None:
-        return module_class
+        return layer
     # Inside a scan nothing can merge the two computations, so their guard would only cost.
-    return nn.remat(module_class, prevent_cse=False, policy=POLICIES[name])
+    return jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[name])

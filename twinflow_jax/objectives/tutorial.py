@@ -26,6 +26,7 @@ from twinflow_jax.objectives import distances, path, rcgm, twin
 from twinflow_jax.objectives.batch import Batch
 from twinflow_jax.objectives.checks import check_shared
 from twinflow_jax.objectives.draws import Counts, Draws, normal, rows_of
+from twinflow_jax.objectives.passes import concatenate
 
 ROLES = ("all",)
 
@@ -104,12 +105,12 @@ def loss(
         jnp.concatenate([x_t, z, x_t]),
         jnp.concatenate([t, one, t]),
         jnp.concatenate([r, zero, t]),
-        twin.concatenate(cond, cond, cond),
+        concatenate(cond, cond, cond),
     )
     v_jump, v_one, v_now = v_all[:rows], v_all[rows : 2 * rows], v_all[2 * rows :]
     targets = rcgm.target(
         apply, teacher, v_all[: 2 * rows], jnp.concatenate([x_t, z]), jnp.concatenate([v, v]),
-        jnp.concatenate([t, one]), jnp.concatenate([r, zero]), twin.concatenate(cond, cond), config,
+        jnp.concatenate([t, one]), jnp.concatenate([r, zero]), concatenate(cond, cond), config,
     )
 
     x_fake = jax.lax.stop_gradient(z - v_one)

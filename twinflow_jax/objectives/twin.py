@@ -1,45 +1,51 @@
 """The network passes that the twin (fake) trajectory needs, shared by every form."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twinflow_jax.objectives import path
+from twinflow_jax.objectives.passes import Pass, together
 
 
-def concatenate(*trees):
-    """Concatenates pytrees of arrays leaf by leaf along their rows."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=0), *trees)
+def generator_pass(params, z: Float[Array, "B ..."], cond) -> Pass:
+    """The pass whose velocity makes one-step samples `z - F(z, 1, 0)`."""
+    ones = jnp.ones(z.shape[0], jnp.float32)
+    return Pass(params, z, ones, jnp.zeros_like(ones), cond)
 
 
 def one_step(apply, params, z: Float[Array, "B ..."], cond) -> Float[Array, "B ..."]:
     """One-step samples `z - F(z, 1, 0)`."""
-    ones = jnp.ones(z.shape[0], jnp.float32)
-    return z - apply(params, z, ones, jnp.zeros_like(ones), cond)
+    return z - apply(*generator_pass(params, z, cond))
+
+
+def instantaneous(params, x_t: Float[Array, "B ..."], times, conds) -> list[Pass]:
+    """The passes `F(x_t, t, t)` at the same points, one for each time and cond."""
+    return [Pass(params, x_t, t, t, cond) for t, cond in zip(times, conds, strict=True)]
 
 
 def instantaneous_pair(
     apply, params, x_t: Float[Array, "B ..."], times, conds
-) -> tuple[path.Velocity, path.Velocity]:
+) -> list[path.Velocity]:
     """`F(x_t, t, t)` at the same points for two (time, cond) pairs, as one call of 2B rows."""
-    t = jnp.concatenate(times)
-    both = apply(params, jnp.concatenate([x_t, x_t]), t, t, concatenate(*conds))
-    return both[: x_t.shape[0]], both[x_t.shape[0] :]
+    return together(apply, instantaneous(params, x_t, times, conds))
+
+
+def twin_passes(
+    params, x_fake: Float[Array, "B ..."], z: Float[Array, "B ..."], t: Float[Array, "B"], cond
+) -> list[Pass]:
+    """`F(x_t, -t, -t)` and `F(x_t, t, t)` at points x_t between x_fake and fresh noise z."""
+    x_t = path.interpolate(x_fake, z, t)
+    return instantaneous(params, x_t, (-t, t), (cond, cond))
 
 
 def fake_minus_real(
-    apply,
-    params,
-    x_fake: Float[Array, "B ..."],
-    z: Float[Array, "B ..."],
-    t: Float[Array, "B"],
-    cond,
+    apply, params, x_fake: Float[Array, "B ..."], z: Float[Array, "B ..."],
+    t: Float[Array, "B"], cond,
 ) -> path.Velocity:
-    """`F(x_t, -t, -t) - F(x_t, t, t)` at points x_t between x_fake and fresh noise z.
+    """The velocity of the fake trajectory less that of the real one, at `twin_passes`.
 
     It points from real velocities to fake ones: moving a generator's velocity against it
     moves its samples towards the data (paper equations 5 to 8; released `dist_match`).
     """
-    x_t = path.interpolate(x_fake, z, t)
-    fake, real = instantaneous_pair(apply, params, x_t, (-t, t), (cond, cond))
+    fake, real = together(apply, twin_passes(params, x_fake, z, t, cond))
     return fake - real

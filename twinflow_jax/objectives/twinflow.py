@@ -34,6 +34,7 @@ from twinflow_jax.objectives.draws import (
     role_slices,
     sample_times,
 )
+from twinflow_jax.objectives.passes import Carrier, Pass, together
 
 ROLES = ("one_step", "multi_step", "any_step", "adversarial")
 
@@ -56,6 +57,9 @@ class Config:
     teacher_decay: the teacher is the student (0), its moving average (between), or frozen (1);
         a frozen teacher gives guidance only and the student takes the sub-steps, as released.
     image_free: train on the model's own one-step samples instead of data; needs a frozen teacher.
+    merge_passes: put passes that do not wait for each other into one call, where they use the same
+        weights: order + 1 calls without gradient instead of order + 3, for a pass of the one_step
+        rows more. The same loss; faster where many devices share the weights (passes.py).
     """
 
     form: str = "twinflow"
@@ -75,6 +79,7 @@ class Config:
     time_distribution: tuple[float, float, float] = (1.0, 1.0, 1.0)
     teacher_decay: float = 0.99
     image_free: bool = False
+    merge_passes: bool = False
 
     def __post_init__(self):
         if len(self.ratios) != 4 or min(self.ratios) < 0 or sum(self.ratios) <= 0:
@@ -173,28 +178,40 @@ def loss(
     totals = totals or rows
     batch_rows = sum(totals.values())
     frozen = jax.lax.stop_gradient(params)
-    teacher = jax.lax.stop_gradient(teacher_params)
+    teacher = frozen if teacher_params is params else jax.lax.stop_gradient(teacher_params)
     metric = distances.distance(config.distance, config.barron_alpha, config.barron_scale)
 
     times = [role_times(role, draws[role], config) for role in present]
     t = jnp.concatenate([time for time, _ in times])
     r = jnp.concatenate([target for _, target in times])
     z = jnp.concatenate([draws[role]["z"] for role in present])
-    x = training_samples(apply, frozen, batch, draws, config, present, at)
+    early = early_velocities(apply, frozen, teacher, batch, draws, t, z, config, at)
+    x = training_samples(early, batch, draws)
     x_t, v = path.interpolate(x, z, t), path.velocity(x, z)
 
     v_pred = apply(params, x_t, t, r, batch.cond)
     if config.guidance and rows["multi_step"] + rows["any_step"]:
-        v = guided(apply, teacher, x_t, t, v, batch, config, at)
+        v = guided(apply, teacher, early, x_t, t, v, batch, config, at)
+
+    first = at["one_step"]
+    rectifies = config.rectifies and rows["one_step"] > 0
+    twins = []
+    if rectifies:
+        v_one = early.get("one_step", v_pred[first])
+        twins = twin.twin_passes(
+            frozen, jax.lax.stop_gradient(z[first] - v_one), draws["one_step"]["z_rectify"],
+            draws["one_step"]["t_rectify"], take(batch.cond, first),
+        )
 
     target = v
     learns_jumps = config.order >= 1 and config.consistency_ratio > 0
     real = at["any_step"].stop  # the adversarial rows, last, learn no jumps
+    carrier = Carrier(apply, twins if config.merge_passes else [])
     if learns_jumps and totals["one_step"] + totals["any_step"] and real:
         corrected = rcgm.target(
-            apply, frozen if config.teacher_decay == 1 else teacher,
+            carrier, frozen if config.teacher_decay == 1 else teacher,
             v_pred[:real], x_t[:real], v[:real], t[:real], r[:real],
-            jax.tree.map(lambda a: a[:real], batch.cond), config,
+            take(batch.cond, slice(real)), config,
         )
         target = jnp.concatenate([corrected, v[real:]])
 
@@ -210,36 +227,77 @@ def loss(
             role_loss = role_loss * weight(t[at[role]], r[at[role]])
         terms[role] = jnp.sum(role_loss) / denominator
 
-    if config.rectifies and rows["one_step"]:
-        first, mine = at["one_step"], draws["one_step"]
-        v_one = v_pred[first]
-        x_fake = jax.lax.stop_gradient(z[first] - v_one)
-        gap = twin.fake_minus_real(
-            apply, frozen, x_fake, mine["z_rectify"], mine["t_rectify"],
-            jax.tree.map(lambda a: a[first], batch.cond),
-        )
-        straight = jax.lax.stop_gradient(v_one - path.clip(gap, config.rectify_clip))
+    if rectifies:
+        v_fake, v_real = carrier.collect() if config.merge_passes else together(apply, twins)
+        gap = path.clip(v_fake - v_real, config.rectify_clip)
+        straight = jax.lax.stop_gradient(v_pred[first] - gap)
         terms["rectify"] = (
-            config.rectify_weight * jnp.sum(metric(v_one, straight)) / totals["one_step"]
+            config.rectify_weight
+            * jnp.sum(metric(v_pred[first], straight)) / totals["one_step"]
         )
     return sum(terms.values(), jnp.float32(0)), terms
 
 
-def training_samples(apply, params, batch: Batch, draws: Draws, config: Config, present, at):
-    """The data end of each row's path: data, or the model's own one-step samples (no gradient).
+def take(tree, rows: slice):
+    """Some rows of a pytree of arrays."""
+    return jax.tree.map(lambda a: a[rows], tree)
 
-    Adversarial rows always take samples; image-free training takes them for every row.
+
+def sampled_rows(config: Config, at) -> slice:
+    """Rows whose data end is the model's own one-step sample: all in image-free training."""
+    return slice(0 if config.image_free else at["adversarial"].start, at["adversarial"].stop)
+
+
+def generator_noise(draws: Draws) -> Float[Array, "rows ..."]:
+    """What the one-step samples of `sampled_rows` start from."""
+    noise = [draws[role]["z_generator"] for role in ROLES if "z_generator" in draws.get(role, {})]
+    return jnp.concatenate(noise)
+
+
+def early_velocities(
+    apply, frozen, teacher, batch: Batch, draws: Draws, t, z, config: Config, at
+) -> dict[str, path.Velocity]:
+    """What can be computed before the training samples are known, without gradient.
+
+    "generator": of the one-step samples of `sampled_rows`. With merge_passes, in the same call,
+    also "with_cond" and "without" (guidance, where its rows are data) and "one_step" (the
+    rectified rows' jump, which the pass with gradient computes again).
     """
-    fake_from = at["adversarial"].start if not config.image_free else 0
-    roles = [role for role in present if at[role].start >= fake_from]
-    if not roles:
+    passes, mine = {}, sampled_rows(config, at)
+    if mine.start < mine.stop:
+        passes["generator"] = twin.generator_pass(
+            frozen, generator_noise(draws), take(batch.cond, mine)
+        )
+    rows = slice(at["multi_step"].start, at["any_step"].stop)
+    if config.merge_passes and config.guidance and not config.image_free and rows.start < rows.stop:
+        x_t = path.interpolate(batch.x[rows], z[rows], t[rows])
+        passes["with_cond"], passes["without"] = guidance_passes(
+            teacher, x_t, t[rows], batch, rows
+        )
+    first = at["one_step"]
+    if config.merge_passes and config.rectifies and first.start < first.stop:
+        passes["one_step"] = twin.generator_pass(frozen, z[first], take(batch.cond, first))
+    return dict(zip(passes, together(apply, list(passes.values())), strict=True))
+
+
+def training_samples(early, batch: Batch, draws: Draws) -> Float[Array, "B ..."]:
+    """The data end of each row's path: data, or the model's own one-step samples."""
+    if "generator" not in early:
         return batch.x
-    z = jnp.concatenate([draws[role]["z_generator"] for role in roles])
-    cond = jax.tree.map(lambda a: a[fake_from:], batch.cond)
-    return jnp.concatenate([batch.x[:fake_from], twin.one_step(apply, params, z, cond)])
+    samples = generator_noise(draws) - early["generator"]
+    return jnp.concatenate([batch.x[: -samples.shape[0]], samples])
 
 
-def guided(apply, teacher, x_t, t, v, batch: Batch, config: Config, at) -> path.Velocity:
+def guidance_passes(teacher, x_t, t, batch: Batch, rows: slice) -> list[Pass]:
+    """The teacher's velocities at (x_t, t, t) with the condition and without; x_t, t: of rows."""
+    return twin.instantaneous(
+        teacher, x_t, (t, t), (take(batch.cond, rows), take(batch.null_cond, rows))
+    )
+
+
+def guided(
+    apply, teacher, early, x_t, t, v, batch: Batch, config: Config, at
+) -> path.Velocity:
     """Velocity targets with guidance on the multi_step and any_step rows.
 
     `v + g (F(cond) - F(null))` with the teacher's velocities at (x_t, t, t); image-free
@@ -248,10 +306,11 @@ def guided(apply, teacher, x_t, t, v, batch: Batch, config: Config, at) -> path.
     """
     rows = slice(at["multi_step"].start, at["any_step"].stop)
     low, high = config.guidance_range
-    take = lambda tree: jax.tree.map(lambda a: a[rows], tree)
-    with_cond, without = twin.instantaneous_pair(
-        apply, teacher, x_t[rows], (t[rows], t[rows]), (take(batch.cond), take(batch.null_cond))
-    )
+    if "without" in early:
+        with_cond, without = early["with_cond"], early["without"]
+    else:
+        passes = guidance_passes(teacher, x_t[rows], t[rows], batch, rows)
+        with_cond, without = together(apply, passes)
     start = without if config.image_free else v[rows]
     inside = path.expand((t[rows] > low) & (t[rows] < high), x_t)
     guided_rows = jnp.where(inside, start + config.guidance * (with_cond - without), v[rows])

@@ -1,6 +1,17 @@
 """Meshes of devices, and how parameters and batches lie on them."""
 
-from twinflow_jax.parallel.mesh import applied, make_mesh, over_rows, replicated
-from twinflow_jax.parallel.rules import RULES, shardings
+from twinflow_jax.parallel.mesh import (
+    BATCH,
+    MeshConfig,
+    make_mesh,
+    over_rows,
+    replicated,
+    row_parts,
+)
+from twinflow_jax.parallel.rules import RULES, report, shardings
+from twinflow_jax.parallel.strategies import Strategy, applied, create
 
-__all__ = ["RULES", "applied", "make_mesh", "over_rows", "replicated", "shardings"]
+__all__ = [
+    "BATCH", "RULES", "MeshConfig", "Strategy", "applied", "create", "make_mesh", "over_rows",
+    "replicated", "report", "row_parts", "shardings",
+]

@@ -1,37 +1,111 @@
 """The mesh: which devices share what."""
 
-import contextlib
+import dataclasses
+import math
 
-import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from twinflow_jax.parallel.rules import RULES
+from twinflow_jax.errors import UserError
 
-AXES = ("fsdp", "tensor")
+# Gathering weights in two steps, over `fsdp_minor` and then over `fsdp`, keeps a TPU's compiler
+# from replacing the gather by sums over a whole three-dimensional torus.
+FSDP = ("fsdp", "fsdp_minor")
+BATCH = ("data", *FSDP)
+AXES = (*BATCH, "tensor", "context")
 
 
-def make_mesh(tensor: int = 1, devices: list | None = None) -> Mesh:
-    """All devices as (fsdp, tensor): weights are split over both, rows over `fsdp`.
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share what; their product is the number of devices.
 
-    tensor: devices that share the heads and hidden units of each layer; divides their number.
+    data: copies of the weights, each with its own rows. fsdp: parts of the weights, each with
+    its own rows; 0 takes the devices that are left. tensor: parts of the heads and hidden units
+    of each layer. context: parts of an image's tokens. slices: of TPUs, which a slower network
+    joins; they divide `data`.
+    """
+
+    data: int = 1
+    fsdp: int = 0
+    tensor: int = 1
+    context: int = 1
+    slices: int = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            least, value = 0 if field.name == "fsdp" else 1, getattr(self, field.name)
+            if value < least:
+                raise UserError(f"mesh.{field.name} is {value}; give {least} or more")
+        if self.data % self.slices:
+            raise UserError(
+                f"mesh.data is {self.data}, which {self.slices} slices do not divide: each slice "
+                "holds whole copies of the weights"
+            )
+
+    def filled(self, devices: int) -> "MeshConfig":
+        """With fsdp for this number of devices.
+
+        Raises:
+          UserError: the axes do not multiply to the devices.
+        """
+        rest = self.data * self.tensor * self.context
+        if self.fsdp == 0 and devices % rest == 0:
+            return dataclasses.replace(self, fsdp=devices // rest)
+        if self.fsdp * rest != devices:
+            axes = f"data {self.data} x fsdp {self.fsdp or '?'} x tensor {self.tensor}"
+            raise UserError(
+                f"mesh: {axes} x context {self.context} does not multiply to {devices} devices; "
+                "set mesh.fsdp=0 for what is left, and the others to divisors of the number"
+            )
+        return self
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) -> Mesh:
+    """All devices with AXES; neighbours on a TPU's torus are neighbours on the mesh.
+
+    Raises:
+      UserError: the axes do not multiply to the devices, or do not fit the torus.
     """
     devices = devices or jax.devices()
-    shape = (len(devices) // tensor, tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    config = config.filled(len(devices))
+    minor = _minor(config.fsdp, devices)
+    shape = (config.data, config.fsdp // minor, minor, config.tensor, config.context)
+    try:
+        if config.slices > 1:
+            inner = (config.data // config.slices, *shape[1:])
+            grid = mesh_utils.create_hybrid_device_mesh(
+                inner, (config.slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+            )
+        else:
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"mesh {shape} does not fit these devices: {error}") from error
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-@contextlib.contextmanager
-def applied(mesh: Mesh):
-    """Trace and lower inside: the names that models give to activations then mean this mesh."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
-        yield
+def _minor(fsdp: int, devices: list) -> int:
+    """Devices of the gather's first step: the last side of a 3-D torus that fsdp covers whole."""
+    slice_of = lambda device: getattr(device, "slice_index", 0)
+    coords = [
+        getattr(device, "coords", None) for device in devices
+        if slice_of(device) == slice_of(devices[0])
+    ]
+    if None in coords or fsdp < len(coords):
+        return 1
+    sides = [int(side) for side in np.ptp(np.array(coords), axis=0) + 1 if side > 1]
+    return sides[-1] if len(sides) == 3 else 1
 
 
 def over_rows(mesh: Mesh, rows: int) -> NamedSharding:
-    """Rows split over `fsdp` where they divide, otherwise on every device."""
-    axis = "fsdp" if rows % mesh.shape["fsdp"] == 0 else None
-    return NamedSharding(mesh, PartitionSpec(axis))
+    """Rows split over BATCH where they divide, otherwise on every device."""
+    return NamedSharding(mesh, PartitionSpec(BATCH if rows % row_parts(mesh) == 0 else None))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,33 +1,77 @@
 """One table: the logical axes that models name -> the mesh axes that they are split over."""
 
+import dataclasses
+
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from twinflow_jax.parallel.mesh import BATCH, FSDP
+
 RULES = {
-    "rows": "fsdp",  # of activations: the batch
-    "embed": "fsdp",  # the input side of weights: splitting the output side costs copies on TPU
-    "text": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "modulation": "tensor",
-    "vocab": "tensor",
+    # Of activations.
+    "rows": BATCH,
+    "tokens": ("context",),
+    # Of weights: their input side, since splitting the output side costs copies on a TPU.
+    "embed": FSDP,
+    "text": FSDP,
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "modulation": ("tensor",),
+    "vocab": ("tensor",),
 }
 
 
-def shardings(mesh: Mesh, abstract, axes):
-    """A layout for each parameter: abstract shapes, and logical axes of the same tree.
+def layout(shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> tuple[PartitionSpec, list[str]]:
+    """Where a parameter with these logical axes lies, and why a rule did not apply.
 
-    A rule does not apply where the dimension does not divide, or its mesh axis is taken by an
-    earlier dimension of the same parameter.
+    A rule does not apply where the dimension does not divide, or where an earlier dimension of
+    the same parameter has taken its mesh axes.
     """
-    def layout(leaf, logical):
-        spec, used = [], set()
-        for size, name in zip(leaf.shape, logical, strict=False):
-            axis = RULES.get(name)
-            fits = axis is not None and axis not in used and size % mesh.shape[axis] == 0
-            spec.append(axis if fits else None)
-            used |= {axis} if fits else set()
-        return NamedSharding(mesh, PartitionSpec(*spec))
+    entries, used, reasons = [], set(), []
+    for size, name in zip(shape, axes, strict=False):
+        entry = tuple(axis for axis in RULES.get(name, ()) if mesh.shape[axis] > 1)
+        parts = int(np.prod([mesh.shape[axis] for axis in entry]))
+        if used & set(entry):
+            reasons.append(f"{name}: {', '.join(entry)} is taken")
+        elif size % parts:
+            reasons.append(f"{name}: {size} does not divide by {parts}")
+        else:
+            entries.append(entry or None)
+            used |= set(entry)
+            continue
+        entries.append(None)
+    return PartitionSpec(*entries), reasons
 
-    return jax.tree.map(layout, abstract, axes)
+
+def shardings(mesh: Mesh, abstract, axes):
+    """A layout for each parameter: abstract shapes, and logical axes of the same tree."""
+    return jax.tree.map(
+        lambda leaf, names: NamedSharding(mesh, layout(leaf.shape, names, mesh)[0]), abstract, axes
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """One line of a report: where a parameter lies. bytes: on each device."""
+
+    path: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    bytes: int
+    reasons: list[str]
+
+
+def report(mesh: Mesh, abstract, axes) -> list[Placed]:
+    """Where each parameter lies, the largest on a device first."""
+    lines = []
+    flat, _ = jax.tree_util.tree_flatten_with_path(abstract)
+    names = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    for (path, leaf), logical in zip(flat, names, strict=True):
+        spec, reasons = layout(leaf.shape, logical, mesh)
+        local = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+        size = int(np.prod(local)) * np.dtype(leaf.dtype).itemsize
+        name = "/".join(str(key.key) for key in path)
+        lines.append(Placed(name, leaf.shape, spec, size, reasons))
+    return sorted(lines, key=lambda line: -line.bytes)

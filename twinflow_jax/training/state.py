@@ -36,6 +36,19 @@ def create(
     )
 
 
+def layouts(
+    state: TrainState, optimizer: optax.GradientTransformation, params: Any, rest: Any
+) -> TrainState:
+    """Where everything of a state lies: copies of the weights, averages and moments, as `params`
+    says, scalars as `rest` says. state: abstract or not."""
+    average = lambda average: None if average is None else ema.Average(params, rest)
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, layout: layout, state.opt_state, params,
+        transform_non_params=lambda _: rest,
+    )
+    return TrainState(rest, params, opt_state, average(state.teacher), average(state.average))
+
+
 def sampling_params(state: TrainState):
     """The weights to sample from: the average where there is one."""
     return state.params if state.average is None else state.average.params

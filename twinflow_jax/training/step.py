@@ -1,6 +1,7 @@
 """One optimizer step as a pure function of (state, data)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from twinflow_jax import parallel
 from twinflow_jax.errors import UserError
 from twinflow_jax.objectives import Batch, Objective
 from twinflow_jax.objectives.draws import counts_of
@@ -52,20 +54,30 @@ def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
 
 
 def loss_and_gradient(
-    objective: Objective, apply, params, teacher_params, batch: Batch, draws, micro_steps: int = 1
+    objective: Objective, apply, params, teacher_params, batch: Batch, draws,
+    micro_steps: int = 1, strategy: parallel.Strategy | None = None,
 ):
     """`((loss, terms), gradient)` of a whole batch, computed in micro-steps.
 
     The same value and gradient for any micro_steps: each part is normalised by the whole
     batch's rows per role. Consecutive parts with the same rows per role run in one scan.
+    teacher_params: None where the teacher is the student. strategy: of the weights on a mesh.
     """
     roles = objective.form.ROLES
     totals = counts_of(draws, roles)
+    weights_of = lambda params: lambda params: params
+    if strategy is not None:
+        weights_of = lambda params: functools.partial(strategy.weights, held=strategy.hold(params))
+    student = weights_of(params)
+    teacher = None if teacher_params is None else weights_of(teacher_params)(teacher_params)
 
     def part(batch: Batch, draws):
-        return jax.value_and_grad(objective.loss, argnums=1, has_aux=True)(
-            apply, params, teacher_params, batch, draws, totals
-        )
+        def loss(params):
+            weights = student(params)
+            theirs = weights if teacher is None else teacher
+            return objective.loss(apply, weights, theirs, batch, draws, totals)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
 
     if micro_steps == 1:
         return part(batch, draws)
@@ -94,9 +106,11 @@ def loss_and_gradient(
 def make_step(
     objective: Objective, apply: Callable, null_cond: Callable[[int], Any],
     optimizer: optax.GradientTransformation, config: StepConfig,
+    strategy: parallel.Strategy | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `(state, data) -> (state, metrics)`; the state's buffers are donated.
 
+    strategy: of the weights on a mesh, whose `applied` it is then to be traced in.
     data: {"x": (B, ...), "cond": pytree}. metrics: the loss, each of its terms under
     `loss/NAME`, gradient norm (before clipping) and parameter norm (after the update).
     Released order: the teacher takes in the weights from before this step's update.
@@ -133,8 +147,8 @@ def make_step(
         if teacher is not None and decay < 1:
             teacher = ema.update(teacher, state.params, decay)
         (loss, terms), gradient = loss_and_gradient(
-            objective, apply, state.params, state.params if teacher is None else teacher.params,
-            Batch(x, cond, null), draws, config.micro_steps,
+            objective, apply, state.params, None if teacher is None else teacher.params,
+            Batch(x, cond, null), draws, config.micro_steps, strategy,
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

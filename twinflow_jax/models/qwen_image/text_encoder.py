@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles, stack_of
+from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles
+from twinflow_jax.models.stack import run_layers
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
@@ -96,13 +97,13 @@ def rms_norm(config: Config, name: str):
 
 
 class Block(nn.Module):
-    """Causal grouped-query attention, then SwiGLU; `(h, ...) -> (h, None)` for nn.scan."""
+    """Causal grouped-query attention, then SwiGLU; `(h, ...) -> (h, None)`."""
 
     config: Config
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "B L D"], angles: Float[Array, "L K"], lengths: Int[Array, "B"]
+        self, h: Float[Array, "B L D"], lengths: Int[Array, "B"], angles: Float[Array, "L K"]
     ):
         c, h = self.config, rows(h)
         attended = Attention(c, bias=True, name="attention")(
@@ -128,7 +129,10 @@ class TextEncoder(nn.Module):
         """
         c = self.config
         h = decoder.embedded(self, ids)
-        h, _ = stack_of(Block, c)(h, rope_angles(c, ids.shape[1]), mask.sum(axis=-1))
+        h = run_layers(
+            self, Block, c.layers, "none", h, per_row=(mask.sum(axis=-1),),
+            constants=(rope_angles(c, ids.shape[1]),),
+        )
         return jnp.where(mask[..., None], rms_norm(c, "norm")(h), 0)
 
 

@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, remat, settings
 from twinflow_jax.models.attention import attention
-from twinflow_jax.models.axes import constrain, rows
+from twinflow_jax.models.axes import constrain, tokens
 from twinflow_jax.models.conditioning import sinusoid
+from twinflow_jax.models.stack import run_layers
 
 EPSILON = 1e-6  # of every norm
 ROPE_BASE = 10_000.0
@@ -284,7 +285,7 @@ class Stream(nn.Module):
 
 
 class Block(nn.Module):
-    """`(streams, ...) -> (streams, None)` for nn.scan; streams = (image, text)."""
+    """`(streams, ...) -> (streams, None)`; streams = (image, text)."""
 
     config: Config
 
@@ -295,10 +296,11 @@ class Block(nn.Module):
     def __call__(
         self, streams: tuple[Float[Array, "B S D"], Float[Array, "B L D"]],
         image_modulation: Float[Array, "B K 6D"], text_modulation: Float[Array, "B 1 6D"],
+        lengths: Int[Array, "B"],
         angles: tuple[Float[Array, "S+L half"], Float[Array, "S+L half"]],
-        lengths: Int[Array, "B"], is_reference: Bool[Array, "S"],
+        is_reference: Bool[Array, "S"],
     ):
-        image, text = (checkpoint_name(rows(h), "block_input") for h in streams)
+        image, text = (checkpoint_name(tokens(h), "block_input") for h in streams)
         image_terms, text_terms = (
             jnp.split(m, 6, axis=-1) for m in (image_modulation, text_modulation)
         )
@@ -318,10 +320,10 @@ class Block(nn.Module):
         )
         attended = checkpoint_name(attended, "attention_output")
         attended = attended.reshape(*attended.shape[:2], -1)
-        tokens = image.shape[1]
-        image = self.image.update(image, attended[:, :tokens], *image_terms[2:])
-        text = self.text.update(text, attended[:, tokens:], *text_terms[2:])
-        return (rows(image), rows(text)), None
+        first, last = attended[:, : image.shape[1]], attended[:, image.shape[1] :]
+        image = self.image.update(image, first, *image_terms[2:])
+        text = self.text.update(text, last, *text_terms[2:])
+        return (tokens(image), tokens(text)), None
 
 
 class Transformer(nn.Module):
@@ -360,16 +362,14 @@ class Transformer(nn.Module):
             still = nn.silu(embedder(jnp.zeros_like(t)).astype(jnp.float32))[:, None]
             image_context = jnp.concatenate([context, still], axis=1)
 
-        tokens, target = image.shape[1], grids[0][0] * grids[0][1]
-        layers = nn.scan(
-            remat.block(Block, c.remat), length=c.layers, variable_axes={"params": 0},
-            split_rngs={"params": True}, in_axes=(0, 0) + (nn.broadcast,) * 3,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        (image, _), _ = layers(c, name="layers")(
-            (image, text), *Modulation(c, name="modulation")(image_context, context),
-            rotary(positions(grids, text.shape[1]), c.rope_axes),
-            tokens + cond["mask"].astype(jnp.int32).sum(1), np.arange(tokens) >= target,
+        count, target = image.shape[1], grids[0][0] * grids[0][1]
+        image, _ = run_layers(
+            self, Block, c.layers, c.remat, (image, text),
+            per_layer=Modulation(c, name="modulation")(image_context, context),
+            per_row=(count + cond["mask"].astype(jnp.int32).sum(1),),
+            constants=(
+                rotary(positions(grids, text.shape[1]), c.rope_axes), np.arange(count) >= target
+            ),
         )
 
         final = _dense(

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles, stack_of
+from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles
+from twinflow_jax.models.stack import run_layers
 
 ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
 
@@ -117,14 +118,14 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """Causal grouped-query attention, then gated GELU, each between two norms.
 
-    `(h, ...) -> (h, None)` for nn.scan.
+    `(h, ...) -> (h, None)`.
     """
 
     config: Config
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "B L D"], angles: Float[Array, "L K"], lengths: Int[Array, "B"]
+        self, h: Float[Array, "B L D"], lengths: Int[Array, "B"], angles: Float[Array, "L K"]
     ):
         c, h = self.config, rows(h)
         attended = Attention(c, softcap=c.softcap, name="attention")(
@@ -155,7 +156,10 @@ class TextEncoder(nn.Module):
             )
         h = decoder.embedded(self, ids)
         h *= jnp.asarray(math.sqrt(c.width), c.dtype)  # rounded to that dtype, as published
-        h, _ = stack_of(Block, c)(h, rope_angles(c, length), mask.sum(axis=-1))
+        h = run_layers(
+            self, Block, c.layers, "none", h, per_row=(mask.sum(axis=-1),),
+            constants=(rope_angles(c, length),),
+        )
         return jnp.where(mask[..., None], RMSNorm(c, name="norm")(h), 0)
 
 

@@ -21,6 +21,7 @@ from twinflow_jax.models.axes import rows
 from twinflow_jax.models.conditioning import sinusoid
 from twinflow_jax.models.convolution import Depthwise
 from twinflow_jax.models.linear_attention import linear_attention
+from twinflow_jax.models.stack import run_layers
 
 EPSILON = 1e-6  # of the norms before self-attention, MLP and output
 RMS_EPSILON = 1e-5  # of the norms of text, queries and keys
@@ -267,7 +268,7 @@ class GatedConvolution(nn.Module):
 
 
 class Block(nn.Module):
-    """`(h, ...) -> (h, None)` for nn.scan."""
+    """`(h, ...) -> (h, None)`."""
 
     config: Config
 
@@ -338,13 +339,10 @@ class Transformer(nn.Module):
             modulation += (t - r)[:, None, None] * second[0]
             embedding += (t - r)[:, None] * second[1]
 
-        layers = nn.scan(
-            remat.block(Block, c.remat), length=c.layers, variable_axes={"params": 0},
-            split_rngs={"params": True}, in_axes=nn.broadcast,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
         lengths = cond["mask"].astype(jnp.int32).sum(1)
-        h, _ = layers(c, name="layers")(h, modulation, text, lengths)
+        h = run_layers(
+            self, Block, c.layers, c.remat, h, per_row=(modulation, text, lengths)
+        )
 
         terms = embedding[:, None] + _shift_scale_table(self, 2, "final_modulation")
         shift, scale = jnp.moveaxis(terms[:, :, None, None], 1, 0)

@@ -1,0 +1,144 @@
+"""Networks compute the same on eight devices as on one, whatever the mesh and the strategy."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twinflow_jax import models, parallel
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import qwen_image, sana
+from twinflow_jax.parallel import MeshConfig
+
+QWEN = qwen_image.transformer.Config(
+    sample_shape=(4, 8, 16), layers=2, heads=8, head_dim=8, text_width=24, rope_axes=(2, 2, 4),
+    remat="full",
+)
+SANA = sana.transformer.Config(
+    sample_shape=(4, 4, 32), layers=2, heads=4, head_dim=16, cross_heads=2, cross_head_dim=32,
+    text_width=24, remat="full",
+)
+PLANS = (  # mesh, strategy, rows: twelve rows do not divide among eight devices
+    (MeshConfig(), "partitioner", 8),
+    (MeshConfig(), "gather_layers", 8),
+    (MeshConfig(), "gather_once", 12),
+    (MeshConfig(data=8), "partitioner", 8),
+    (MeshConfig(data=2), "gather_once", 8),
+    (MeshConfig(tensor=2), "partitioner", 8),
+    (MeshConfig(context=2), "partitioner", 8),
+    (MeshConfig(data=2, fsdp=1, tensor=2, context=2), "partitioner", 2),
+)
+
+
+def inputs(config, rows: int) -> tuple:
+    """Rows with texts of several lengths."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    times = rng.uniform(-1, 1, (2, rows)).astype(np.float32)
+    mask = np.arange(8) <= (np.arange(rows) % 8)[:, None]
+    cond = {"tokens": normal(rows, 8, config.text_width), "mask": mask}
+    return normal(rows, *config.sample_shape), *times, cond
+
+
+def compare(config) -> None:
+    """Run in a process with eight devices; fails where a velocity or gradient differs."""
+    family = models.FAMILIES[config.name]
+    abstract, axes = family.text_to_image.networks["transformer"].abstract(config)
+    leaves, tree = jax.tree.flatten(abstract)
+    rng = np.random.default_rng(1)
+    random = lambda leaf: (rng.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5).astype(np.float32)
+    params = tree.unflatten([random(leaf) for leaf in leaves])
+    quick = {"xla_backend_optimization_level": 0}
+
+    def velocity_and_gradients(params, strategy, *inputs):
+        held = strategy.hold(params) if strategy else None
+
+        def loss(params):
+            weights = strategy.weights(params, held) if strategy else params
+            velocity = family.module(config).apply({"params": weights}, *inputs)
+            return (velocity**2).mean(), velocity
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    for mesh_config, name, rows in PLANS:
+        given = inputs(config, rows)
+        plain = jax.jit(lambda params, *a: velocity_and_gradients(params, None, *a))
+        expected = jax.tree.leaves(plain.lower(params, *given).compile(quick)(params, *given))
+        mesh = parallel.make_mesh(mesh_config)
+        strategy = parallel.create(name, mesh, abstract, axes, "float32")
+        over = parallel.over_rows(mesh, rows)
+        args = jax.device_put(params, strategy.layouts), *jax.device_put(given, over)
+        run = jax.jit(
+            lambda params, *a: velocity_and_gradients(params, strategy, *a),  # noqa: B023
+            out_shardings=(strategy.layouts, over),
+        )
+        with strategy.applied():
+            compiled = run.lower(*args).compile(quick)
+        where = (config.name, name, mesh_config)
+        for mine, want in zip(jax.tree.leaves(compiled(*args)), expected, strict=True):
+            error = np.linalg.norm(np.asarray(mine) - want)
+            # 1e-7: some gradients are 0, as those of the biases of keys
+            assert error <= 1e-5 * np.linalg.norm(want) + 1e-7, (*where, want.shape, error)
+        check_collectives(compiled.as_text(), config, name, mesh, where)
+
+
+def check_collectives(hlo: str, config, name: str, mesh, where) -> None:
+    """No activation of a whole batch is added up, and mapped gradients are born split."""
+    if config.name == "qwen_image" and mesh.shape["tensor"] == 1:
+        image = f"f32[8,8,{config.width}]"
+        assert not [line for line in hlo.splitlines() if "all-reduce(" in line and image in line]
+    assert ("reduce-scatter(" in hlo) == (name != "partitioner"), where
+
+
+@pytest.mark.parametrize("name", ["QWEN", "SANA"])
+def test_eight_devices_compute_what_one_does(name):
+    program = f"from tests.parallel import test_strategies as t; t.compare(t.{name})"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    root = pathlib.Path(__file__).resolve().parents[2]
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=os.environ | flags, capture_output=True,
+        text=True, check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+@pytest.mark.parametrize("strategy, shape, message", [
+    ("gather", {}, "mesh.strategy is 'gather'; choose from partitioner, gather_layers"),
+    ("gather_once", {"tensor": 2}, "mesh.tensor is 2: set it to 1"),
+])
+def test_strategies_that_are_none(strategy, shape, message):
+    axes = {"data": 1, "fsdp": 1, "fsdp_minor": 1, "tensor": 1, "context": 1} | shape
+    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+    with pytest.raises(UserError, match=message):
+        parallel.create(strategy, mesh, {"layers": {}}, {"layers": {}}, "float32")
+
+
+def test_networks_without_layers_are_left_to_the_partitioner():
+    with pytest.raises(UserError, match="stacked layers"):
+        parallel.create("gather_once", parallel.make_mesh(), {"a": 1}, {"a": ()}, "float32")
+
+
+def test_the_tpus_attention_is_the_others():
+    """Values and gradients, with padding, at lengths that blocks do not divide."""
+    from twinflow_jax.models.attention import attention, splash
+
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(2, tokens, 2, 128)), jnp.float32) for tokens in (200, 300, 300)
+    )
+    lengths = jnp.array([300, 17])
+
+    def both(attend):
+        loss = lambda *a: (attend(*a) ** 2).sum()
+        return attend(query, key, value), *jax.grad(loss, (0, 1, 2))(query, key, value)
+
+    theirs = both(lambda q, k, v: splash(q, k, v, lengths, interpret=True))
+    ours = both(lambda q, k, v: attention(q, k, v, lengths))
+    for a, b in zip(theirs, ours, strict=True):
+        assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
+    assert not np.asarray(theirs[2])[1, 17:].any()  # padded keys have no gradient

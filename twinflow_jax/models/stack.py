@@ -1,0 +1,76 @@
+"""Layers one after the other, in one compiled loop over their stacked weights.
+
+How a layer comes by its weights is a mesh's business: on one device they are at hand, on many
+they may have to be gathered first. `placed` says so from outside (`parallel.strategies` does),
+and networks need not know.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from twinflow_jax.models import remat
+
+NAME = "layers"  # of the stacked parameters in a network's tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """fetch: what the mesh holds of a layer's weights -> the weights; computed again in the
+    backward pass, where the layer is. around: `(loop, carry, weights, per_layer, per_row) ->
+    carry`, calls the loop, perhaps on each device's rows.
+    """
+
+    fetch: Callable[[Any], Any] = lambda weights: weights
+    around: Callable[..., Any] = lambda loop, *arguments: loop(*arguments)
+
+
+_placement = contextvars.ContextVar("placement", default=Placement())
+
+
+@contextlib.contextmanager
+def placed(placement: Placement):
+    """Networks that are traced inside run their layers so."""
+    token = _placement.set(placement)
+    try:
+        yield
+    finally:
+        _placement.reset(token)
+
+
+def run_layers(
+    module: nn.Module, block: type[nn.Module], length: int, policy: str, carry,
+    per_layer: tuple = (), per_row: tuple = (), constants: tuple = (),
+):
+    """The carry after `length` blocks, whose parameters are `layers` of the calling module.
+
+    block: called as `block(module.config)(carry, *per_layer, *per_row, *constants)`, gives
+    `(carry, None)`. carry: arrays with rows first. per_layer: arrays (length, rows, ...), of
+    which each block gets its own. per_row: arrays (rows, ...) or None; constants: NumPy arrays
+    that are the same for every row. policy: one of remat.POLICIES.
+    """
+    if module.is_initializing():
+        shared = (nn.broadcast,) * (len(per_row) + len(constants))
+        layers = nn.scan(
+            block, length=length, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=(0,) * len(per_layer) + shared, metadata_params={nn.PARTITION_NAME: NAME},
+        )
+        return layers(module.config, name=NAME)(carry, *per_layer, *per_row, *constants)[0]
+    placement, network = _placement.get(), block(module.config, parent=None)
+
+    def loop(carry, weights, per_layer, per_row):
+        def layer(carry, own):
+            weights, per_layer = own
+            params = placement.fetch(weights)
+            inputs = (*per_layer, *per_row, *constants)
+            return network.apply({"params": params}, carry, *inputs)
+
+        return jax.lax.scan(remat.recomputed(layer, policy), carry, (weights, per_layer))[0]
+
+    weights = nn.meta.unbox(module.variables["params"][NAME])
+    return placement.around(loop, carry, weights, per_layer, per_row)

@@ -1,0 +1,239 @@
+"""How the layers' weights, which are split over `fsdp`, come together for computing.
+
+| strategy | when | memory | communication |
+|---|---|---|---|
+| partitioner | the compiler decides, told to gather layer by layer | least | |
+| gather_layers | each layer, in each pass, on each device's own rows | least | most |
+| gather_once | all layers, once in a step, kept in the dtype of computation | most | least |
+
+The last two run the layers inside a map over the mesh's devices, so that collectives are those
+written here: real gathers, and gradients that are born split (reduce-scatter). They need a mesh
+without tensor and context axes. Neither networks nor objectives nor the train step know any of
+this: `Strategy.applied` is what they are traced in, `Strategy.weights` what they are given.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import attention, stack
+from twinflow_jax.parallel.mesh import BATCH, FSDP, row_parts
+from twinflow_jax.parallel.rules import RULES, shardings
+
+NAMES = ("partitioner", "gather_layers", "gather_once")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A weight of all layers: `part`, which is trained, and `whole`, each device's copy of it
+    (devices, layers, ...), which is read."""
+
+    part: jax.Array
+    whole: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """A network's weights on a mesh.
+
+    layouts: of its parameters (`parallel.shardings`). dtype: of computation.
+    """
+
+    name: str
+    mesh: Mesh
+    layouts: Any
+    dtype: str
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Trace and lower inside: layers then run by this strategy, and the names that models
+        give to activations mean this mesh."""
+        placements = {
+            "partitioner": self._constrained, "gather_layers": self._mapped,
+            "gather_once": self._mapped,
+        }
+        with applied(self.mesh), stack.placed(placements[self.name]()):
+            yield
+
+    def hold(self, params):
+        """What a step keeps of `params`, for `weights`; nothing, unless it gathers once."""
+        if self.name != "gather_once":
+            return None
+        return jax.tree.map(self._gather_all, params[stack.NAME], self._specs)
+
+    def weights(self, params, held):
+        """What the network's `apply` takes; gradients reach `params`."""
+        if held is None:
+            return params
+        join = lambda part, whole: part if whole is None else Held(part, whole)
+        return params | {stack.NAME: jax.tree.map(join, params[stack.NAME], held)}
+
+    @property
+    def _specs(self):
+        """Of the stacked weights."""
+        return jax.tree.map(lambda layout: layout.spec, self.layouts[stack.NAME])
+
+    def _gather_all(self, part, spec):
+        """Each device's copy of a weight (devices, layers, ...), or None where it is whole."""
+        if _split_at(spec) is None:
+            return None
+        gather = lambda x: self._gather(x, spec)[None]
+        return jax.shard_map(
+            gather, mesh=self.mesh, in_specs=spec, out_specs=PartitionSpec(BATCH),
+            check_vma=False,
+        )(jax.lax.stop_gradient(part))
+
+    def _gather(self, part, spec):
+        """The whole of a weight, from inside the map; its gradient is scattered again."""
+        at = _split_at(spec)
+        if at is None:
+            return part
+        part = part.astype(self.dtype)
+        for axis in reversed(_axes_at(spec, at)):
+            part = jax.lax.all_gather(part, axis, axis=at, tiled=True)
+        return part
+
+    def _constrained(self) -> stack.Placement:
+        """The partitioner gathers a layer's weights, in as many steps as `fsdp` has axes."""
+        def gather(part, spec):
+            spec, at = _without_layers(spec), _split_at(_without_layers(spec))
+            if at is None:
+                return part
+            part, left = part.astype(self.dtype), _axes_at(spec, at)
+            for i in reversed(range(len(left))):
+                entry = left[:i] or None
+                part = jax.lax.with_sharding_constraint(
+                    part, PartitionSpec(*spec[:at], entry, *spec[at + 1 :])
+                )
+            return part
+
+        return stack.Placement(
+            fetch=lambda weights: jax.tree.map(gather, weights, self._specs)
+        )
+
+    def _mapped(self) -> stack.Placement:
+        """Layers run inside a map; rows that do not divide are filled up with copies of rows."""
+        parts = row_parts(self.mesh)
+
+        def fetch(weights):
+            def one(part, spec):
+                spec = _without_layers(spec)
+                if isinstance(part, Held):
+                    return _use(part.part, part.whole, spec)
+                return self._gather(part, spec)
+
+            return jax.tree.map(one, weights, self._specs, is_leaf=lambda x: isinstance(x, Held))
+
+        def around(loop, carry, weights, per_layer, per_row):
+            rows = jax.tree.leaves(carry)[0].shape[0]
+            fill = functools.partial(_fill, rows=-rows % parts)
+            carry, per_row = jax.tree.map(fill, (carry, per_row))
+            per_layer = jax.tree.map(functools.partial(fill, axis=1), per_layer)
+
+            def local(carry, weights, per_layer, per_row):
+                own = lambda w: dataclasses.replace(w, whole=w.whole[0]) if _held(w) else w
+                return loop(carry, jax.tree.map(own, weights, is_leaf=_held), per_layer, per_row)
+
+            by_row, by_layer = PartitionSpec(BATCH), PartitionSpec(None, BATCH)
+            specs = jax.tree.map(
+                lambda weight, spec: Held(spec, by_row) if _held(weight) else spec,
+                weights, self._specs, is_leaf=_held,
+            )
+            carry = jax.shard_map(
+                local, mesh=self.mesh, in_specs=(by_row, specs, by_layer, by_row),
+                out_specs=by_row, check_vma=False,
+            )(carry, weights, per_layer, per_row)
+            return jax.tree.map(lambda a: a[:rows], carry)
+
+        return stack.Placement(fetch, around)
+
+
+def create(name: str, mesh: Mesh, abstract, axes, dtype: str) -> Strategy:
+    """The strategy of that name for a network with these parameters.
+
+    Raises:
+      UserError: no such strategy, or it does not go with the mesh or the network.
+    """
+    if name not in NAMES:
+        raise UserError(f"mesh.strategy is {name!r}; choose from {', '.join(NAMES)}")
+    wide = [axis for axis in ("tensor", "context") if mesh.shape[axis] > 1]
+    if name != "partitioner" and wide:
+        raise UserError(
+            f"mesh.strategy {name!r} computes each row on one device, but mesh.{wide[0]} is "
+            f"{mesh.shape[wide[0]]}: set it to 1, or mesh.strategy=partitioner"
+        )
+    if name != "partitioner" and stack.NAME not in abstract:
+        raise UserError(
+            f"mesh.strategy {name!r} is for networks with stacked layers; this one has none: use "
+            "mesh.strategy=partitioner"
+        )
+    return Strategy(name, mesh, shardings(mesh, abstract, axes), dtype)
+
+
+@contextlib.contextmanager
+def applied(mesh: Mesh):
+    """Trace and lower inside: the names that models give to activations then mean this mesh."""
+    platform = mesh.devices.flat[0].platform
+    with (
+        jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())),
+        attention.compiled_for("gpu" if platform in ("cuda", "rocm") else platform),
+    ):
+        yield
+
+
+def _held(weight) -> bool:
+    return isinstance(weight, Held)
+
+
+def _split_at(spec: PartitionSpec) -> int | None:
+    """The dimension that is split over FSDP."""
+    found = [i for i in range(len(spec)) if set(_axes_at(spec, i)) & set(FSDP)]
+    return found[0] if found else None
+
+
+def _axes_at(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
+    """A dimension's mesh axes; JAX writes one of them without a tuple."""
+    entry = spec[dimension] or ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _without_layers(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*spec[1:])
+
+
+def _fill(x: jax.Array, rows: int, axis: int = 0) -> jax.Array:
+    """x with so many more rows, copies of its own: values that every layer can compute."""
+    if rows == 0:
+        return x
+    copies = math.ceil(rows / x.shape[axis])
+    more = jax.lax.slice_in_dim(jnp.concatenate([x] * copies, axis), 0, rows, axis=axis)
+    return jnp.concatenate([x, more], axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _use(part: jax.Array, whole: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """`whole`, whose gradient is added up over the devices and split as `part` is."""
+    return whole
+
+
+def _use_forward(part, whole, spec):
+    return whole, jnp.zeros((0,), part.dtype)  # of its dtype only
+
+
+def _use_backward(spec, of_part, gradient):
+    at, scattered = _split_at(spec), gradient
+    for axis in _axes_at(spec, at):
+        scattered = jax.lax.psum_scatter(scattered, axis, scatter_dimension=at, tiled=True)
+    return scattered.astype(of_part.dtype), None
+
+
+_use.defvjp(_use_forward, _use_backward)
