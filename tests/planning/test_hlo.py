@@ -154,7 +154,8 @@ def shortened(text):
         return f", backend_config={{{','.join(kept)}}}" if kept else ""
 
     text = re.sub(r', backend_config=\{.*\}$', config, text, flags=re.MULTILINE)
-    text = re.sub(r' stack_frame_id=\d+|:(?:T(?:\([\d,]+\))+)?(?=\})|T(?:\([\d,]+\))+(?=S)', '', text)
+    text = re.sub(r' stack_frame_id=\d+|:T(?:\([\d,]+\))+(?=\})|(?<=:)T(?:\([\d,]+\))+(?=S)', '',
+                  text)
     text = re.sub(r', metadata=\{(?!op_name="[^"]*pallas_call).*?\}', '', text)
     header, rest = text.split("\n", 1)
     return header + "\n\n" + rest[re.search(r"^%", rest, re.MULTILINE).start():]
@@ -287,8 +288,8 @@ HAND = """HloModule hand, num_partitions=2
   %two = s32[] constant(2)
   %next = s32[] add(%i, %two)
   %taken = f32[8]{0} fusion(%a, %i), kind=kLoop, calls=%fused
-  %gathered = (f32[8]{0}, f32[16]{0:T(8,128)S(1)}) all-gather-start(%taken), replica_groups={{0,1}}, \
-dimensions={0}
+  %gathered = (f32[8]{0}, f32[16]{0:T(8,128)S(1)}) all-gather-start(%taken), \
+replica_groups={{0,1}}, dimensions={0}
   %sum = f32[8]{0:T(8,128)(2,1)} add(%taken, %taken)
   %whole = f32[16]{0} all-gather-done(%gathered)
   %line = f32[1,8]{1,0} bitcast(%sum)
