@@ -1,8 +1,22 @@
-"""Parity with PyTorch modules: their random weights through our name table, and the error."""
+"""Parity with PyTorch modules: their random weights through our name table, and the error.
 
+`network` is a family's Network.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from twinflow_jax.models import names
+from twinflow_jax.models import names, tiling
+from twinflow_jax.models.family import Network
+
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
+BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2}  # of relative errors, by the dtype that we compute in
 
 
 def params_of(module, table: names.NameTable, expected) -> dict:
@@ -33,3 +47,91 @@ def relative_error(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def converted(module, network: Network, config) -> dict:
+    """`params_of` a whole network."""
+    return params_of(module, network.table(config), network.abstract(config)[0])
+
+
+@functools.cache
+def compiled(network: Network, config, method: str | None = None) -> Callable:
+    """`(params, *inputs)` through our network, or one of its methods."""
+    module = network.module(config)
+    apply = lambda params, *inputs: module.apply({"params": params}, *inputs, method=method)
+    return jax.jit(apply, compiler_options=QUICK)
+
+
+def randoms(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
+def codec_errors(
+    network: Network, encoded: Callable, decoded: Callable, made: tuple,
+    places: tuple[int, int, int], dtype: str = "float32", stored: str = "float32",
+) -> tuple[float, float]:
+    """Of encoding and of decoding (rows, height, width) latents.
+
+    encoded, decoded: `(module, x) -> y`, of PyTorch's. made: that module, our config and our
+    parameters. dtype: of our computation; stored: of our weights.
+    """
+    module, config, params = made
+    config = dataclasses.replace(config, dtype=dtype)
+    params = jax.tree.map(lambda p: jnp.asarray(p, stored), params)
+    rows, height, width = places
+    images = np.tanh(randoms(rows, height * config.downscale, width * config.downscale, 3))
+    latents = randoms(rows, height, width, config.latent_channels)
+    errors = []
+    for method, x, oracle in (("encode", images, encoded), ("decode", latents, decoded)):
+        ours = np.asarray(compiled(network, config, method)(params, x))
+        assert ours.dtype == np.float32
+        errors.append(relative_error(ours, oracle(module, x)))
+    assert 0 < (np.abs(ours) == 1).mean() < 0.5  # the clamp is met, and does not hide the rest
+    return tuple(errors)
+
+
+def assert_one_tile_changes_nothing(network: Network, config, params) -> None:
+    """Of decoding, where a tile is the whole image."""
+    latents = randoms(2, 4, 4, config.latent_channels)
+    decode = functools.partial(compiled(network, config, "decode"), params)
+    tiles = tiling.tiled(decode, latents, 8, 4, config.downscale)
+    np.testing.assert_array_equal(tiles, decode(latents))
+
+
+def prompts(
+    vocab: int, lengths: tuple[int, ...], width: int
+) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+    """Random ids, and the mask of the first ones of each row."""
+    ids = np.random.default_rng(1).integers(0, vocab, (len(lengths), width), np.int32)
+    return ids, np.arange(width) < np.array(lengths)[:, None]
+
+
+def assert_states(
+    network: Network, config, params, ids, mask, expected: Float[np.ndarray, "B L D"]
+) -> None:
+    """A text encoder's states: as expected at the valid tokens, zero at the others."""
+    stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+    for dtype, weights in (("float32", params), ("bfloat16", params), ("bfloat16", stored)):
+        states = np.asarray(
+            compiled(network, dataclasses.replace(config, dtype=dtype))(weights, ids, mask)
+        )
+        assert states.dtype == dtype
+        assert relative_error(states[mask], expected[mask]) < BOUNDS[dtype]
+        assert not states[~mask].any()
+
+
+def assert_padding_is_not_seen(network: Network, config, params, ids, mask) -> None:
+    """Neither what it is nor how much of it there is matters to the second row."""
+    length, run = mask[1].sum(), compiled(network, config)
+    states = np.asarray(run(params, ids, mask))[1, :length]
+    other = np.where(mask, ids, 7)
+    np.testing.assert_array_equal(np.asarray(run(params, other, mask))[1, :length], states)
+    shorter = run(params, other[1:2, : length + 1], mask[1:2, : length + 1])
+    assert relative_error(shorter[0, :length], states) < 2e-6
+
+
+def logical_axes(network: Network, config) -> dict[str, tuple[str | None, ...]]:
+    """Of each leaf by its path; a name or None for each of its axes."""
+    abstract, axes = (names.flatten(tree) for tree in network.abstract(config))
+    assert all(len(axes[path]) == leaf.ndim for path, leaf in abstract.items())
+    return axes

@@ -1,22 +1,19 @@
 """The text encoder against transformers' Qwen2.5-VL, and its names against the published ones."""
 
-import dataclasses
-import functools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from flax.linen import meta
 
 from tests.models import oracles
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
-from twinflow_jax.models.qwen_image import text_encoder
+from twinflow_jax.models.qwen_image import NETWORKS, text_encoder
 
+NETWORK = NETWORKS["text_encoder"]
 PUBLISHED = {  # text_encoder/config.json of Qwen/Qwen-Image, the flat layout
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0,
     "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584,
@@ -51,14 +48,6 @@ def torch_model(published):
     return transformers.Qwen2_5_VLForConditionalGeneration(config).float().eval()
 
 
-@functools.cache
-def abstract(config):
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 8), bool)
-    init = text_encoder.TextEncoder(config).init
-    return jax.eval_shape(init, jax.random.key(0), ids, mask)["params"]
-
-
 def both(published):
     """A PyTorch model with every weight random, our config and the same weights as ours."""
     torch.manual_seed(0)
@@ -71,13 +60,7 @@ def both(published):
                 fan_in = weight.shape[-1] if weight.ndim == 2 and "embed" not in name else 1
                 weight.normal_(0, fan_in**-0.5)
     config = text_encoder.Config.from_published(published)
-    expected = meta.unbox(abstract(config))
-    return model, config, oracles.params_of(model, text_encoder.table(config), expected)
-
-
-def batch(vocab, lengths, width):
-    ids = np.random.default_rng(1).integers(0, vocab, (len(lengths), width), np.int32)
-    return ids, np.arange(width) < np.array(lengths)[:, None]
+    return model, config, oracles.converted(model, NETWORK, config)
 
 
 def theirs(model, ids, mask):
@@ -89,45 +72,22 @@ def theirs(model, ids, mask):
     return states.numpy()
 
 
-def ours(config, params, ids, mask):
-    return np.asarray(text_encoder.TextEncoder(config).apply({"params": params}, ids, mask))
-
-
 def test_a_batch_of_different_lengths():
     model, config, params = both(SMALL)
-    ids, mask = batch(400, (1, 23, 40), 40)
-    expected = theirs(model, ids, mask)[mask]
-    states = ours(config, params, ids, mask)
-    assert oracles.relative_error(states[mask], expected) < 2e-5
-    assert not states[~mask].any()
-
-    half = dataclasses.replace(config, dtype="bfloat16")
-    states = ours(half, params, ids, mask)
-    assert states.dtype == jnp.bfloat16
-    assert oracles.relative_error(states[mask], expected) < 2e-2
-    stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
-    assert oracles.relative_error(ours(half, stored, ids, mask)[mask], expected) < 2e-2
-
-    # neither what the padding is nor how much of it there is matters
-    states = ours(config, params, ids, mask)[1, :23]
-    ids[~mask] = 7
-    np.testing.assert_array_equal(ours(config, params, ids, mask)[1, :23], states)
-    shorter = ours(config, params, ids[1:2, :24], mask[1:2, :24])[0, :23]
-    assert oracles.relative_error(shorter, states) < 2e-6
+    ids, mask = oracles.prompts(config.vocab, (1, 23, 40), 40)
+    oracles.assert_states(NETWORK, config, params, ids, mask, theirs(model, ids, mask))
+    oracles.assert_padding_is_not_seen(NETWORK, config, params, ids, mask)
 
 
 def test_a_layer_at_full_width():
     model, config, params = both(WIDE)
-    ids, mask = batch(400, (5, 12), 12)
-    expected = theirs(model, ids, mask)[mask]
-    assert oracles.relative_error(ours(config, params, ids, mask)[mask], expected) < 2e-5
-    half = dataclasses.replace(config, dtype="bfloat16")
-    assert oracles.relative_error(ours(half, params, ids, mask)[mask], expected) < 2e-2
+    ids, mask = oracles.prompts(config.vocab, (5, 12), 12)
+    oracles.assert_states(NETWORK, config, params, ids, mask, theirs(model, ids, mask))
 
 
 def test_the_table_has_the_published_names():
     config = text_encoder.Config()
-    leaves = names.flatten(meta.unbox(abstract(config)))
+    leaves = names.flatten(NETWORK.abstract(config)[0])
     table = text_encoder.table(config)
     shapes = table.shapes({path: leaf.shape for path, leaf in leaves.items()})
     assert len(shapes) == 338
@@ -142,12 +102,7 @@ def test_the_table_has_the_published_names():
 
 
 def test_logical_axes():
-    boxes = jax.tree.map(
-        lambda box: (box.names, len(box.value.shape)), abstract(text_encoder.Config()),
-        is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata),
-    )
-    axes = {path: axes for path, (axes, _) in names.flatten(boxes).items()}
-    assert all(len(axes) == ndim for axes, ndim in names.flatten(boxes).values())
+    axes = oracles.logical_axes(NETWORK, text_encoder.Config())
     assert axes["embedding"] == ("vocab", "embed")
     assert axes["norm/scale"] == (None,)
     assert axes["layers/attention_norm/scale"] == ("layers", None)

@@ -1,23 +1,20 @@
 """The text encoder against transformers' Gemma2Model, and its names against the published ones."""
 
-import dataclasses
-import functools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from flax.linen import meta
 
 from tests.models import oracles
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.models.attention import attention
-from twinflow_jax.models.sana import text_encoder, tiny
+from twinflow_jax.models.sana import NETWORKS, text_encoder, tiny
 
+NETWORK = NETWORKS["text_encoder"]
 PUBLISHED = {  # text_encoder/config.json of SANA
     "architectures": ["Gemma2Model"], "attention_bias": False, "attention_dropout": 0.0,
     "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid",
@@ -40,14 +37,6 @@ def torch_model(published, kind=transformers.Gemma2Model):
     return kind(config).float().eval()
 
 
-@functools.cache
-def abstract(config):
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 8), bool)
-    init = text_encoder.TextEncoder(config).init
-    return jax.eval_shape(init, jax.random.key(0), ids, mask)["params"]
-
-
 def both(published):
     """A PyTorch model with every weight random, our config and the same weights as ours."""
     torch.manual_seed(0)
@@ -59,13 +48,7 @@ def both(published):
             else:
                 weight.normal_(0, weight.shape[-1] ** -0.5)
     config = text_encoder.Config.from_published(published)
-    expected = meta.unbox(abstract(config))
-    return model, config, oracles.params_of(model, text_encoder.table(config), expected)
-
-
-def batch(vocab, lengths, width):
-    ids = np.random.default_rng(1).integers(0, vocab, (len(lengths), width), np.int32)
-    return ids, np.arange(width) < np.array(lengths)[:, None]
+    return model, config, oracles.converted(model, NETWORK, config)
 
 
 def theirs(model, ids, mask):
@@ -76,39 +59,13 @@ def theirs(model, ids, mask):
     return states.numpy()
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(config, params, ids, mask):
-    return text_encoder.TextEncoder(config).apply({"params": params}, ids, mask)
-
-
-def ours(config, params, ids, mask):
-    return np.asarray(apply(config, params, ids, mask))
-
-
 def test_a_batch_of_different_lengths():
     model, config, params = both(CAPPED)
-    ids, mask = batch(config.vocab, (1, 23, 40), 40)
-    expected = theirs(model, ids, mask)[mask]
-    states = ours(config, params, ids, mask)
-    assert oracles.relative_error(states[mask], expected) < 2e-5
-    assert not states[~mask].any()
-
-    half = dataclasses.replace(config, dtype="bfloat16")
-    rounded = ours(half, params, ids, mask)
-    assert rounded.dtype == jnp.bfloat16
-    assert oracles.relative_error(rounded[mask], expected) < 2e-2
-    stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
-    assert oracles.relative_error(ours(half, stored, ids, mask)[mask], expected) < 2e-2
-
-    # neither what the padding is nor how much of it there is matters
-    states = states[1, :23]
-    ids[~mask] = 7
-    np.testing.assert_array_equal(ours(config, params, ids, mask)[1, :23], states)
-    shorter = ours(config, params, ids[1:2, :24], mask[1:2, :24])[0, :23]
-    assert oracles.relative_error(shorter, states) < 2e-6
-
+    ids, mask = oracles.prompts(config.vocab, (1, 23, 40), 40)
+    oracles.assert_states(NETWORK, config, params, ids, mask, theirs(model, ids, mask))
+    oracles.assert_padding_is_not_seen(NETWORK, config, params, ids, mask)
     with pytest.raises(UserError, match="41 tokens is longer than the text encoder's window of 40"):
-        ours(config, params, *batch(config.vocab, (3,), 41))
+        NETWORK.module(config).apply({"params": params}, *oracles.prompts(config.vocab, (3,), 41))
 
 
 def test_a_high_cap_changes_nothing():
@@ -124,16 +81,13 @@ def test_a_high_cap_changes_nothing():
 
 def test_a_layer_at_full_width():
     model, config, params = both(WIDE)
-    ids, mask = batch(config.vocab, (5, 12), 12)
-    expected = theirs(model, ids, mask)[mask]
-    assert oracles.relative_error(ours(config, params, ids, mask)[mask], expected) < 2e-5
-    half = dataclasses.replace(config, dtype="bfloat16")
-    assert oracles.relative_error(ours(half, params, ids, mask)[mask], expected) < 2e-2
+    ids, mask = oracles.prompts(config.vocab, (5, 12), 12)
+    oracles.assert_states(NETWORK, config, params, ids, mask, theirs(model, ids, mask))
 
 
 def test_the_table_has_the_published_names():
     config = text_encoder.Config()
-    leaves = names.flatten(meta.unbox(abstract(config)))
+    leaves = names.flatten(NETWORK.abstract(config)[0])
     table = text_encoder.table(config)
     shapes = table.shapes({path: leaf.shape for path, leaf in leaves.items()})
     assert len(shapes) == 288
@@ -150,12 +104,7 @@ def test_the_table_has_the_published_names():
 
 
 def test_logical_axes():
-    boxes = jax.tree.map(
-        lambda box: (box.names, len(box.value.shape)), abstract(text_encoder.Config()),
-        is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata),
-    )
-    axes = {path: axes for path, (axes, _) in names.flatten(boxes).items()}
-    assert all(len(axes) == ndim for axes, ndim in names.flatten(boxes).values())
+    axes = oracles.logical_axes(NETWORK, text_encoder.Config())
     assert axes["embedding"] == ("vocab", "embed")
     assert axes["norm/scale"] == (None,)
     assert axes["layers/mlp_out_norm/scale"] == ("layers", None)
