@@ -9,10 +9,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
+from twinflow_jax.models.stack import run_layers
 
 # The names of one layer's tensors, (key, path, layout), apart from its norms.
 MLP_NAMES = (
@@ -136,3 +137,17 @@ class GatedMLP(nn.Module):
         gate = self.activation(dense(c, c.hidden, ("embed", "mlp"), "gate")(x))
         up = dense(c, c.hidden, ("embed", "mlp"), "up")(x)
         return dense(c, c.width, ("mlp", "embed"), "down")(gate * up)
+
+
+def through_layers(
+    module: nn.Module, block: type[nn.Module], h: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B L D"]:
+    """h after all blocks of a text encoder, `(h, lengths, angles) -> (h, None)`.
+
+    mask: of each row the valid tokens, which are its first ones and at least one.
+    """
+    config = module.config
+    return run_layers(
+        module, block, config.layers, "none", h, per_row=(mask.sum(axis=-1),),
+        constants=(rope_angles(config, h.shape[1]),),
+    )

@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles
-from twinflow_jax.models.stack import run_layers
+from twinflow_jax.models.decoder import Attention, GatedMLP, init_of
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
@@ -128,11 +127,7 @@ class TextEncoder(nn.Module):
         mask: of each row the valid tokens, which are its first ones and at least one.
         """
         c = self.config
-        h = decoder.embedded(self, ids)
-        h = run_layers(
-            self, Block, c.layers, "none", h, per_row=(mask.sum(axis=-1),),
-            constants=(rope_angles(c, ids.shape[1]),),
-        )
+        h = decoder.through_layers(self, Block, decoder.embedded(self, ids), mask)
         return jnp.where(mask[..., None], rms_norm(c, "norm")(h), 0)
 
 

@@ -15,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Attention, GatedMLP, init_of, rope_angles
-from twinflow_jax.models.stack import run_layers
+from twinflow_jax.models.decoder import Attention, GatedMLP, init_of
 
 ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
 
@@ -156,10 +155,7 @@ class TextEncoder(nn.Module):
             )
         h = decoder.embedded(self, ids)
         h *= jnp.asarray(math.sqrt(c.width), c.dtype)  # rounded to that dtype, as published
-        h = run_layers(
-            self, Block, c.layers, "none", h, per_row=(mask.sum(axis=-1),),
-            constants=(rope_angles(c, length),),
-        )
+        h = decoder.through_layers(self, Block, h, mask)
         return jnp.where(mask[..., None], RMSNorm(c, name="norm")(h), 0)
 
 
