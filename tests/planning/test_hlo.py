@@ -123,6 +123,7 @@ PROGRAMS = {
     "overlapped": ("v5p:2x2x2", (4, 2), lambda mesh: stack(mesh, True, 1024, 4096, 1024),
                    ASYNCHRONOUS),
     "slices": ("2*v5p:2x2x1", (2, 4), lambda mesh: stack(mesh, False), {}),
+    "cores": ("tpu7x:2x2x1", (8,), lambda mesh: stack(mesh, True), {}),
     "splash": ("v5p:2x2x1", (4,), attention, {}),
     "splash_apart": ("v5p:2x2x1", (4,), lambda mesh: attention(mesh, False), {}),
 }
@@ -204,6 +205,10 @@ EXPECTED = {
         ("reduce-scatter", "ici", WEIGHT, 4): SCATTERS,
         ("all-reduce", "dcn", WEIGHT // 2, 2): LAYERS,
         ("all-reduce", "dcn", 512, 2): 1, ("all-reduce", "ici", 512, 4): 1}),
+    # Collectives run in asynchronous calls on cores of their own.
+    "cores": (STACK_FLOPS, {
+        ("all-gather", "ici", WEIGHT, 8): GATHERS, ("reduce-scatter", "ici", WEIGHT, 8): SCATTERS,
+        ("all-reduce", "ici", 4, 8): 1}),
 }
 
 
@@ -225,6 +230,8 @@ def test_loops_and_overlap_of_recorded_programs():
     assert sum(one.total for one in gathers) == 6 * BIG
     assert all(len(one.covers) == 1 and one.in_loop for one in gathers)
     assert not any(one.overlapped for one in hlo.collectives(read("explicit")))
+    large = [one for one in hlo.collectives(read("cores")) if one.kind != "all-reduce"]
+    assert all(one.overlapped and one.covers for one in large)
 
 
 def test_groups_follow_the_mesh():

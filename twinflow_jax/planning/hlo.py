@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 
 import numpy as np
@@ -25,7 +25,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragg
 # Opcodes that move and compute nothing themselves.
 STRUCTURE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
              "conditional", "after-all", "partition-id", "replica-id", "async-start",
-             "async-update", "opt-barrier", "add-dependency", "send", "recv"}
+             "async-update", "call-start", "opt-barrier", "add-dependency", "send", "recv"}
 # Custom calls that only name memory.
 NAMING_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
 KERNEL_CALL = "tpu_custom_call"
@@ -134,8 +134,9 @@ class Computation:
 class Step:
     """A scheduled instruction and how often it runs.
 
-    visit: numbers the times that the walk entered a computation, so that (visit, name) is unique.
-    issuer: the async-start around it, or itself; its neighbours in `schedule` run beside it.
+    visit: numbers the times that the walk entered a schedule, so that (visit, name) is unique.
+    issuer: the instruction of `schedule` that runs it: itself, or the start of the asynchronous
+        call around it.
     """
 
     op: Instruction
@@ -163,6 +164,8 @@ class Program:
 
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$", re.DOTALL)
+# Alone in its line: a kernel's metadata may hold other braces and line breaks.
+CLOSING = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=?]*)\](?:\{([^}]*)\})?")
 
 
@@ -176,7 +179,7 @@ def parse(text: str) -> Program:
             entry = name if header[1] else entry
         elif lines is None:
             continue
-        elif line.rstrip() == "}":  # a kernel's metadata may hold other braces and line breaks
+        elif CLOSING.match(line):
             computations[name] = Computation(name, instructions(lines))
             lines = None
         elif LINE.match(line):
@@ -187,9 +190,10 @@ def parse(text: str) -> Program:
         raise ValueError("not an HLO module: it has no complete ENTRY computation")
     counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
     program = Program(computations, entry, math.prod(map(int, counts)))
-    unknown, trips, visits = [], {}, iter(range(10**9))
-    steps = tuple(walk(program, computations[entry], 1, False, None, visits, unknown, trips))
-    return Program(computations, entry, program.devices, steps, tuple(unknown), trips)
+    walker = Walker(program)
+    steps = tuple(walker.walk(computations[entry], 1, False, None))
+    return replace(program, steps=steps, unknown_loops=tuple(walker.unknown),
+                   trip_counts=walker.trips)
 
 
 def instructions(lines: list[str]) -> dict[str, Instruction]:
@@ -240,29 +244,52 @@ class Frame:
     caller: "Frame | None"
 
 
-def walk(program, computation, times, in_loop, caller, visits, unknown, trips) -> Iterator[Step]:
-    """Every scheduled instruction under a computation that runs `times`."""
-    visit = next(visits)
-    for op in computation.instructions.values():
-        yield Step(op, computation, times, in_loop, visit, computation, op.name)
-        frame = Frame(op, computation, caller)
-        rest = (visits, unknown, trips)
-        if op.opcode == "while":
-            count = trip_count(program, frame)
-            trips[op.name] = 1 if count is None else count
-            unknown += [op.name] if count is None else []
-            inner = times * trips[op.name]
-            for name, runs in zip(op.calls("body", "condition"), (inner, inner + times),
-                                  strict=True):
-                yield from walk(program, program.computations[name], runs, True, frame, *rest)
-        elif op.opcode in ("call", "conditional"):
-            for name in op.calls("to_apply", "calls", "branch_computations", "true_computation",
-                                 "false_computation"):
-                yield from walk(program, program.computations[name], times, in_loop, frame, *rest)
-        elif op.opcode == "async-start":
-            inner = program.computations[op.calls("calls")[0]]
-            for wrapped in inner.instructions.values():
-                yield Step(wrapped, inner, times, in_loop, visit, computation, op.name)
+class Walker:
+    """Follows a program from its entry, and keeps what it learns about loops on the way."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.unknown: list[str] = []
+        self.trips: dict[str, int] = {}
+        self.visits = 0
+
+    def walk(self, computation: Computation, times: int, in_loop: bool, caller: Frame | None,
+             issued: Step | None = None) -> Iterator[Step]:
+        """Every scheduled instruction under a computation that runs `times`.
+
+        issued: the start of the asynchronous call that the computation is.
+        """
+        self.visits += 1
+        visit = self.visits
+        for op in computation.instructions.values():
+            step = Step(op, computation, times, in_loop, visit, computation, op.name)
+            if issued:
+                step = replace(step, visit=issued.visit, schedule=issued.schedule,
+                               issuer=issued.issuer)
+            yield step
+            frame = Frame(op, computation, caller)
+            if op.opcode == "while":
+                inner = times * self.trip_count(frame)
+                for name, runs in (("body", inner), ("condition", inner + times)):
+                    yield from self.walk(self.called(op, name)[0], runs, True, frame, issued)
+            elif op.opcode in ("call", "conditional"):
+                for branch in self.called(op, "to_apply", "calls", "branch_computations",
+                                          "true_computation", "false_computation"):
+                    yield from self.walk(branch, times, in_loop, frame, issued)
+            elif op.opcode in ("async-start", "call-start"):
+                for inside in self.called(op, "calls", "to_apply"):
+                    yield from self.walk(inside, times, in_loop, frame, issued or step)
+
+    def called(self, op: Instruction, *attributes: str) -> list[Computation]:
+        return [self.program.computations[name] for name in op.calls(*attributes)]
+
+    def trip_count(self, loop: Frame) -> int:
+        count = trip_count(self.program, loop)
+        if count is None:
+            self.unknown.append(loop.op.name)
+            count = 1
+        self.trips[loop.op.name] = count
+        return count
 
 
 def trip_count(program: Program, loop: Frame) -> int | None:
@@ -745,7 +772,10 @@ def step_traffic(program: Program, step: Step) -> Traffic:
             total += spend(array, array.bytes if limit is None else min(limit, array.bytes))
     if op.opcode == "copy-start":  # its results are the copy, the source again, and a flag
         return total + spend(op.results[0], op.results[0].bytes)
-    written = written_bytes(program, computation, op)
+    if op.opcode in ("fusion", "dynamic-update-slice"):
+        written = written_bytes(program, computation, op)
+    else:
+        written = [array.bytes for array in op.results]
     for array, size in zip(op.results, written, strict=True):
         total += spend(array, size)
     return total
@@ -771,9 +801,11 @@ def read_bytes(program: Program, op: Instruction, position: int) -> int | None:
 
 def parameter_bytes(program: Program, computation: Computation, name: str) -> int | None:
     """Bytes that a fused computation reads of a value; None for all of it."""
+    if computation.root.name == name:
+        return None
     total = 0
     for user in computation.users[name]:
-        if user.opcode == "bitcast":
+        if renames(program, user):
             size = parameter_bytes(program, computation, user.name)
         else:
             size = read_bytes(program, user, user.operands.index(name))
@@ -783,11 +815,19 @@ def parameter_bytes(program: Program, computation: Computation, name: str) -> in
     return total
 
 
+def renames(program: Program, op: Instruction) -> bool:
+    """Whether a fused instruction only hands its operand on, perhaps in another layout."""
+    if op.opcode == "fusion":
+        inside = program.computations[op.calls("calls")[0]].instructions.values()
+        return all(one.opcode == "parameter" or renames(program, one) for one in inside)
+    return op.opcode in ("bitcast", "copy")
+
+
 def written_bytes(program: Program, computation: Computation, op: Instruction) -> list[int]:
-    """Bytes that an instruction writes of each of its results."""
+    """Bytes written of each result of a fusion, or of an instruction that ends a fusion."""
     if op.opcode == "dynamic-update-slice":
         return [computation.instructions[op.operands[1]].results[0].bytes]
-    if op.opcode == "bitcast":
+    if op.opcode in ("bitcast", "copy"):
         return written_bytes(program, computation, computation.instructions[op.operands[0]])[:1]
     if op.opcode == "tuple":
         return [size for name in op.operands
