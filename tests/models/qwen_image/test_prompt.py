@@ -9,6 +9,7 @@ import pytest
 from tests.models import oracles
 from tests.models.qwen_image import test_text_encoder as text
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import qwen_image
 from twinflow_jax.models.qwen_image import prompt, tiny
 
 PROMPTS = [
@@ -30,11 +31,6 @@ def tokenizer(folder):
         return prompt.load_tokenizer(folder)
 
 
-def ours(config, params, ids, mask):
-    tokens, mask = prompt.drop_prefix(text.ours(config, params, ids, mask), mask)
-    return np.asarray(tokens), mask
-
-
 @pytest.mark.filterwarnings("ignore:prompt 5")
 def test_embeddings_are_the_pipelines(tokenizer):
     model, config, params = text.both(text.SMALL)
@@ -51,7 +47,7 @@ def test_embeddings_are_the_pipelines(tokenizer):
     ]:
         ids, mask = prompt.tokenize(tokenizer, prompts, (64, 128, limit))
         assert ids.shape == mask.shape == (len(prompts), prompt.PREFIX + length)
-        tokens, mask = ours(config, params, ids, mask)
+        tokens, mask = map(np.asarray, qwen_image.embed(config, params, ids, mask))
         theirs, valid = pipeline.encode_prompt(prompts, "cpu", max_sequence_length=limit)
         assert (mask.sum(axis=1) == valid.sum(axis=1).numpy()).all()
         assert oracles.relative_error(

@@ -12,6 +12,7 @@ import transformers
 from tests.models import oracles
 from tests.models.sana import test_sana_text_encoder as text
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import sana
 from twinflow_jax.models.sana import prompt, tiny
 
 PROMPTS = [
@@ -72,7 +73,7 @@ def test_embeddings_are_the_pipelines(folder, tokenizer, instruction):
         ids, mask = prompt.tokenize(tokenizer, prompts, negative=prompts is NEGATIVE)
         assert ids.shape == mask.shape == (len(prompts), length)
         assert ids.dtype == np.int32
-        tokens, mask = prompt.select(text.ours(config, params, ids, mask), mask)
+        tokens, mask = sana.embed(config, params, ids, mask)
         assert tokens.shape == (len(prompts), 300, config.width)
         np.testing.assert_array_equal(mask, valid.bool().numpy())
         mask = np.asarray(mask)
