@@ -58,7 +58,7 @@ class Bench:
         built = objectives.build(objective)
         optimizer = optimizers.create(self.config.optimizer, self.steps)
         settings = step.StepConfig(seed, 1, self.config.train.ema_decay, "empty")
-        advance = step.make_step(built, model.apply, model.null_cond, optimizer, settings)
+        advance = step.make_step(built, model.apply, optimizer, settings)
         params = model.init(jax.random.key(seed))
         current = state.create(
             params, optimizer, built.config.teacher_decay, self.config.train.ema_decay
@@ -67,7 +67,8 @@ class Bench:
         labels, curve = sample_labels(1000, self.dataset.num_classes), {}
         for i in range(1, self.steps + 1):
             batch = next(stream)
-            current, _ = advance(current, {"x": batch["x"], "cond": {"label": batch["label"]}})
+            inputs = {"x": batch["x"], "cond": {"label": batch["label"]}, "null": model.null}
+            current, _ = advance(current, inputs)
             if i % (self.steps // marks) == 0:
                 weights = state.sampling_params(current)
                 curve[i] = {}

@@ -72,7 +72,7 @@ class JaxSide:
         config = train_step.StepConfig(
             seed=seed, micro_steps=1, ema_decay=0.0, unconditional="empty"
         )
-        step = train_step.make_step(objective, model.apply, model.null_cond, optimizer, config)
+        step = train_step.make_step(objective, model.apply, optimizer, config)
         # A copy of the weights: the step gives its state's buffers away.
         params = jax.tree.map(lambda a: a.copy(), params)
         self.state = train_state.create(params, optimizer, objective.config.teacher_decay, 0.0)
@@ -84,7 +84,7 @@ class JaxSide:
         self.compile_seconds = time.process_time() - begin
 
     def _inputs(self, x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        return {"x": x, "cond": {"label": labels}}
+        return {"x": x, "cond": {"label": labels}, "null": self.model.null}
 
     def train(self, block: list[tuple[np.ndarray, np.ndarray]]) -> None:
         for x, labels in block:

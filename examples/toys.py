@@ -106,7 +106,7 @@ def trainer(
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(state, seed):
         step = training_step.make_step(
-            objective, model.apply, model.null_cond, optimizer,
+            objective, model.apply, optimizer,
             training_step.StepConfig(seed, micro_steps=1, ema_decay=0.0, unconditional="empty"),
         )
         data_key = jax.random.split(jax.random.key(seed))[1]

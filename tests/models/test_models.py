@@ -94,11 +94,12 @@ def test_both_signs_differ_at_equal_times(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_null_condition_is_the_class_after_the_last(name):
     model, params, apply = network(name)
-    np.testing.assert_array_equal(model.null_cond(ROWS)["label"], np.full(ROWS, CLASSES))
+    np.testing.assert_array_equal(model.null["label"], [CLASSES])
     assert model.cond([0, 2])["label"].dtype == jnp.int32
     x, t, r, _ = inputs()
     np.testing.assert_array_equal(
-        apply(params, x, t, r, model.null_cond(ROWS)), apply(params, *inputs(label=CLASSES))
+        apply(params, x, t, r, {"label": np.repeat(model.null["label"], ROWS)}),
+        apply(params, *inputs(label=CLASSES)),
     )
 
 
@@ -116,7 +117,7 @@ def test_rows_do_not_see_each_other(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_without_classes_the_condition_is_empty(name):
     model = models.create(CONFIGS[name] | {"num_classes": 0})
-    assert model.cond(jnp.zeros(2)) == model.null_cond(2) == {}
+    assert model.cond(jnp.zeros(2)) == model.null == {}
     x, t, r, _ = inputs()
     out = jax.eval_shape(model.apply, model.abstract_params(), x, t, r, {})
     assert out.shape == x.shape

@@ -30,7 +30,7 @@ def example(objective, rows: int, seed: int = 0):
     keys = jax.random.split(jax.random.key(seed), 3)
     label = jax.random.randint(keys[0], (rows,), 0, 3)
     x = jax.random.uniform(keys[1], (rows, *SHAPE), minval=-1.0)
-    batch = Batch(x, MODEL.cond(label), MODEL.null_cond(rows))
+    batch = Batch(x, MODEL.cond(label), MODEL.cond(np.full(rows, MODEL.config.num_classes)))
     return batch, objective.draw(keys[2], rows, SHAPE)
 
 

@@ -204,7 +204,7 @@ def test_training_follows_pytorch(preset, fields, unconditional):
         seed=seed, micro_steps=1, ema_decay=0.9, unconditional=unconditional
     )
     optimizer = optax.adam(rate)
-    step = train_step.make_step(objective, MODEL.apply, MODEL.null_cond, optimizer, settings)
+    step = train_step.make_step(objective, MODEL.apply, optimizer, settings)
     state = train_state.create(
         jax.tree.map(jnp.copy, params), optimizer, objective.config.teacher_decay, 0.9
     )
@@ -221,7 +221,7 @@ def test_training_follows_pytorch(preset, fields, unconditional):
         null = jnp.full((rows,), CLASSES)
         if unconditional == "permuted":
             null = label[jax.random.permutation(null_key, rows)]
-        state, metrics = step(state, {"x": x, "cond": MODEL.cond(label)})
+        state, metrics = step(state, {"x": x, "cond": MODEL.cond(label), "null": MODEL.null})
         loss, _ = trainer.step(
             to_torch(x), labels_to_torch(label), labels_to_torch(null), to_torch(draws)
         )

@@ -18,7 +18,8 @@ RANDOM = "random"  # the `pipeline` of runs that make small random networks for 
 # A run may go on with other values of these: they change what is reported, not what is learned.
 FREE = (
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep",
-    "sample.steps", "sample.columns", "sample.prompts", "sample.score_count",
+    "sample.steps", "sample.columns", "sample.prompts", "sample.score_count", "mesh.data",
+    "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.slices", "mesh.strategy",
 )
 
 
@@ -79,17 +80,18 @@ def read_config(run: epath.PathLike) -> ml_collections.ConfigDict:
 
 
 def load_weights(
-    run: epath.PathLike, raw: bool = False, step: int | None = None
+    run: epath.PathLike, raw: bool = False, step: int | None = None, abstract: Any = None
 ) -> tuple[ml_collections.ConfigDict, models.Model, Any, int]:
     """`(config, model, params, step)` of a run: its average weights, or the raw ones.
 
-    step: of the checkpoint (default: the newest).
+    step: of the checkpoint (default: the newest). abstract: the weights with the layouts to load
+    them in (default: whole, onto the first device).
     Raises:
       UserError: no run, no such checkpoint, or one that cannot be read.
     """
     config = read_config(run)
     model = models.create(config.model)
-    params = store.on_one_device(model.abstract_params())
+    params = abstract or store.on_one_device(model.abstract_params())
     with _reader(run, config, step) as (saver, step):
         which = _which(config, raw)
         return config, model, saver.load(step, {which: params})[which], step

@@ -44,13 +44,23 @@ class Model:
     def sample_shape(self) -> tuple[int, ...]:
         return self.config.sample_shape
 
+    @property
+    def dtype(self) -> str:
+        """Of computation."""
+        return getattr(self.config, "dtype", "float32")
+
+    def abstract_null(self, text_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of `null`, for text of so many tokens in the dtype of computation."""
+        def of_text(name, leaf):
+            dtype = jnp.dtype(self.dtype) if name == "tokens" else leaf.dtype
+            return jax.ShapeDtypeStruct((1, text_tokens, *leaf.shape[2:]), dtype)
+
+        null = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for k, leaf in self.null.items()}
+        return {k: of_text(k, leaf) for k, leaf in null.items()} if "tokens" in null else null
+
     def cond(self, labels) -> dict[str, jax.Array]:
         """The condition for class labels (B,); {} for a network without classes."""
         return {"label": jnp.asarray(labels, jnp.int32)} if self.config.num_classes else {}
-
-    def null_cond(self, rows: int) -> dict[str, jax.Array]:
-        """`null` for a number of rows."""
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (rows, *a.shape[1:])), self.null)
 
     def abstract_params(self):
         """Shapes and dtypes of the parameters, without computing any."""

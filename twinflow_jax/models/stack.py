@@ -30,7 +30,7 @@ class Placement:
     around: Callable[..., Any] = lambda loop, *arguments: loop(*arguments)
 
 
-_placement = contextvars.ContextVar("placement", default=Placement())
+_placement = contextvars.ContextVar("placement")
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def run_layers(
             in_axes=(0,) * len(per_layer) + shared, metadata_params={nn.PARTITION_NAME: NAME},
         )
         return layers(module.config, name=NAME)(carry, *per_layer, *per_row, *constants)[0]
-    placement, network = _placement.get(), block(module.config, parent=None)
+    placement, network = _placement.get(Placement()), block(module.config, parent=None)
 
     def loop(carry, weights, per_layer, per_row):
         def layer(carry, own):

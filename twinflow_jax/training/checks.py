@@ -1,6 +1,6 @@
 """What no run can be trained with, refused before anything is written."""
 
-from twinflow_jax import checkpoints, data, models
+from twinflow_jax import checkpoints, data, models, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.errors import UserError
@@ -13,6 +13,7 @@ def check_values(config) -> None:
     Raises:
       UserError: names the key, its value and what it takes.
     """
+    objectives.build(config.objective)
     train, sample = config.train, config.sample
     least = {
         "train.steps": 1, "train.seed": 0, "train.micro_steps": 1, "train.log_every": 1,

@@ -9,13 +9,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
+import ml_dtypes  # noqa: F401 - NumPy then knows bfloat16 by name
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 
 from twinflow_jax import checkpoints, data, evaluation, models, text_to_image
 from twinflow_jax.checkpoints import imported, random
+from twinflow_jax.errors import UserError
 
 Conditions = dict[str, np.ndarray]  # row k of each array is of label, or prompt, k
 
@@ -31,6 +32,7 @@ class Inputs:
     model: models.Model
     split: data.Split
     conditions: Conditions
+    null: Conditions
     shown: Conditions
     names: tuple[str, ...]
     decode: Callable[[Float[np.ndarray, "N ..."]], Float[np.ndarray, "N H W C"]]
@@ -39,15 +41,6 @@ class Inputs:
     def batch(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
         """What a step takes, from rows {"x", "label"}."""
         return {"x": rows["x"], "cond": take(self.conditions, rows["label"])}
-
-    def example(self, rows: int) -> dict[str, Any]:
-        """The shapes of `batch` with that many rows."""
-        x = jax.ShapeDtypeStruct((rows, *self.model.sample_shape), np.float32)
-        cond = {
-            name: jax.ShapeDtypeStruct((rows, *table.shape[1:]), table.dtype)
-            for name, table in self.conditions.items()
-        }
-        return {"x": x, "cond": cond}
 
 
 def take(conditions: Conditions, index) -> Conditions:
@@ -69,7 +62,7 @@ def of_classes(config, dataset: data.Dataset) -> Inputs:
     table = {"label": classes} if model.config.num_classes else {}
     scored = model.config.num_classes > 0 and config.sample.score_count > 0
     return Inputs(
-        model, dataset.train, table, shown=table, names=tuple(map(str, classes)),
+        model, dataset.train, table, dict(model.null), shown=table, names=tuple(map(str, classes)),
         decode=lambda x: np.clip(x, -1, 1),
         judge=evaluation.Judge.create(dataset) if scored else None,
     )
@@ -85,9 +78,12 @@ def of_captions(config, dataset: data.Dataset, workdir: epath.PathLike) -> Input
         imported.open_imported(folder), settings.dtype, settings=settings, progress=False
     )
     prompts = tuple(config.sample.prompts) or dataset.captions
-    captions, shown, null = text_to_image.same_length(
-        pipeline.embed(dataset.captions, config.data.text_tokens),
-        pipeline.embed(prompts, config.data.text_tokens), pipeline.null(),
+    captions, null, shown = (
+        conditions(embeddings, config.data.text_tokens, settings.dtype)
+        for embeddings in (
+            pipeline.embed(dataset.captions, config.data.text_tokens), pipeline.null(),
+            pipeline.embed(prompts, config.data.text_tokens),
+        )
     )
     side = pipeline.config("vae").downscale
     height, width = (side * places for places in settings.sample_shape[:2])
@@ -97,6 +93,24 @@ def of_captions(config, dataset: data.Dataset, workdir: epath.PathLike) -> Input
         return np.stack(pipeline.decode(latents, text_to_image.TILE))
 
     return Inputs(
-        models.create(config.model, null.rows([0])), data.Split(latents, dataset.train.label),
-        captions.rows(slice(None)), shown.rows(slice(None)), prompts, decode, judge=None,
+        models.create(config.model), data.Split(latents, dataset.train.label), captions, null,
+        shown, prompts, decode, judge=None,
     )
+
+
+def conditions(embeddings, tokens: int, dtype: str) -> Conditions:
+    """Embeddings as a step takes them: so many tokens, in the dtype of computation.
+
+    Raises:
+      UserError: one has more valid tokens than that.
+    """
+    longest = int(embeddings.mask.sum(1).max())
+    if longest > tokens:
+        raise UserError(
+            f"data.text_tokens is {tokens}, but the condition that stands for none has {longest} "
+            "tokens: give more"
+        )
+    fill = max(tokens - embeddings.mask.shape[1], 0)
+    padded = np.pad(embeddings.tokens[:, :tokens], ((0, 0), (0, fill), (0, 0)))
+    mask = np.pad(embeddings.mask[:, :tokens], ((0, 0), (0, fill)))
+    return {"tokens": padded.astype(dtype), "mask": mask}

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+import pathlib
 import signal
 import time
 
@@ -9,13 +11,16 @@ import jax
 import ml_collections
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, data, models, objectives
+from twinflow_jax import checkpoints, data, models, parallel
+from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import imported, store
-from twinflow_jax.checkpoints.saver import abstract
 from twinflow_jax.errors import UserError
-from twinflow_jax.training import checks, inputs, optimizers, state, step
+from twinflow_jax.parallel import hosts
+from twinflow_jax.training import checks, inputs, setup, state
 from twinflow_jax.training.log import Log
 from twinflow_jax.training.preview import Preview
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Interrupted(Exception):
@@ -40,17 +45,18 @@ def train(
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
     family, settings = models.settings_of(config.model)
-    objective = objectives.build(config.objective)
     checks.check_values(config)
-    objective.counts(config.data.batch_size)  # refuses a batch too small for the roles
-    optimizer = optimizers.create(config.optimizer, config.train.steps)
+    hosts.agree(configs.to_json(config), PACKAGE)
+    prepared = setup.prepare(config)
     dataset = data.load(config.data.name)
     checks.check_fit(config, family, settings, dataset)
-    checkpoints.claim(workdir, config)
+    hosts.first(lambda: checkpoints.claim(workdir, config))
     try:
-        prepared = inputs.prepare(config, dataset, workdir)
-        steps = make_steps(config, prepared.model, objective, optimizer)
-        return run(config, workdir, prepared, objective, optimizer, steps, progress)
+        with contextlib.closing(checkpoints.Saver(workdir, config.train.keep)) as saver:
+            # Before anything slow, so that errors come early.
+            steps = compile_phases(prepared, saver.steps[-1] if saver.steps else 0, progress, {})
+            known = inputs.prepare(config, dataset, workdir)
+            return run(prepared, known, steps, saver, workdir, progress)
     except OSError as error:
         raise UserError(
             f"cannot write to {workdir} ({error.strerror or error}): make room there, then start "
@@ -59,24 +65,24 @@ def train(
 
 
 def run(
-    config, workdir, prepared: inputs.Inputs, objective, optimizer, steps, progress
+    prepared: setup.Setup, known: inputs.Inputs, steps: dict, saver: checkpoints.Saver,
+    workdir: str, progress: bool,
 ) -> state.TrainState:
     """The loop itself, from the newest checkpoint of `workdir` to the last step."""
-    model = prepared.model
+    config = prepared.config
     with contextlib.ExitStack() as stack:
-        saver = checkpoints.Saver(workdir, config.train.keep)
-        stack.callback(saver.close)
-        current = start(config, model, objective, optimizer, saver)
+        current = start(prepared, saver)
         first = int(current.step)
-        preview = Preview(config, prepared, workdir)
+        preview = Preview(prepared, known, workdir)
         log = stack.enter_context(Log(workdir, first))
         if preview.missing(first):  # killed between a checkpoint and its pictures
             log.write_samples(first, preview.make(state.sampling_params(current), first))
         if first >= config.train.steps:
             print(f"{workdir} is complete: step {first} of {config.train.steps}", flush=True)
             return current
-        batches = data.batches(prepared.split, config.data.batch_size, config.train.seed, first)
-        compiled = compile_steps(steps, current, prepared, first, config, progress)
+        steps = compile_phases(prepared, first, progress, steps)  # where a torn one was passed over
+        batches = data.batches(known.split, config.data.batch_size, config.train.seed, first)
+        null = hosts.put(known.null, parallel.replicated(prepared.strategy.mesh))
         stopper = stack.enter_context(Stopper())
         bar = stack.enter_context(
             tqdm(total=config.train.steps, initial=first, unit="step", disable=not progress,
@@ -85,17 +91,18 @@ def run(
 
         pending = None  # metrics of the step before, read while this one runs
         for i in range(first, config.train.steps):
-            choice = "flow_matching" if i < config.train.flow_matching_steps else "objective"
-            current, metrics = compiled[choice](current, prepared.batch(next(batches)))
+            phase = "flow_matching" if i < config.train.flow_matching_steps else "objective"
+            batch = hosts.put(known.batch(next(batches)), prepared.over_rows)
+            current, metrics = steps[phase](current, batch | {"null": null})
             if pending:
                 log.add(*pending)
             pending = (i + 1, metrics)
             done, last = i + 1, i + 1 == config.train.steps
             bar.update()
-            stop = stopper.signal  # read once: one that comes later waits for the next step
+            stop = hosts.stop_requested(stopper.signal, done)  # later ones wait for the next step
             report = done % config.train.log_every == 0 or last
             keep = done % config.train.checkpoint_every == 0 or last or stop
-            if report or keep:
+            if report or keep or hosts.in_step():
                 log.add(*pending)  # a state with NaN is never saved
                 pending = None
             if report:
@@ -113,82 +120,60 @@ def run(
     return current
 
 
-def make_steps(config, model, objective, optimizer) -> dict:
-    """The jitted steps of the two phases: flow matching first, where asked for, then the rest."""
-    train = config.train
-    settings = step.StepConfig(
-        train.seed, train.micro_steps, train.ema_decay, train.unconditional,
-        train.condition_dropout,
-    )
-    phases = {"objective": objective}
-    if train.flow_matching_steps:
-        phases["flow_matching"] = objectives.build(
-            objectives.preset("flow_matching", teacher_decay=objective.config.teacher_decay)
-        )
-    return {
-        name: step.make_step(phase, model.apply, model.null_cond, optimizer, settings)
-        for name, phase in phases.items()
+def compile_phases(prepared: setup.Setup, first: int, progress: bool, done: dict) -> dict:
+    """The steps of each phase that lies ahead, compiled; those in `done` already are."""
+    begin, train = time.perf_counter(), prepared.config.train
+    ends = {"flow_matching": train.flow_matching_steps, "objective": train.steps}
+    if train.steps <= train.flow_matching_steps:
+        ends["objective"] = 0
+    compiled = {
+        phase: prepared.lower(phase).compile()
+        for phase in prepared.phases if first < ends[phase] and phase not in done
     }
-
-
-def compile_steps(
-    steps, current, prepared: inputs.Inputs, first: int, config, progress: bool
-) -> dict:
-    """The steps compiled for this state and batch, before the clock of training starts."""
-    begin = time.perf_counter()
-    example = prepared.example(config.data.batch_size)
-    needed = set()
-    if first < config.train.flow_matching_steps:
-        needed.add("flow_matching")
-    if config.train.steps > config.train.flow_matching_steps:
-        needed.add("objective")
-    compiled = {name: steps[name].lower(current, example).compile() for name in needed}
+    if not compiled:
+        return done
     if progress:
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(current.params))
+        parameters = sum(
+            leaf.size for leaf in jax.tree.leaves(prepared.model.abstract_params())
+        )
         print(
-            f"{config.model.name} of {parameters:,} parameters; "
+            f"{prepared.config.model.name} of {parameters:,} parameters; "
             f"compiled in {time.perf_counter() - begin:.1f} s",
             flush=True,
         )
-    return compiled
+    return done | compiled
 
 
-def start(config, model, objective, optimizer, saver: checkpoints.Saver) -> state.TrainState:
+def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     """The state to go on from: the newest checkpoint, another run's weights, or fresh ones."""
-
-    def fresh(params) -> state.TrainState:
-        decays = objective.config.teacher_decay, config.train.ema_decay
-        return state.create(params, optimizer, *decays)
-
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 2**31 - 1)  # no step's key
-    begin = jax.jit(lambda: fresh(model.init(key)))()
-    restored = saver.restore(abstract(state.to_parts(begin)))
+    restored = saver.restore(state.to_parts(prepared.abstract_state()))
     if restored is not None:
         return state.from_parts(restored)
-    if config.train.init_from and imported.is_imported(config.train.init_from):
-        return fresh(load_transformer(config.train.init_from, model))
-    if config.train.init_from:
-        _, other, params, _ = checkpoints.load_weights(config.train.init_from)
-        theirs, ours = (dataclasses.asdict(m.config) for m in (other, model))
-        differing = [k for k in theirs.keys() | ours if theirs.get(k) != ours.get(k)]
-        if differing:
-            raise UserError(
-                f"train.init_from {config.train.init_from} is another network: it differs in "
-                + ", ".join(f"model.{k} ({theirs.get(k)!r})" for k in sorted(differing))
-            )
-        return fresh(params)
-    return begin
+    config, model = prepared.config, prepared.model
+    source = config.train.init_from
+    if not source:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 2**31 - 1)  # no step's key
+        return prepared.place(lambda: prepared.fresh(model.init(key)))
+    abstract = prepared.abstract_state().params
+    if imported.is_imported(source):
+        arrays = imported.open_imported(source).arrays("transformer")
+        params = store.load(arrays, abstract, f"{source}: transformer")
+    else:
+        refuse_other_networks(source, model)
+        params = checkpoints.load_weights(source, abstract=abstract)[2]
+    return prepared.place(prepared.fresh, params)
 
 
-def load_transformer(folder: str, model: models.Model):
-    """The velocity network of an imported checkpoint, as float32 master weights.
-
-    Raises:
-      UserError: it is of another architecture.
-    """
-    arrays = imported.open_imported(folder).arrays("transformer")
-    abstract = store.on_one_device(model.abstract_params())
-    return store.load(arrays, abstract, f"{folder}: transformer")
+def refuse_other_networks(run: str, model: models.Model) -> None:
+    """Raises UserError where a run trained another network than `model`."""
+    other = models.settings_of(checkpoints.read_config(run).model)[1]
+    theirs, ours = (dataclasses.asdict(config) for config in (other, model.config))
+    differing = [k for k in theirs.keys() | ours if theirs.get(k) != ours.get(k)]
+    if differing:
+        raise UserError(
+            f"train.init_from {run} is another network: it differs in "
+            + ", ".join(f"model.{k} ({theirs.get(k)!r})" for k in sorted(differing))
+        )
 
 
 class Stopper:
@@ -200,6 +185,10 @@ class Stopper:
     def __enter__(self):
         self._before = {}
         with contextlib.suppress(ValueError):  # signals are the main thread's
+            if jax.process_count() > 1:  # SIGTERM is then JAX's, which tells all processes
+                forward = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, forward)
+                return self
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
         return self

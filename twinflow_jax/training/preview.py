@@ -4,10 +4,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from twinflow_jax import images
+from twinflow_jax import images, parallel
 from twinflow_jax.evaluation import sample_labels
+from twinflow_jax.parallel import hosts
 from twinflow_jax.sampling import few_step, sample
 from twinflow_jax.training.inputs import Inputs, take
+from twinflow_jax.training.setup import Setup
 
 
 class Preview:
@@ -16,7 +18,8 @@ class Preview:
     The loss says little about samples (it may rise while they improve): watch these instead.
     """
 
-    def __init__(self, config, inputs: Inputs, workdir: str):
+    def __init__(self, prepared: Setup, inputs: Inputs, workdir: str):
+        config, self._strategy = prepared.config, prepared.strategy
         self._inputs, self._folder = inputs, epath.Path(workdir) / "samples"
         self._grids = [few_step(steps) for steps in config.sample.steps]
         self._every, self._last = config.train.sample_every, config.train.steps
@@ -26,7 +29,7 @@ class Preview:
         self._labels = sample_labels(self._count, self._rows)
         noise_key, self._key = jax.random.split(jax.random.key(config.train.seed))
         shape = inputs.model.sample_shape
-        self._noise = jax.random.normal(noise_key, (self._count, *shape))
+        self._noise = np.asarray(jax.random.normal(noise_key, (self._count, *shape)))
 
     def missing(self, step: int) -> bool:
         """Whether pictures were due at this step and are not there."""
@@ -37,18 +40,28 @@ class Preview:
         return self._folder / f"step_{step:06d}.png"
 
     def make(self, params, step: int) -> dict[int, dict[str, float]]:
-        """Writes samples/step_STEP.png; returns scores by number of evaluations."""
-        blocks, scores = {}, {}
+        """Writes samples/step_STEP.png; returns scores by number of evaluations.
+
+        Every process samples, since all hold parts of the weights; the first one draws.
+        """
+        blocks, scores, mesh = {}, {}, self._strategy.mesh
+        over = parallel.over_rows(mesh, self._count)
         shown = np.concatenate(  # rows are classes, or prompts
             [np.flatnonzero(self._labels == row)[: self._columns] for row in range(self._rows)]
         )
-        cond = take(self._inputs.shown, self._labels)
+        noise, cond = hosts.put((self._noise, take(self._inputs.shown, self._labels)), over)
         for grid in self._grids:
-            x = sample(self._inputs.model.apply, params, self._noise, cond, grid, self._key)
-            x = self._inputs.decode(np.asarray(x))
+            with self._strategy.applied():
+                x = sample(self._inputs.model.apply, params, noise, cond, grid, self._key)
+            x = hosts.fetch(x, mesh)
+            if not hosts.leads():
+                continue
+            x = self._inputs.decode(x)
             blocks[f"{grid.nfe} NFE"] = x[shown]
             if self._inputs.judge:
                 scores[grid.nfe] = self._inputs.judge.score(x, self._labels)
+        if not blocks:
+            return scores
         sheet = images.sheet(blocks, self._columns, title=f"step {step}")
         images.save(self._file(step), sheet, {"rows": "\n".join(self._inputs.names)})
         return scores

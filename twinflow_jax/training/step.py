@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,14 +103,16 @@ def loss_and_gradient(
 
 
 def make_step(
-    objective: Objective, apply: Callable, null_cond: Callable[[int], Any],
-    optimizer: optax.GradientTransformation, config: StepConfig,
-    strategy: parallel.Strategy | None = None,
+    objective: Objective, apply: Callable, optimizer: optax.GradientTransformation,
+    config: StepConfig, strategy: parallel.Strategy | None = None,
+    layouts: TrainState | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `(state, data) -> (state, metrics)`; the state's buffers are donated.
 
-    strategy: of the weights on a mesh, whose `applied` it is then to be traced in.
-    data: {"x": (B, ...), "cond": pytree}. metrics: the loss, each of its terms under
+    strategy: of the weights on a mesh, whose `applied` it is then to be traced in. layouts: of
+    the state there.
+    data: {"x": (B, ...), "cond": pytree, "null": the condition that stands for none, of one row
+    (not needed for "permuted")}. metrics: the loss, each of its terms under
     `loss/NAME`, gradient norm (before clipping) and parameter norm (after the update).
     Released order: the teacher takes in the weights from before this step's update.
     All randomness is `fold_in(seed, step)`, so a run can stop and resume anywhere.
@@ -128,18 +129,21 @@ def make_step(
         rows = x.shape[0]
         objective.counts(rows)  # refuses a batch too small for the roles
         draws = objective.draw(draw_key, rows, x.shape[1:])
+        empty = jax.tree.map(
+            lambda a: jnp.broadcast_to(a, (rows, *a.shape[1:])), data.get("null", {})
+        )
         if config.unconditional == "permuted":
             order = jax.random.permutation(null_key, rows)
             null = jax.tree.map(lambda a: a[order], cond)
         else:
-            null = null_cond(rows)
+            null = empty
         if config.condition_dropout:
             dropped = jax.random.bernoulli(drop_key, config.condition_dropout, (rows,))
             cond = jax.tree.map(
-                lambda empty, given: jnp.where(
-                    dropped.reshape((rows,) + (1,) * (given.ndim - 1)), empty, given
+                lambda none, given: jnp.where(
+                    dropped.reshape((rows,) + (1,) * (given.ndim - 1)), none, given
                 ),
-                null_cond(rows), cond,
+                empty, cond,
             )
 
         decay = objective.config.teacher_decay
@@ -162,4 +166,5 @@ def make_step(
         }
         return TrainState(state.step + 1, params, opt_state, teacher, average), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    outputs = None if layouts is None else (layouts, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=outputs)

@@ -1,0 +1,140 @@
+"""From a config to what runs on the devices: one composition for training and for planning."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from twinflow_jax import models, objectives, parallel
+from twinflow_jax.errors import UserError
+from twinflow_jax.training import optimizers, state, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run's parts. phases: the jitted train steps by name, in the order they are used."""
+
+    config: Any
+    model: models.Model
+    optimizer: optax.GradientTransformation
+    teacher_decay: float
+    strategy: parallel.Strategy
+    layouts: state.TrainState
+    phases: dict[str, Any]
+
+    def fresh(self, params) -> state.TrainState:
+        """The state of step 0 with these weights."""
+        return state.create(
+            params, self.optimizer, self.teacher_decay, self.config.train.ema_decay
+        )
+
+    def place(self, make, *arguments):
+        """`make(*arguments)`, a state, with every part where it belongs."""
+        return jax.jit(make, out_shardings=self.layouts)(*arguments)
+
+    def abstract_state(self) -> state.TrainState:
+        """Shapes, dtypes and layouts."""
+        shapes = jax.eval_shape(self.fresh, self.model.abstract_params())
+        return jax.tree.map(_placed, shapes, self.layouts)
+
+    def abstract_batch(self) -> dict[str, Any]:
+        """What a step takes: x and cond of every row, and the condition that stands for none."""
+        config, model = self.config, self.model
+        rows = config.data.batch_size
+        null = model.abstract_null(config.data.text_tokens)
+        whole = parallel.replicated(self.strategy.mesh)
+        of_rows = lambda leaf: jax.ShapeDtypeStruct(
+            (rows, *leaf.shape[1:]), leaf.dtype, sharding=self.over_rows
+        )
+        x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+        return {
+            "x": of_rows(x), "cond": jax.tree.map(of_rows, null),
+            "null": jax.tree.map(lambda leaf: _placed(leaf, whole), null),
+        }
+
+    @functools.cached_property
+    def over_rows(self) -> jax.sharding.NamedSharding:
+        return parallel.over_rows(self.strategy.mesh, self.config.data.batch_size)
+
+    def lower(self, phase: str, **options):
+        """A phase's step, traced for this mesh."""
+        with self.strategy.applied():
+            traced = self.phases[phase].trace(self.abstract_state(), self.abstract_batch())
+            return traced.lower(**options)
+
+
+def prepare(config, devices: list | None = None) -> Setup:
+    """The parts of the run that a checked config describes, on all devices or on these.
+
+    Raises:
+      UserError: a mesh or strategy that does not go with the devices, the network or the batch.
+    """
+    model = models.create(config.model)
+    objective = objectives.build(config.objective)
+    objective.counts(config.data.batch_size)  # refuses a batch too small for the roles
+    optimizer = optimizers.create(config.optimizer, config.train.steps)
+    fields = dict(config.mesh)
+    name = fields.pop("strategy")
+    mesh = parallel.make_mesh(parallel.MeshConfig(**fields), devices)
+    abstract = model.abstract_params()
+    check_divisible(config, model, mesh)
+    strategy = parallel.create(name, mesh, abstract, model.axes(), model.dtype)
+    decay = objective.config.teacher_decay
+    shapes = jax.eval_shape(
+        lambda params: state.create(params, optimizer, decay, config.train.ema_decay), abstract
+    )
+    layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh))
+
+    train = config.train
+    settings = step.StepConfig(
+        train.seed, train.micro_steps, train.ema_decay, train.unconditional,
+        train.condition_dropout,
+    )
+    phases = {}
+    if train.flow_matching_steps:
+        phases["flow_matching"] = objectives.build(
+            objectives.preset("flow_matching", teacher_decay=decay)
+        )
+    phases["objective"] = objective
+    return Setup(
+        config, model, optimizer, decay, strategy, layouts,
+        {
+            name: step.make_step(phase, model.apply, optimizer, settings, strategy, layouts)
+            for name, phase in phases.items()
+        },
+    )
+
+
+def check_divisible(config, model: models.Model, mesh: jax.sharding.Mesh) -> None:
+    """Refuses rows, heads and tokens that the mesh does not divide.
+
+    Raises:
+      UserError: names the key and numbers that would do.
+    """
+    parts, rows = parallel.row_parts(mesh), config.data.batch_size
+    if rows % parts:
+        raise UserError(
+            f"data.batch_size is {rows}, which the {parts} parts of mesh.data x mesh.fsdp do not "
+            f"divide: take {-(-rows // parts) * parts}, or share rows with mesh.context or "
+            "mesh.tensor"
+        )
+    tensor, heads = mesh.shape["tensor"], getattr(model.config, "heads", 0)
+    if tensor > 1 and (heads == 0 or heads % tensor):
+        raise UserError(
+            f"mesh.tensor is {tensor}, which does not divide the {heads} heads of model "
+            f"{config.model.name!r}"
+        )
+    context = mesh.shape["context"]
+    tokens = math.prod(side // getattr(model.config, "patch", 1) for side in model.sample_shape[:2])
+    if tokens % context:
+        raise UserError(
+            f"mesh.context is {context}, which does not divide the {tokens} tokens of an image"
+        )
+
+
+def _placed(leaf, layout):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
