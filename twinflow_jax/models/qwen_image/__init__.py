@@ -3,14 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from twinflow_jax.models.family import (
-    Family,
-    Network,
-    TextToImage,
-    image_inputs,
-    text_inputs,
-    transformer_inputs,
-)
+from twinflow_jax.models import family
 from twinflow_jax.models.qwen_image import autoencoder, prompt, text_encoder, tiny, transformer
 
 EXPORT_NOTE = """\
@@ -21,17 +14,17 @@ steps. One- and few-step sampling tells the network r = 0: use twinflow_jax for 
 E2(r) (t - r) to the time embedding."""
 
 NETWORKS = {
-    "transformer": Network(
+    "transformer": family.Network(
         "transformer", (transformer.CLASS,), transformer.Config,
-        transformer.Transformer, transformer_inputs, transformer.table,
+        transformer.Transformer, family.transformer_inputs, transformer.table,
     ),
-    "text_encoder": Network(
+    "text_encoder": family.Network(
         "text_encoder", (text_encoder.ARCHITECTURE,), text_encoder.Config,
-        text_encoder.TextEncoder, text_inputs, text_encoder.table, stem="model",
+        text_encoder.TextEncoder, family.text_inputs, text_encoder.table, stem="model",
     ),
-    "vae": Network(
+    "vae": family.Network(
         "vae", (autoencoder.CLASS,), autoencoder.Config,
-        autoencoder.Autoencoder, image_inputs, autoencoder.table,
+        autoencoder.Autoencoder, family.image_inputs, autoencoder.table,
     ),
 }
 
@@ -60,9 +53,9 @@ def norm_preserving(
     return (patches(guided) * ratio).reshape(guided.shape)
 
 
-FAMILY = Family(
+FAMILY = family.Family(
     transformer.Config, transformer.Transformer,
-    TextToImage(
+    family.TextToImage(
         networks=NETWORKS, null_prompt=prompt.NULL_PROMPT, negative_prompt=" ", base_steps=50,
         base_guidance=4.0,
         export_note=EXPORT_NOTE, tiny=tiny.CONFIGS, save_tiny_tokenizer=tiny.save_tokenizer,

@@ -1,14 +1,7 @@
 """SANA: its three networks, its prompts and its codec, as one family."""
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models.family import (
-    Family,
-    Network,
-    TextToImage,
-    image_inputs,
-    text_inputs,
-    transformer_inputs,
-)
+from twinflow_jax.models import family
 from twinflow_jax.models.sana import autoencoder, prompt, text_encoder, tiny, transformer
 
 EXPORT_NOTE = """\
@@ -20,22 +13,22 @@ it, or add E2(r) (t - r) to both outputs of the time embedding."""
 
 
 def _transformer_inputs(config: transformer.Config) -> tuple:
-    *inputs, cond = transformer_inputs(config)
+    *inputs, cond = family.transformer_inputs(config)
     guidance = {"guidance": inputs[1]} if config.guidance_embeds else {}
     return *inputs, cond | guidance
 
 
 NETWORKS = {
-    "transformer": Network(
+    "transformer": family.Network(
         "transformer", (transformer.CLASS,), transformer.Config, transformer.Transformer,
         _transformer_inputs, transformer.table,
     ),
-    "text_encoder": Network(
+    "text_encoder": family.Network(
         "text_encoder", text_encoder.ARCHITECTURES, text_encoder.Config,
-        text_encoder.TextEncoder, text_inputs, text_encoder.table, stem="model",
+        text_encoder.TextEncoder, family.text_inputs, text_encoder.table, stem="model",
     ),
-    "vae": Network(
-        "vae", (autoencoder.CLASS,), autoencoder.Config, autoencoder.Autoencoder, image_inputs,
+    "vae": family.Network(
+        "vae", (autoencoder.CLASS,), autoencoder.Config, autoencoder.Autoencoder, family.image_inputs,
         autoencoder.table,
     ),
 }
@@ -54,9 +47,9 @@ def embed(config: text_encoder.Config, params, ids, mask):
     return prompt.select(states, mask)
 
 
-FAMILY = Family(
+FAMILY = family.Family(
     transformer.Config, transformer.Transformer,
-    TextToImage(
+    family.TextToImage(
         networks=NETWORKS, null_prompt="", negative_prompt="", base_steps=20,
         base_guidance=4.5, export_note=EXPORT_NOTE,
         tiny=tiny.CONFIGS, save_tiny_tokenizer=tiny.save_tokenizer,
