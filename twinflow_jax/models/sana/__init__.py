@@ -28,8 +28,8 @@ NETWORKS = {
         text_encoder.TextEncoder, family.text_inputs, text_encoder.table, stem="model",
     ),
     "vae": family.Network(
-        "vae", (autoencoder.CLASS,), autoencoder.Config, autoencoder.Autoencoder, family.image_inputs,
-        autoencoder.table,
+        "vae", (autoencoder.CLASS,), autoencoder.Config, autoencoder.Autoencoder,
+        family.image_inputs, autoencoder.table,
     ),
 }
 
