@@ -54,6 +54,18 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     return override(config, overrides)
 
 
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """`["KEY=VALUE"]` of a command line's `--config.KEY=VALUE`.
+
+    Raises:
+      UserError: an argument is something else.
+    """
+    for flag in arguments:
+        if not flag.startswith("--config."):
+            raise UserError(f"unknown argument {flag!r}; config keys are --config.KEY=VALUE")
+    return [flag.removeprefix("--config.") for flag in arguments]
+
+
 def override(
     config: ml_collections.ConfigDict, overrides: Sequence[str]
 ) -> ml_collections.ConfigDict:

@@ -21,13 +21,8 @@ def main() -> int:
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
     parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
     args, rest = parser.parse_known_args()
-    overrides = []
-    for flag in rest:
-        if not flag.startswith("--config."):
-            raise UserError(f"unknown argument {flag!r}; config keys are --config.KEY=VALUE")
-        overrides.append(flag.removeprefix("--config."))
     try:
-        train(configs.load(args.config, overrides), args.workdir)
+        train(configs.load(args.config, configs.overrides(rest)), args.workdir)
     except Interrupted as stop:
         name = signal.Signals(stop.signal).name
         print(

@@ -31,7 +31,8 @@ class Rule:
 
     layout: one of LAYOUTS. Where the tensor is missing (a network that is to grow a part which its
     checkpoint does not have yet), copy_of: the key of another rule, whose tensor stands in;
-    normal: the standard deviation of random values, 0 for zeros.
+    normal: the standard deviation of random values, 0 for zeros. pairs: the width of heads, along
+    our last axis, whose adjacent channels theirs pairs for rotation; ours pairs their two halves.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Rule:
     layout: str = "same"
     copy_of: str = ""
     normal: float | None = None
+    pairs: int = 0
 
     @property
     def optional(self) -> bool:
@@ -53,11 +55,13 @@ class Rule:
         """Our layout of one published tensor (of one layer, where the leaf is stacked)."""
         axes, ones = LAYOUTS[self.layout]
         tensor = tensor.reshape(tensor.shape[: tensor.ndim - ones])
-        return tensor if axes is None else tensor.transpose(axes)
+        tensor = tensor if axes is None else tensor.transpose(axes)
+        return _swapped(tensor, self.pairs // 2, 2) if self.pairs else tensor
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `ours`."""
         axes, ones = LAYOUTS[self.layout]
+        array = _swapped(array, 2, self.pairs // 2) if self.pairs else array
         array = array if axes is None else array.transpose(np.argsort(axes))
         return array.reshape(array.shape + (1,) * ones)
 
@@ -68,6 +72,12 @@ class Rule:
         if axes is not None:
             shape = tuple(shape[i] for i in np.argsort(axes))
         return shape + (1,) * ones
+
+
+def _swapped(array: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The last axis, groups of (rows, columns), with both exchanged."""
+    groups = array.reshape(*array.shape[:-1], -1, rows, columns)
+    return np.ascontiguousarray(groups.swapaxes(-1, -2)).reshape(array.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,9 +62,9 @@ class Setup:
 
     def lower(self, phase: str, **options):
         """A phase's step, traced for this mesh."""
+        arguments = self.abstract_state(), self.abstract_batch()
         with self.strategy.applied():
-            traced = self.phases[phase].trace(self.abstract_state(), self.abstract_batch())
-            return traced.lower(**options)
+            return self.phases[phase].trace(*arguments).lower(**options)
 
 
 def prepare(config, devices: list | None = None) -> Setup:

@@ -9,6 +9,7 @@ scan over blocks, and each block is given its own slice of their outputs.
 """
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -138,15 +139,10 @@ def rotary(
 
 
 def rotate(
-    x: Float[Array, "B S N D"], cos: Float[Array, "S half"], sin: Float[Array, "S half"]
-) -> Float[Array, "B S N D"]:
-    """Rotates adjacent pairs of channels.
-
-    First all pairs' first channels come out, then all second ones: interleaving them again
-    would be wasted, since scores do not depend on the order that queries and keys share.
-    """
-    first, second = x[..., ::2], x[..., 1::2]
-    cos, sin = cos[:, None], sin[:, None]
+    x: Float[Array, "B N S D"], cos: Float[Array, "S half"], sin: Float[Array, "S half"]
+) -> Float[Array, "B N S D"]:
+    """Rotates pairs of channels, each of a head's first half with its fellow of the second."""
+    first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
@@ -248,6 +244,28 @@ class Modulation(nn.Module):
         return self.image(image), self.text(text)
 
 
+class HeadProjection(nn.Module):
+    """A dense layer whose outputs are heads, one after the other: the order that attention on a
+    TPU takes, so that nothing is turned around afterwards."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B N S d"]:
+        c = self.config
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads")),
+            (c.width, c.width),
+        )
+        bias = self.param(
+            "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)), (c.width,)
+        )
+        h, kernel, bias = (a.astype(c.dtype) for a in (h, kernel, bias))
+        kernel = kernel.reshape(c.width, c.heads, c.head_dim)
+        return jnp.einsum("bsw,wnd->bnsd", h, kernel) + bias.reshape(c.heads, 1, c.head_dim)
+
+
 class Stream(nn.Module):
     """What a block does with one of its two streams, before and after their joint attention."""
 
@@ -255,9 +273,9 @@ class Stream(nn.Module):
 
     def setup(self):
         c = self.config
-        self.query = _dense(c, c.width, ("embed", "heads"))
-        self.key = _dense(c, c.width, ("embed", "heads"))
-        self.value = _dense(c, c.width, ("embed", "heads"))
+        self.query = HeadProjection(c)
+        self.key = HeadProjection(c)
+        self.value = HeadProjection(c)
         self.out = _dense(c, c.width, ("heads", "embed"))
         self.query_norm = _rms_norm("float32")
         self.key_norm = _rms_norm("float32")
@@ -265,13 +283,9 @@ class Stream(nn.Module):
         self.mlp_out = _dense(c, c.width, ("mlp", "embed"))
 
     def heads(self, h: Float[Array, "B S D"], shift, scale) -> tuple[Array, Array, Array]:
-        """Normalised float32 queries and keys, and values: (B, S, heads, head_dim) each."""
+        """Normalised float32 queries and keys, and values: (B, heads, S, head_dim) each."""
         h = modulated(h, shift, scale).astype(self.config.dtype)
-        query, key, value = (
-            project(h).reshape(*h.shape[:2], self.config.heads, self.config.head_dim)
-            for project in (self.query, self.key, self.value)
-        )
-        return self.query_norm(query), self.key_norm(key), value
+        return self.query_norm(self.query(h)), self.key_norm(self.key(h)), self.value(h)
 
     def update(
         self, h: Float[Array, "B S D"], attended: Float[Array, "B S D"], gate_1, shift, scale,
@@ -312,8 +326,9 @@ class Block(nn.Module):
             self.image.heads(image, *image_terms[:2]), self.text.heads(text, *text_terms[:2]),
             strict=True,
         )
-        query, key, value = (jnp.concatenate(part, axis=1) for part in parts)
+        query, key, value = (jnp.concatenate(part, axis=2) for part in parts)
         query, key = (rotate(a, *angles).astype(value.dtype) for a in (query, key))
+        query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
         attended = attention(
             checkpoint_name(query, "query"), checkpoint_name(key, "key"),
             checkpoint_name(value, "value"), lengths=lengths,
@@ -434,12 +449,17 @@ def table(config: Config) -> names.NameTable:
         names.Rule(*rule, copy_of=source[0]) for rule, source in zip(second, first, strict=True)
     )
     modulation = names.linear("img_mod.1", "image") + names.linear("txt_mod.1", "text")
+    rotated = re.compile("/(query|key)(_norm)?/")
+    block = (
+        dataclasses.replace(rule, pairs=config.head_dim) if rotated.search(rule.path) else rule
+        for rule in names.stack("transformer_blocks", _BLOCK, "layers")
+    )
     return names.NameTable(
         rules=(
             *(names.Rule(*rule) for rule in single),
             *(copies if config.second_embedder else ()),
             *names.stack("transformer_blocks", modulation, "modulation"),
-            *names.stack("transformer_blocks", _BLOCK, "layers"),
+            *block,
         ),
         layers=config.layers,
         prefixes=("transformer.", "module.", "base_model.model.transformer.", "extended_weights."),

@@ -1,0 +1,109 @@
+"""What training would take on TPUs that are not here: memory, communication and about how long.
+
+    python -m twinflow_jax.plan --config configs/qwen20b_tpu.py --topology v5p:4x4x4
+    python -m twinflow_jax.plan --config configs/qwen20b_tpu.py --topology v5p-128 --search
+
+The TPU compiler itself says what fits and what moves (`pip install -e ".[pod]"`, no TPU and no
+weights needed, a minute or two for each plan); seconds are a model. Several topologies, strategies
+and so on make one plan each; --search tries the usual ones of those that are not given.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU would only be in the way
+
+from etils import epath
+from tqdm import tqdm
+
+from twinflow_jax import config as configs
+from twinflow_jax import files
+from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax.planning import plan, report, topology
+
+SEARCHED = {
+    "strategy": ("gather_layers", "gather_once"), "remat": ("full", "dots"), "scale": (1, 2),
+}
+
+
+def main() -> int:
+    args, overrides = parse()
+    topologies = [topology.resolve(name) for name in args.topology]
+    variants = list(
+        itertools.product(topologies, *(choices(args, name) for name in SEARCHED))
+    )
+    if args.hlo and len(variants) > 1:
+        raise UserError(f"--hlo writes one program, but {len(variants)} plans are asked for")
+    hlo_file = epath.Path(args.hlo) if args.hlo else None
+    plans = []
+    bar = tqdm(variants, unit="plan", disable=not sys.stderr.isatty() or len(variants) == 1)
+    bar.write(report.HEADER) if len(variants) > 1 else None
+    for where, strategy, remat, scale in bar:
+        config = varied(args.config, overrides, strategy, remat, scale)
+        if args.mode == "sample":
+            plans.append(plan.sample(config, where, args.steps, hlo_file))
+        else:
+            plans.append(plan.train(config, where, hlo_file))
+        bar.write(report.line(plans[-1])) if len(variants) > 1 else None
+        if args.json:  # what is done so far, since each takes minutes
+            files.write(epath.Path(args.json), as_json(plans))
+    if len(plans) == 1:
+        print(report.details(plans[0]))
+    elif any(not p.refused for p in plans):
+        best = min((p for p in plans if not p.refused), key=lambda p: p.overlapped / p.rows)
+        print(f"\nfastest per image:\n{report.details(best)}")
+    if args.plot:
+        report.plot(plans, args.plot)
+    return 0 if any(not p.refused for p in plans) else 1
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m twinflow_jax.plan", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
+    parser.add_argument(
+        "--topology", required=True, nargs="+", metavar="NAME",
+        help="v5p:4x4x4, 2*v5p:4x4x4 for two slices, or a cloud name like v5p-128, v6e-256",
+    )
+    parser.add_argument("--mode", choices=("train", "sample"), default="train")
+    parser.add_argument("--steps", type=int, default=1, help="evaluations, with --mode sample")
+    parser.add_argument("--strategy", nargs="+", help="instead of mesh.strategy")
+    parser.add_argument("--remat", nargs="+", help="instead of model.remat")
+    parser.add_argument("--scale", nargs="+", type=int, help="multiples of data.batch_size")
+    parser.add_argument("--search", action="store_true", help="try the usual of the three above")
+    parser.add_argument("--json", metavar="FILE", help="write the plans")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw memory and time")
+    parser.add_argument("--hlo", metavar="FILE", help="write the compiled program")
+    args, rest = parser.parse_known_args()
+    return args, configs.overrides(rest)
+
+
+def choices(args, name: str) -> tuple:
+    """The values that a plan is made for; None leaves the config's own."""
+    given = getattr(args, name)
+    return tuple(given) if given else SEARCHED[name] if args.search else (None,)
+
+
+def varied(file: str, overrides: list[str], strategy, remat, scale):
+    """The config with another strategy, rematerialisation and multiple of its batch."""
+    config = configs.load(file, overrides).unlock()
+    if strategy is not None:
+        config.mesh.strategy = strategy
+    if remat is not None:
+        config.model.remat = remat
+    if scale is not None:
+        config.data.batch_size *= scale
+    return config.lock()
+
+
+def as_json(plans: list[plan.Plan]) -> bytes:
+    return json.dumps([p.to_json() for p in plans], indent=2).encode()
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,124 @@
+"""FLOPs that a step should take, counted from the network and the objective, not from a compiler.
+
+FLOPs are of matrix products and convolutions, 2 for a multiplication and its addition.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from twinflow_jax.models import Model
+from twinflow_jax.models.attention import compiled_for
+from twinflow_jax.objectives import Batch, Objective
+from twinflow_jax.training.step import micro_batches
+
+RECOMPUTED = {"none": 0, "dots": 0, "attention": 1, "full": 1, "offload": 1}  # forwards, by remat
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """Of one row through the network: matmul without attention kernels, attention in them."""
+
+    matmul: int
+    attention: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One evaluation of the network in a step. rows: of it; trained: whether it has a gradient."""
+
+    rows: int
+    trained: bool
+
+
+def forward(model: Model, text_tokens: int, platform: str = "tpu") -> Forward:
+    """The FLOPs of one row, as the network computes it on a platform."""
+    null = model.abstract_null(text_tokens)
+    x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+    time = jax.ShapeDtypeStruct((1,), jnp.float32)
+    with compiled_for(platform):
+        jaxpr = jax.make_jaxpr(model.apply)(model.abstract_params(), x, time, time, null)
+    counted = _count(jaxpr.jaxpr)
+    return Forward(int(counted[0]), int(counted[1]))
+
+
+def calls(
+    objective: Objective, rows: int, sample_shape: tuple[int, ...], micro_steps: int = 1
+) -> list[Call]:
+    """The evaluations that one step of `rows` rows makes."""
+    found: list[Call] = []
+    student, other = {"weight": np.zeros(())}, {"weight": np.zeros(())}
+
+    def apply(params, x_t, t, r, cond):
+        found.append(Call(x_t.shape[0], params is student))
+        return jnp.zeros_like(x_t)
+
+    draws = jax.eval_shape(lambda key: objective.draw(key, rows, sample_shape), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((rows, *sample_shape), jnp.float32)
+    teacher = other if objective.config.teacher_decay else student
+
+    def loss(x, draws):
+        for batch, part in micro_batches(objective, Batch(x, {}, {}), draws, micro_steps):
+            objective.loss(apply, student, teacher, batch, part)
+        return x
+
+    jax.eval_shape(loss, x, draws)
+    return found
+
+
+def step(
+    one: Forward, evaluations: list[Call], remat: str, row_parts: int = 1
+) -> Forward:
+    """The FLOPs of all devices in one step: rows filled up to the mesh's parts, gradients (twice
+    a forward; in attention 2.5 times, which computes its scores again) and recomputation."""
+    matmul = attention = 0
+    for call in evaluations:
+        rows = math.ceil(call.rows / row_parts) * row_parts
+        again = RECOMPUTED[remat]
+        matmul += rows * one.matmul * (3 + again if call.trained else 1)
+        again = again if remat != "attention" else 0
+        attention += rows * one.attention * (3.5 + again if call.trained else 1)
+    return Forward(int(matmul), int(attention))
+
+
+def _count(jaxpr: core.Jaxpr) -> np.ndarray:
+    """(matmul, attention) FLOPs of a jaxpr, loops multiplied out."""
+    total = np.zeros(2)
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            total[0] += _dot(eqn)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            out = eqn.params["dimension_numbers"].rhs_spec[0]
+            total[0] += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out]
+        elif name == "pallas_call":  # the splash kernel, its arrays (..., heads, tokens, depth)
+            arrays = [v.aval.shape for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+            query, key = arrays[:2]
+            total[1] += 4 * math.prod(query) * key[-2]
+        else:
+            times = eqn.params["length"] if name == "scan" else 1
+            for inner in _inner(eqn.params.values()):
+                total += times * _count(inner)
+    return total
+
+
+def _dot(eqn) -> int:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval.shape
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+
+
+def _inner(values):
+    """The jaxprs among an equation's parameters."""
+    for value in values:
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _inner(value)

@@ -1,0 +1,221 @@
+"""What a config would cost on devices that nobody has yet: compiled, read, and priced."""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from twinflow_jax import objectives, parallel, sampling
+from twinflow_jax.errors import UserError
+from twinflow_jax.parallel import flags
+from twinflow_jax.planning import cost, flops, hlo
+from twinflow_jax.planning.topology import GENERATIONS, Topology, devices
+from twinflow_jax.training import setup
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One config on one topology. Bytes, FLOPs and seconds are of one device and one step.
+
+    refused: why it does not compile, "" where it does. parts: bytes of what a device holds.
+    analytic: FLOPs of the declared calls, matmul and attention. forwards: of the whole batch,
+    that a step is worth. collectives: bytes by kind, "(looped)" inside loops.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    strategy: str
+    remat: str
+    rows: int
+    chips: int
+    refused: str = ""
+    parts: dict[str, int] = dataclasses.field(default_factory=dict)
+    peak_bytes: int = 0
+    hbm_bytes: int = 0
+    host_bytes: int = 0
+    analytic: dict[str, float] = dataclasses.field(default_factory=dict)
+    compiled: dict[str, float] = dataclasses.field(default_factory=dict)
+    forwards: float = 0.0
+    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    components: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    overlapped: float = 0.0
+    utilisation: float = 0.0
+    steps: int = 1
+    compile_seconds: float = 0.0
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def images_per_second(self) -> float:
+        return self.rows / self.overlapped if self.overlapped else 0.0
+
+    @property
+    def run_seconds(self) -> float:
+        """Of all the config's steps, without start, checkpoints and pictures."""
+        return self.steps * self.overlapped
+
+    @property
+    def chip_hours(self) -> float:
+        return self.run_seconds * self.chips / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {
+            "images_per_second": self.images_per_second, "run_seconds": self.run_seconds,
+            "chip_hours": self.chip_hours,
+        }
+
+
+def train(config, topology: Topology, hlo_file=None) -> Plan:
+    """The plan of a training step, compiled for the topology.
+
+    hlo_file: where to write the optimised HLO to.
+    Raises:
+      UserError: a config that cannot be trained there, whatever the memory.
+    """
+    prepared = setup.prepare(config, devices(topology))
+    state, batch = prepared.abstract_state(), prepared.abstract_batch()
+    phase = list(prepared.phases)[-1]
+    parts = {
+        "weights": on_device(state.params), "optimizer": on_device(state.opt_state),
+        "averages": on_device((state.teacher, state.average)), "batch": on_device(batch),
+    }
+    one = flops.forward(prepared.model, config.data.text_tokens)
+    objective = objectives.build(config.objective)
+    evaluations = flops.calls(
+        objective, config.data.batch_size, prepared.model.sample_shape, config.train.micro_steps
+    )
+    row_parts = parallel.row_parts(prepared.strategy.mesh)
+    remat = getattr(prepared.model.config, "remat", "none")
+    work = flops.step(one, evaluations, remat, row_parts)
+    lower = lambda: prepared.lower(phase, lowering_platforms=("tpu",))
+    base = dataclasses.replace(
+        _base(config, topology, prepared.strategy.mesh), remat=remat, steps=config.train.steps
+    )
+    return _compiled(base, lower, prepared.strategy.mesh, parts, one, work, hlo_file)
+
+
+def sample(config, topology: Topology, steps: int, hlo_file=None) -> Plan:
+    """The plan of drawing `data.batch_size` latents in `steps` evaluations, weights in the dtype
+    of computation; text encoder and autoencoder are not in it."""
+    prepared = setup.prepare(config, devices(topology))
+    model, mesh = prepared.model, prepared.strategy.mesh
+    cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=leaf.sharding)
+    params = jax.tree.map(cast, prepared.abstract_state().params)
+    batch = prepared.abstract_batch()
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    grid, rows = sampling.few_step(steps), config.data.batch_size
+
+    def draw(params, noise, cond, key):
+        return sampling.sample(model.apply, params, noise, cond, grid, key)
+
+    def lower():
+        with prepared.strategy.applied():
+            traced = jax.jit(draw).trace(params, batch["x"], batch["cond"], key)
+            return traced.lower(lowering_platforms=("tpu",))
+
+    one = flops.forward(model, config.data.text_tokens)
+    work = flops.step(
+        one, [flops.Call(rows, False)] * grid.nfe, "none", parallel.row_parts(mesh)
+    )
+    parts = {"weights": on_device(params), "batch": on_device((batch["x"], batch["cond"]))}
+    base = _base(config, topology, mesh)
+    return _compiled(base, lower, mesh, parts, one, work, hlo_file)
+
+
+def on_device(tree) -> int:
+    """Bytes of abstract arrays on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _base(config, topology: Topology, mesh) -> Plan:
+    shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"fsdp": 1}
+    return Plan(
+        topology.name, shape, config.mesh.strategy, "none", config.data.batch_size, topology.chips
+    )
+
+
+def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
+    """The plan with what the compiler says."""
+    kind = mesh.devices.flat[0].device_kind
+    generation = next(g for g in GENERATIONS.values() if g.kind == kind)
+    options, count = flags.options(kind), mesh.devices.size
+    plan = dataclasses.replace(
+        base, parts=parts, hbm_bytes=generation.hbm_bytes, options=options,
+        analytic={"matmul": work.matmul / count, "attention": work.attention / count},
+        forwards=(work.matmul + work.attention) / (base.rows * (one.matmul + one.attention)),
+    )
+    begin = time.perf_counter()
+    try:
+        compiled = lower().compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise UserError(f"{base.topology}: the compiler refused: {_first(error)}") from error
+        return dataclasses.replace(
+            plan, refused=_exceeded(str(error), base),
+            compile_seconds=time.perf_counter() - begin,
+        )
+    seconds, text = time.perf_counter() - begin, compiled.as_text()
+    if hlo_file:
+        hlo_file.write_text(text)
+    memory, program = cost.memory(compiled), hlo.parse(text)
+    predicted = cost.predict(program, list(mesh.devices.flat))
+    rest = memory.peak - sum(parts.values())
+    by_name = {part.name: part for part in predicted.components}
+    amount = lambda name: by_name[name].amount if name in by_name else 0.0
+    return dataclasses.replace(
+        plan, peak_bytes=memory.peak, host_bytes=memory.host_temporary,
+        parts=parts | {"program": memory.code, "activations": rest - memory.code},
+        compiled={"matmul": amount("matmul"), "attention": amount("attention kernels")},
+        collectives=_collectives(program),
+        components={
+            part.name: {
+                "seconds": part.seconds, "hidden": part.hidden, "amount": part.amount,
+                "count": part.count,
+            }
+            for part in predicted.components
+        },
+        seconds=predicted.seconds, overlapped=predicted.overlapped,
+        utilisation=predicted.utilisation, compile_seconds=seconds, notes=predicted.notes,
+    )
+
+
+def _collectives(program: hlo.Program) -> dict[str, dict[str, float]]:
+    """Executions, bytes and overlapped bytes of each kind, in loops and outside."""
+    found: dict[str, dict[str, float]] = {}
+    for one in hlo.collectives(program):
+        name = one.kind + (" (looped)" if one.in_loop else "")
+        row = found.setdefault(name, {"count": 0, "bytes": 0, "overlapped": 0})
+        row["count"] += one.count
+        row["bytes"] += one.total
+        row["overlapped"] += one.total if one.overlapped else 0
+    return found
+
+
+def _exceeded(message: str, base: Plan) -> str:
+    """By how much, and what would help."""
+    number = r"([\d.]+\w)"
+    used = re.search(f"Used {number} of {number} hbm. Exceeded hbm capacity by {number}", message)
+    how = f"needs {used[1]} of {used[2]}, {used[3]} too much" if used else "does not fit"
+    levers = []
+    if base.strategy == "gather_once":
+        levers.append("mesh.strategy=gather_layers")
+    if base.remat not in ("full", "offload"):
+        levers.append("model.remat=full")
+    elif base.remat == "full":
+        levers.append("model.remat=offload")
+    levers += ["fewer rows or train.micro_steps", "more chips"]
+    return f"{how}; what would help: {', '.join(levers)}"
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

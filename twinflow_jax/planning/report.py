@@ -1,0 +1,101 @@
+"""A plan as text and as a picture."""
+
+import io
+from collections.abc import Sequence
+
+from etils import epath
+
+from twinflow_jax import files
+from twinflow_jax.planning.cost import UNCERTAINTY
+from twinflow_jax.planning.plan import GIB, Plan
+
+HEADER = (
+    f"{'topology':<14}{'mesh':<26}{'strategy':<15}{'remat':<9}{'batch':>6}{'GiB':>7}"
+    f"{'step s':>8}{'less overlap':>13}{'images/s':>10}{'of peak':>9}{'chip-hours':>11}"
+)
+
+
+def line(plan: Plan) -> str:
+    """One plan on one line, under HEADER."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    start = f"{plan.topology:<14}{mesh:<26}{plan.strategy:<15}{plan.remat:<9}{plan.rows:>6}"
+    if plan.refused:
+        return f"{start}  {plan.refused}"
+    return (
+        f"{start}{plan.peak_bytes / GIB:>7.1f}{plan.seconds:>8.2f}{plan.overlapped:>13.2f}"
+        f"{plan.images_per_second:>10.1f}{plan.utilisation:>9.0%}{plan.chip_hours:>11.0f}"
+    )
+
+
+def details(plan: Plan) -> str:
+    """Everything about one plan."""
+    if plan.refused:
+        return f"{plan.topology}: {plan.refused} (known after {plan.compile_seconds:.0f} s)"
+    low, high = (round(100 * share) for share in UNCERTAINTY)
+    lines = [
+        f"{plan.topology}: fits, {plan.peak_bytes / GIB:.2f} of {plan.hbm_bytes / GIB:.2f} GiB "
+        f"per device (compiler's word; compiled in {plan.compile_seconds:.0f} s)",
+        "  of that " + ", ".join(
+            f"{name} {size / GIB:.2f}" for name, size in plan.parts.items() if size
+        ) + f"; on the host {plan.host_bytes / GIB:.2f}",
+        "FLOPs per device and step, TFLOP: " + ", ".join(
+            f"{name} {plan.compiled[name] / 1e12:.2f} compiled, {count / 1e12:.2f} counted "
+            f"({plan.compiled[name] / count - 1:+.1%})"
+            for name, count in plan.analytic.items() if count
+        ) + f"; {plan.forwards:.2f} forwards of the batch",
+        f"{'collectives':<28}{'count':>9}{'GB':>9}{'overlapped':>12}",
+    ]
+    lines += [
+        f"  {name:<26}{row['count']:>9}{row['bytes'] / 1e9:>9.2f}{row['overlapped'] / 1e9:>12.2f}"
+        for name, row in sorted(plan.collectives.items(), key=lambda item: -item[1]["bytes"])
+    ]
+    lines.append(f"{'time model':<28}{'count':>9}{'seconds':>9}{'hidden':>12}")
+    lines += [
+        f"  {name:<26}{row['count']:>9}{row['seconds']:>9.3f}{row['hidden']:>12.3f}"
+        for name, row in plan.components.items() if row["seconds"] >= 5e-4
+    ]
+    lines += [
+        f"  {'step':<26}{'':>9}{plan.seconds:>9.3f}{plan.seconds - plan.overlapped:>12.3f}",
+        f"about {plan.overlapped:.2f} s per step, {plan.images_per_second:.1f} images/s, "
+        f"{plan.utilisation:.0%} of peak; {plan.steps:,} steps: {plan.run_seconds / 3600:.1f} h, "
+        f"{plan.chip_hours:,.0f} chip-hours",
+        f"The seconds are a model, right to {low}-{high} %: good for comparing plans. It charges "
+        "each collective to the torus axes that it spans and cannot see links that are shared, "
+        "hosts, or data that comes late.",
+    ]
+    if plan.options:
+        lines.append(
+            "compiled with " + " ".join(f"--{k}={v}" for k, v in plan.options.items())
+        )
+    return "\n".join(lines + [f"note: {note}" for note in plan.notes])
+
+
+def plot(plans: Sequence[Plan], file: epath.PathLike) -> None:
+    """Bars of memory by part and of seconds by component, one for each plan that fits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fitting = [plan for plan in plans if not plan.refused]
+    names = [f"{p.topology} {p.strategy}\n{p.remat}, batch {p.rows}" for p in fitting]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.5 * len(fitting)), layout="constrained")
+    bars = (
+        ("GiB per device", [{k: v / GIB for k, v in p.parts.items()} for p in fitting]),
+        ("predicted seconds per step, nothing overlapped",
+         [{k: row["seconds"] for k, row in p.components.items()} for p in fitting]),
+    )
+    for ax, (title, rows) in zip(axes, bars, strict=True):
+        left = [0.0] * len(rows)
+        for part in {name: None for row in rows for name in row}:
+            values = [row.get(part, 0.0) for row in rows]
+            ax.barh(names, values, left=left, label=part)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        ax.set_title(title)
+        ax.legend(fontsize="small")
+        ax.invert_yaxis()
+    axes[1].set_yticklabels([])
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    plt.close(figure)
+    files.write(epath.Path(file), picture.getvalue())
