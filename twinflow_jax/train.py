@@ -9,7 +9,7 @@ import signal
 import sys
 
 from twinflow_jax import config as configs
-from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax.errors import run_verb
 from twinflow_jax.training.loop import Interrupted, train
 
 

@@ -4,12 +4,14 @@ They mean nothing until rules map them to a mesh (`parallel.applied`); without, 
 return their argument.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 
 def spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec | None:
@@ -61,3 +63,40 @@ def locally(function: Callable, *arguments: tuple[Array, tuple[str | None, ...]]
     return jax.shard_map(
         function, in_specs=tuple(layouts), out_specs=layouts[0], check_vma=False
     )(*arrays)
+
+
+def contract_in_place(
+    x: Float[Array, "B K D"], kernel: Float[Array, "layers D M"]
+) -> Float[Array, "layers B K M"]:
+    """`x @ kernel` of all layers, the kernel staying where it lies: for kernels far larger than x.
+
+    Each device multiplies its part of D for all rows, and the rows' sums come home to the
+    devices that have the rows.
+    """
+    product = lambda x, kernel: jnp.einsum("bkd,ldm->lbkm", x, kernel)
+    rules = dict(nn.get_logical_axis_rules())
+    at_home = spec(kernel.shape, (None, "embed", "modulation"))
+    if at_home is None or at_home[1] is None:
+        return product(x, kernel)
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, inner = rules["rows"], rules["embed"]
+    outer = rules["modulation"] if at_home[2] is not None else ()
+    rows, parts = x.shape[0], math.prod(mesh.shape[axis] for axis in batch)
+    width = x.shape[2] // math.prod(mesh.shape[axis] for axis in inner)
+
+    def local(x, kernel):
+        for axis in reversed(inner):
+            x = jax.lax.all_gather(x, axis, axis=0, tiled=True)
+        mine = jax.lax.axis_index(inner) * width
+        terms = product(jax.lax.dynamic_slice_in_dim(x, mine, width, axis=2), kernel)
+        for axis in inner:
+            terms = jax.lax.psum_scatter(terms, axis, scatter_dimension=1, tiled=True)
+        for axis in outer:
+            terms = jax.lax.all_gather(terms, axis, axis=3, tiled=True)
+        return terms
+
+    x = jnp.pad(x, ((0, -rows % parts), (0, 0), (0, 0)))
+    return jax.shard_map(
+        local, in_specs=(PartitionSpec(batch), at_home), out_specs=PartitionSpec(None, batch),
+        check_vma=False,
+    )(x, kernel)[:, :rows]

@@ -97,8 +97,8 @@ def _count(jaxpr: core.Jaxpr) -> np.ndarray:
             out = eqn.params["dimension_numbers"].rhs_spec[0]
             total[0] += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out]
         elif name == "pallas_call":  # the splash kernel, its arrays (..., heads, tokens, depth)
-            arrays = [v.aval.shape for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
-            query, key = arrays[:2]
+            floating = [v.aval for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+            query, key = (array.shape for array in floating[:2])
             total[1] += 4 * math.prod(query) * key[-2]
         else:
             times = eqn.params["length"] if name == "scan" else 1

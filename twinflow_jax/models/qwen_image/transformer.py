@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, remat, settings
 from twinflow_jax.models.attention import attention
-from twinflow_jax.models.axes import constrain, tokens
+from twinflow_jax.models.axes import contract_in_place, tokens
 from twinflow_jax.models.conditioning import sinusoid
 from twinflow_jax.models.stack import run_layers
 
@@ -223,12 +223,8 @@ class StackedDense(nn.Module):
             (c.layers, 6 * c.width),
         )
         context, kernel, bias = (a.astype(c.dtype) for a in (context, kernel, bias))
-        # Over a mesh the small outputs travel, never the kernel: each device multiplies its
-        # rows of it, for the whole batch.
-        context = constrain(context, None, None, "embed")
-        terms = jnp.einsum("bkd,ldm->lbkm", context, kernel) + bias[:, None, None]
-        terms = constrain(terms, None, None, None, "modulation")
-        return constrain(terms, None, "rows", None, None)
+        # Over a mesh the small outputs travel, never the kernel.
+        return contract_in_place(context, kernel) + bias[:, None, None]
 
 
 class Modulation(nn.Module):
