@@ -128,9 +128,9 @@ install() {
   return $status
 }
 
-start() {
+start() { # --again: ends first what runs
   on_all "${mount:+$mount && }twinflow/launch/worker.sh start $(
-    quote ${logs:+--logs "$logs"} -- "${training[@]}" --coordinator auto
+    quote "$@" ${logs:+--logs "$logs"} -- "${training[@]}" --coordinator auto
   )"
 }
 
@@ -151,24 +151,26 @@ stop() {
 watch() {
   local now found
   if [[ $dry ]]; then
-    for step in state statuses stop start delete create install; do "$step"; done
+    for step in state statuses 'start --again' delete create install; do $step; done
     return
   fi
   while true; do
     now=$(state)
     case $now in
       ACTIVE)
-        found=" $(statuses | sed -n 's/.*training: \(.\)/\1/p' | sort -u | tr '\n' ' ')"
+        # A worker that does not answer is restarting: what its peers say can wait.
+        found=$(statuses) || found=''
+        found=" $(sed -n 's/.*training: \(.\)/\1/p' <<<"$found" | sort -u | tr '\n' ' ')"
         echo "launch: workers:$found" >&2
         case $found in
-          *' bare '*) install && stop && start ;;
-          *' lost '*) stop && start ;; # a VM restarted: its peers wait for it, or gave up
+          *' bare '*) install && start --again ;;
+          *' lost '*) start --again ;; # a VM restarted: its peers wait for it, or gave up
           *' running '*) ;;
           *' stopped '*) exit 0 ;;
           ' 0 ') exit 0 ;;
           *' 2 '*) fail "training was refused (launch/tpu_vm.sh logs)" ;;
-          ' ') ;; # no answer: look again
-          *' 130 '* | *' 143 '*) start ;; # saved before a maintenance
+          ' ') ;;
+          *' 130 '* | *' 143 '*) start --again ;; # saved before a maintenance
           *) fail "training failed in all its attempts (launch/tpu_vm.sh logs)" ;;
         esac
         ;;

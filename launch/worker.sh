@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What launch/tpu_vm.sh calls on each worker: training in the background, under launch/local.sh.
 #
-#   launch/worker.sh start [--logs DIR] [--dry-run] -- TRAINING ARGUMENTS
+#   launch/worker.sh start [--again] [--logs DIR] [--dry-run] -- TRAINING ARGUMENTS
+#                              --again: saves and ends first what runs
 #   launch/worker.sh stop      saves and ends; waits for that
 #   launch/worker.sh status    running, stopped (by stop), the exit status of what has ended, or
 #                              lost: nothing runs, since nothing was started or the VM restarted
@@ -18,6 +19,11 @@ alive() { # the process number may be another's after the VM restarted
   [[ -s $state/pid ]] && tr '\0' ' ' 2>/dev/null <"/proc/$(<"$state/pid")/cmdline" | grep -q local.sh
 }
 
+stop() {
+  alive && kill -TERM "$(<"$state/pid")"
+  while alive; do sleep 1; done
+}
+
 copy() {
   case $logs in
     '') ;;
@@ -26,12 +32,13 @@ copy() {
   esac
 }
 
-verb=${1:-} logs='' dry=''
+verb=${1:-} logs='' dry='' again=''
 shift
 while (($#)); do
   case $1 in
     --logs) logs=${2:-} && shift ;;
     --dry-run) dry=yes ;;
+    --again) again=yes ;;
     --) shift && break ;;
     *) fail "unknown argument '$1' (launch/worker.sh --help)" ;;
   esac
@@ -48,6 +55,7 @@ case $verb in
       launch/local.sh --dry-run "$@"
       exit
     fi
+    [[ $again ]] && stop
     alive && fail "training runs here already"
     mkdir -p "$state" || exit 1
     rm -f "$state/status" "$state/stopped" "$state/pid"
@@ -66,8 +74,7 @@ case $verb in
     ;;
   stop)
     mkdir -p "$state" && touch "$state/stopped"
-    alive && kill -TERM "$(<"$state/pid")"
-    while alive; do sleep 1; done
+    stop
     ;;
   status)
     if alive; then

@@ -223,6 +223,9 @@ while true; do sleep .05; done''')
     wait_until(lambda: calls(place))
     assert call(place, "worker.sh", "status")[1] == "running\n"
     assert "already" in call(place, "worker.sh", "start", "--", *TRAIN)[2]
+    (place / "calls" / "on").unlink()
+    assert call(place, "worker.sh", "start", "--again", "--logs", str(logs), "--", *TRAIN)[0] == 0
+    wait_until(lambda: calls(place))
     assert call(place, "worker.sh", "stop")[0] == 0
     assert call(place, "worker.sh", "status")[1] == "stopped\n"
     wait_until(lambda: list(logs.glob("*.log")))
@@ -238,9 +241,12 @@ case $1 in
   describe) take states ;;
   ssh)
     case "${@: -1}" in
-      *'worker.sh status'*) take workers | tr ' ' '\\n' | sed 's/^/training: /' ;;
+      *'worker.sh status'*)
+        words=$(take workers)
+        tr ' ' '\\n' <<<"${words%unreachable}" | sed 's/^/training: /'
+        [[ $words != *unreachable ]] ;;
       *'uv pip'*) echo install >>$calls/did ;;
-      *) echo "${@: -1}" | grep -o 'worker.sh [a-z]*' >>$calls/did ;;
+      *) echo "${@: -1}" | grep -o 'worker.sh [a-z-]* --again' >>$calls/did ;;
     esac ;;
   *) echo $1 >>$calls/did ;;
 esac
@@ -250,8 +256,9 @@ esac
 @pytest.mark.parametrize("states, workers, did, ends", [
     (["ACTIVE"] * 3 + ["SUSPENDING", "SUSPENDED", "PROVISIONING"] + ["ACTIVE"] * 3,
      ["lost lost", "running running", "", "bare bare", "running running", "0 0"],
-     ["stop", "start", "delete", "create", "scp", "install", "stop", "start"], 0),
-    (["ACTIVE"] * 3, ["143 143", "running lost", "0 0"], ["start", "stop", "start"], 0),
+     ["start --again", "delete", "create", "scp", "install", "start --again"], 0),
+    (["ACTIVE"] * 3, ["143 143", "running lost", "0 0"], ["start --again"] * 2, 0),
+    (["ACTIVE"] * 4, ["1 unreachable", "2 unreachable", "2 lost", "0 0"], ["start --again"], 0),
     (["ACTIVE"] * 2, ["running 0", "2 2"], [], 2),
     (["ACTIVE"], ["1 1"], [], 2),
     (["ACTIVE"], ["stopped 143"], [], 0),
