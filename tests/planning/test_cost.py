@@ -8,6 +8,7 @@ import pytest
 
 from twinflow_jax.errors import UserError
 from twinflow_jax.planning import cost, hlo
+from twinflow_jax.planning.collectives import Collective
 from twinflow_jax.planning.topology import GENERATIONS
 
 HERE = pathlib.Path(__file__).parent
@@ -30,8 +31,7 @@ def part(prediction, name):
 
 
 def one(kind, size, groups, network="ici"):
-    return hlo.Collective(kind, "x", 1, size, len(groups[0]), groups, network, False, False, (), 0,
-                          "")
+    return Collective(kind, "x", 1, size, len(groups[0]), groups, network, False, False, (), 0, "")
 
 
 def seconds(generation, devices, collective):

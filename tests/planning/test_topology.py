@@ -77,7 +77,7 @@ def test_missing_libtpu_is_said(monkeypatch):
         topology.devices(topology.resolve("v5p-8"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.tpu
 @pytest.mark.parametrize("name, shape", [
     ("v5p:2x2x4", (2, 2, 4)), ("v4-8", (2, 2, 1)), ("v5e:4x8", (4, 8, 1)), ("v6e-1", (1, 1, 1)),
     ("tpu7x-8", (2, 2, 1)), ("2*v5p:2x2x1", (2, 2, 1)),
@@ -92,7 +92,7 @@ def test_devices_of_libtpu(name, shape):
         number for number in range(wanted.slices) for _ in range(wanted.devices // wanted.slices))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.tpu
 def test_a_refusal_of_libtpu_is_one_line():
     with pytest.raises(UserError, match="libtpu refuses v5p:2x3x1") as caught:
         generation = topology.GENERATIONS["v5p"]

@@ -11,8 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twinflow_jax.planning import hlo
+from twinflow_jax.planning.collectives import Collective, collectives, covers
+from twinflow_jax.planning.hlo import Program, Step
 from twinflow_jax.planning.topology import Generation, generation_of, slice_of, torus
+from twinflow_jax.planning.traffic import Traffic, moves, step_traffic
+from twinflow_jax.planning.work import Kernel, step_flops, step_kernels
 
 UNCERTAINTY = (.3, .5)  # of the seconds: from 30 % for programs of large matrix products to 50 %
 
@@ -93,7 +96,7 @@ class Prediction:
         return self.flops / self.peak / self.overlapped if self.overlapped else 0.
 
 
-def predict(program: hlo.Program, devices: Sequence,
+def predict(program: Program, devices: Sequence,
             assumptions: Assumptions = Assumptions()) -> Prediction:  # noqa: B008
     """What one run of the program costs on these devices.
 
@@ -108,17 +111,17 @@ def predict(program: hlo.Program, devices: Sequence,
         row = charge(program, step, generation, assumptions)
         if row is not None:
             rows.append((row, step))
-            if hlo.covers(step) is None:  # only work that the device waits for can hide other work
+            if covers(step) is None:  # only work that the device waits for can hide other work
                 free[step.visit, step.op.name] = row.seconds
     parts, notes = {}, set()
     for row, step in rows:
-        beside = hlo.covers(step)
+        beside = covers(step)
         hidden = hide(row.seconds, beside, step.visit, free) if beside else 0.
         add(parts, row, hidden, step.times)
         if row.name == "other kernels":
             notes |= {f"kernel {kernel.name}: FLOPs unknown, charged for its memory traffic"
-                      for kernel in hlo.step_kernels(program, step)}
-    for one in hlo.collectives(program):
+                      for kernel in step_kernels(program, step)}
+    for one in collectives(program):
         row = Component(f"{one.kind} ({one.network})", network.seconds(one), 0., one.bytes, "B", 1)
         hidden = hide(row.seconds, one.covers, one.visit, free) if one.overlapped else 0.
         add(parts, row, hidden, one.count)
@@ -127,7 +130,7 @@ def predict(program: hlo.Program, devices: Sequence,
     return Prediction(tuple(order), generation.peak, tuple(sorted(notes)))
 
 
-def slice_devices(program: hlo.Program, devices: list) -> list:
+def slice_devices(program: Program, devices: list) -> list:
     """The devices that the program's numbers mean: with several slices, those of one."""
     if len(devices) == program.devices:
         return devices
@@ -153,13 +156,13 @@ def hide(seconds: float, beside: Sequence[str], visit: int, free: dict) -> float
     return seconds - left
 
 
-def charge(program: hlo.Program, step: hlo.Step, generation: Generation,
+def charge(program: Program, step: Step, generation: Generation,
            assumptions: Assumptions) -> Component | None:
     """One execution of a step; None for collectives and for what costs nothing."""
-    found = hlo.step_kernels(program, step)
+    found = step_kernels(program, step)
     if found:
         return kernel_cost(program, step, found, generation, assumptions)
-    work = hlo.step_flops(program, step)
+    work = step_flops(program, step)
     cycles = step.op.cycles
     if work and step.op.opcode in ("fusion", "dot", "convolution"):
         if cycles and generation.name in assumptions.trusted_cycles:
@@ -167,22 +170,22 @@ def charge(program: hlo.Program, step: hlo.Step, generation: Generation,
             seconds = max(cycles / generation.clock, work / generation.peak)
         else:
             seconds = max(work / generation.peak / assumptions.matmul_share,
-                          traffic_seconds(hlo.step_traffic(program, step), generation, assumptions))
+                          traffic_seconds(step_traffic(program, step), generation, assumptions))
         return Component("matmul", seconds, 0., work, "FLOP", 1)
-    if not hlo.moves(program, step):
+    if not moves(program, step):
         return None
-    traffic = hlo.step_traffic(program, step)
+    traffic = step_traffic(program, step)
     seconds = traffic_seconds(traffic, generation, assumptions)
     if cycles:
         seconds = min(seconds, cycles / generation.clock)
     if traffic.host:
         name = "host copies"
     else:
-        name = "memory" if hlo.covers(step) is None else "asynchronous copies"
+        name = "memory" if covers(step) is None else "asynchronous copies"
     return Component(name, seconds, 0., traffic.host or traffic.hbm, "B", 1)
 
 
-def traffic_seconds(traffic: hlo.Traffic, generation: Generation,
+def traffic_seconds(traffic: Traffic, generation: Generation,
                     assumptions: Assumptions) -> float:
     """The slowest memory's time."""
     return max(traffic.hbm / generation.hbm,
@@ -190,19 +193,19 @@ def traffic_seconds(traffic: hlo.Traffic, generation: Generation,
                traffic.host / assumptions.host)
 
 
-def kernel_cost(program: hlo.Program, step: hlo.Step, found: list[hlo.Kernel],
+def kernel_cost(program: Program, step: Step, found: list[Kernel],
                 generation: Generation, assumptions: Assumptions) -> Component:
     """Attention by its FLOPs; a kernel that is not known as attention by its memory traffic."""
     work = [attention_flops(kernel) for kernel in found]
     if None in work:
-        traffic = hlo.step_traffic(program, step)
+        traffic = step_traffic(program, step)
         seconds = traffic_seconds(traffic, generation, assumptions)
         return Component("other kernels", seconds, 0., traffic.hbm, "B", 1)
     seconds = sum(work) / generation.peak / assumptions.attention_share
     return Component("attention kernels", seconds, 0., sum(work), "FLOP", 1)
 
 
-def attention_flops(kernel: hlo.Kernel) -> int | None:
+def attention_flops(kernel: Kernel) -> int | None:
     """FLOPs of one execution of an attention kernel without a mask; None for other kernels.
 
     Reads q (..., heads, rows, depth), k and v as the first three floating operands. Forward: 2
@@ -238,7 +241,7 @@ class Network:
         self.shape = torus(devices)
         self.rates = {}
 
-    def seconds(self, one: hlo.Collective) -> float:
+    def seconds(self, one: Collective) -> float:
         """Of one execution of a collective."""
         if one.kind == "collective-permute":  # one link, one direction
             passes = .5 / self.assumptions.line
@@ -246,7 +249,7 @@ class Network:
             passes = (one.group - 1) / one.group * (2 if one.kind == "all-reduce" else 1)
         return passes * one.bytes / self.rate(one)
 
-    def rate(self, one: hlo.Collective) -> float:
+    def rate(self, one: Collective) -> float:
         """Bytes per second that a device receives in the slowest group of a collective."""
         between = self.generation.dcn / self.generation.devices_per_chip
         if one.network == "dcn":

@@ -13,6 +13,7 @@ from twinflow_jax import objectives, parallel, sampling
 from twinflow_jax.errors import UserError
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, flops, hlo
+from twinflow_jax.planning.collectives import collectives
 from twinflow_jax.planning.topology import GENERATIONS, Topology, devices
 from twinflow_jax.training import setup
 
@@ -192,7 +193,7 @@ def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
 def _collectives(program: hlo.Program) -> dict[str, dict[str, float]]:
     """Executions, bytes and overlapped bytes of each kind, in loops and outside."""
     found: dict[str, dict[str, float]] = {}
-    for one in hlo.collectives(program):
+    for one in collectives(program):
         name = one.kind + (" (looped)" if one.in_loop else "")
         row = found.setdefault(name, {"count": 0, "bytes": 0, "overlapped": 0})
         row["count"] += one.count

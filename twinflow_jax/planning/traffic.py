@@ -1,0 +1,132 @@
+"""The memory traffic of a program: what is no matrix product, kernel or collective."""
+
+from dataclasses import dataclass
+
+from twinflow_jax.planning.collectives import COLLECTIVES
+from twinflow_jax.planning.hlo import Program, Step, within
+from twinflow_jax.planning.instructions import Array, Computation, Instruction
+from twinflow_jax.planning.work import KERNEL_CALL
+
+# Opcodes that move and compute nothing themselves.
+STRUCTURE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
+             "conditional", "after-all", "partition-id", "replica-id", "async-start",
+             "async-update", "call-start", "opt-barrier", "add-dependency", "send", "recv"}
+# Custom calls that only name memory.
+NAMING_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes read and written, by memory: the device's main one, the on-chip one, the host's."""
+
+    hbm: int = 0
+    vmem: int = 0
+    host: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.hbm + other.hbm, self.vmem + other.vmem, self.host + other.host)
+
+    def __mul__(self, times: int) -> "Traffic":
+        return Traffic(self.hbm * times, self.vmem * times, self.host * times)
+
+
+def traffic(program: Program) -> Traffic:
+    """Of every instruction that is no matrix product, kernel or collective, in one run."""
+    total = Traffic()
+    for step in program.steps:
+        if moves(program, step):
+            total += step_traffic(program, step) * step.times
+    return total
+
+
+def moves(program: Program, step: Step) -> bool:
+    """Whether a step's cost is its memory traffic."""
+    op = step.op
+    if op.opcode in STRUCTURE or op.opcode.endswith("-done") or op.target in NAMING_CALLS:
+        return False
+    if op.opcode.removesuffix("-start") in COLLECTIVES or op.target == KERNEL_CALL:
+        return False
+    return not any(inner.opcode in ("dot", "convolution", *COLLECTIVES)
+                   or inner.target == KERNEL_CALL for _, inner in within(program, step))
+
+
+def step_traffic(program: Program, step: Step) -> Traffic:
+    """Bytes that one execution of an instruction reads and writes.
+
+    Slices count by what they take, updates in place by what they write.
+    """
+    op, computation = step.op, step.computation
+    total = Traffic()
+    for position, name in enumerate(op.operands):
+        source = computation.instructions[name].results
+        limit = read_bytes(program, op, position)
+        for array in source:
+            total += spend(array, array.bytes if limit is None else min(limit, array.bytes))
+    if op.opcode == "copy-start":  # its results are the copy, the source again, and a flag
+        return total + spend(op.results[0], op.results[0].bytes)
+    if op.opcode in ("fusion", "dynamic-update-slice"):
+        written = written_bytes(program, computation, op)
+    else:
+        written = [array.bytes for array in op.results]
+    for array, size in zip(op.results, written, strict=True):
+        total += spend(array, size)
+    return total
+
+
+def spend(array: Array, size: int) -> Traffic:
+    """Bytes in the memory that an array lies in; flags and scalars' memories are free."""
+    return {0: Traffic(hbm=size), 1: Traffic(vmem=size), 5: Traffic(host=size)}.get(
+        array.space, Traffic())
+
+
+def read_bytes(program: Program, op: Instruction, position: int) -> int | None:
+    """Bytes that an instruction reads of an operand; None for all of it."""
+    if op.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
+        return op.results[0].bytes
+    if op.opcode in ("dynamic-update-slice", "scatter") and position == 0:
+        return 0  # the rest of the array stays where it is
+    if op.opcode != "fusion":
+        return None
+    computation = program.computations[op.calls("calls")[0]]
+    return parameter_bytes(program, computation, computation.parameters[position].name)
+
+
+def parameter_bytes(program: Program, computation: Computation, name: str) -> int | None:
+    """Bytes that a fused computation reads of a value; None for all of it."""
+    if computation.root.name == name:
+        return None
+    total = 0
+    for user in computation.users[name]:
+        if renames(program, user):
+            size = parameter_bytes(program, computation, user.name)
+        else:
+            size = read_bytes(program, user, user.operands.index(name))
+        if size is None:
+            return None
+        total += size
+    return total
+
+
+def renames(program: Program, op: Instruction) -> bool:
+    """Whether a fused instruction only hands its operand on, perhaps in another layout."""
+    if op.opcode == "fusion":
+        inside = program.computations[op.calls("calls")[0]].instructions.values()
+        return all(one.opcode == "parameter" or renames(program, one) for one in inside)
+    return op.opcode in ("bitcast", "copy")
+
+
+def written_bytes(program: Program, computation: Computation, op: Instruction) -> list[int]:
+    """Bytes written of each result of a fusion, or of an instruction that ends a fusion."""
+    if op.opcode == "dynamic-update-slice":
+        return [computation.instructions[op.operands[1]].results[0].bytes]
+    if op.opcode in ("bitcast", "copy"):
+        return written_bytes(program, computation, computation.instructions[op.operands[0]])[:1]
+    if op.opcode == "tuple":
+        return [size for name in op.operands
+                for size in written_bytes(program, computation, computation.instructions[name])]
+    if op.opcode == "fusion":
+        inner = program.computations[op.calls("calls")[0]]
+        sizes = written_bytes(program, inner, inner.root)
+        if len(sizes) == len(op.results):
+            return sizes
+    return [array.bytes for array in op.results]
