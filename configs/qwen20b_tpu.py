@@ -37,7 +37,8 @@ def paper() -> ml_collections.ConfigDict:
     config.model = {
         "name": "qwen_image", "sample_shape": (64, 64, 16), "dtype": "bfloat16", "remat": "full",
     }
-    config.objective = objectives.preset("released")
+    config.objective = objectives.preset("released", merge_passes=True)
+    config.mesh.strategy = "gather_layers"
     config.optimizer.update(
         name="adamw", learning_rate=1e-5, betas=(0.9, 0.99), clip_norm=1.0
     )

@@ -37,7 +37,8 @@ def paper() -> ml_collections.ConfigDict:
     config.model = {
         "name": "sana", "sample_shape": (32, 32, 32), "dtype": "bfloat16", "remat": "full",
     }
-    config.objective = objectives.preset("released")
+    config.objective = objectives.preset("released", merge_passes=True)
+    config.mesh.strategy = "gather_layers"
     config.optimizer.update(name="radam", learning_rate=1e-4, betas=(0.9, 0.95))
     config.train.update(
         steps=30_000, ema_decay=0.99, init_from="checkpoints/sana06b", log_every=50,

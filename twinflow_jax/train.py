@@ -1,15 +1,20 @@
 """Train a network: `python -m twinflow_jax.train --config configs/mnist.py --workdir runs/mnist`.
 
 Any config key can be overridden: `--config.train.steps=500`. The same command again goes on
-where a stopped run left off.
+where a stopped run left off. On several hosts, start it on each with --coordinator (docs/pods.md).
 """
 
 import argparse
+import os
+import pathlib
 import signal
 import sys
 
+import jax
+
 from twinflow_jax import config as configs
-from twinflow_jax.errors import run_verb
+from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax.parallel import hosts
 from twinflow_jax.training.loop import Interrupted, train
 
 
@@ -19,19 +24,45 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
-    parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
+    parser.add_argument("--workdir", required=True, help="folder of the run, seen by every host")
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT",
+        help="of process 0, on several hosts; auto on a TPU pod, GKE or Slurm",
+    )
+    parser.add_argument("--processes", type=int, default=1, help="of the run, unless auto")
+    parser.add_argument("--process", type=int, default=0, help="number of this one, from 0")
     args, rest = parser.parse_known_args()
+    overrides = configs.overrides(rest)
+    if args.coordinator:
+        hosts.join(args.coordinator, args.processes, args.process)
+    elif args.processes > 1:
+        raise UserError(f"--processes is {args.processes}: give --coordinator HOST:PORT too")
+    keep_compiled()
     try:
-        train(configs.load(args.config, configs.overrides(rest)), args.workdir)
+        train(configs.load(args.config, overrides), args.workdir, progress=hosts.leads())
+    except UserError:
+        if hosts.leads():
+            raise
+        return 2  # the first process says why
     except Interrupted as stop:
         name = signal.Signals(stop.signal).name
-        print(
-            f"{name}: saved step {stop.step} in {args.workdir}; "
-            "the same command goes on from there",
-            file=sys.stderr,
-        )
+        if hosts.leads():
+            print(
+                f"{name}: saved step {stop.step} in {args.workdir}; "
+                "the same command goes on from there",
+                file=sys.stderr,
+            )
         return 128 + stop.signal
     return 0
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept on disk, so that a restart does not compile again."""
+    if jax.default_backend() == "cpu" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return  # a CPU's are for one kind of processor only
+    jax.config.update(
+        "jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "twinflow_jax")
+    )
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from twinflow_jax import objectives, parallel, sampling
+from twinflow_jax import parallel, sampling
 from twinflow_jax.errors import UserError
 from twinflow_jax.parallel import flags
-from twinflow_jax.planning import cost, flops, hlo
+from twinflow_jax.planning import cost, hlo
 from twinflow_jax.planning.collectives import collectives
 from twinflow_jax.planning.topology import GENERATIONS, Topology, devices
-from twinflow_jax.training import setup
+from twinflow_jax.training import flops, setup
 
 GIB = 2**30
 
@@ -88,13 +88,9 @@ def train(config, topology: Topology, hlo_file=None) -> Plan:
         "averages": on_device((state.teacher, state.average)), "batch": on_device(batch),
     }
     one = flops.forward(prepared.model, config.data.text_tokens)
-    objective = objectives.build(config.objective)
-    evaluations = flops.calls(
-        objective, config.data.batch_size, prepared.model.sample_shape, config.train.micro_steps
-    )
     row_parts = parallel.row_parts(prepared.strategy.mesh)
     remat = getattr(prepared.model.config, "remat", "none")
-    work = flops.step(one, evaluations, remat, row_parts)
+    work = flops.step(one, prepared.evaluations(), remat, row_parts)
     lower = lambda: prepared.lower(phase, lowering_platforms=("tpu",))
     base = dataclasses.replace(
         _base(config, topology, prepared.strategy.mesh), remat=remat, steps=config.train.steps

@@ -11,6 +11,7 @@ from tensorboardX import SummaryWriter
 
 from twinflow_jax import files
 from twinflow_jax.errors import UserError
+from twinflow_jax.parallel import hosts
 
 
 class Log:
@@ -18,25 +19,29 @@ class Log:
     whose steps a stop divides is over those since the resume).
 
     A resumed run drops the lines that lie beyond the step it resumes from, so that each step
-    appears once in metrics.jsonl.
+    appears once in metrics.jsonl. Every process watches, the first one writes.
     """
 
     def __init__(self, workdir: epath.PathLike, first_step: int):
+        self._since: list[dict[str, float]] = []
+        self._hook, self._board = threading.excepthook, None
+        if not hosts.leads():
+            return
         self._file = epath.Path(workdir) / "metrics.jsonl"
         lines = self._file.read_text().splitlines() if self._file.exists() else []
         kept = [line for line in lines if _step_of(line) <= first_step]
         files.write(self._file, "".join(line + "\n" for line in kept).encode())
-        self._hook = threading.excepthook
         threading.excepthook = _without_os_errors(self._hook)
         self._board = SummaryWriter(
             str(epath.Path(workdir) / "tensorboard"), purge_step=first_step + 1
         )
-        self._since: list[dict[str, float]] = []
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
+        if self._board is None:
+            return
         try:
             self._board.close()
         except OSError:  # a full disk: it will be tried again at exit, in vain
@@ -83,6 +88,8 @@ class Log:
             self._record({"step": step} | flat)
 
     def _record(self, row: dict[str, float]) -> None:
+        if self._board is None:
+            return
         with self._file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         for name, value in row.items():

@@ -15,10 +15,11 @@ from twinflow_jax import checkpoints, data, models, parallel
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.errors import UserError
-from twinflow_jax.parallel import hosts
+from twinflow_jax.parallel import flags, hosts
 from twinflow_jax.training import checks, inputs, setup, state
 from twinflow_jax.training.log import Log
 from twinflow_jax.training.preview import Preview
+from twinflow_jax.training.watch import Watch
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
@@ -84,6 +85,9 @@ def run(
         batches = data.batches(known.split, config.data.batch_size, config.train.seed, first)
         null = hosts.put(known.null, parallel.replicated(prepared.strategy.mesh))
         stopper = stack.enter_context(Stopper())
+        watch = stack.enter_context(
+            contextlib.closing(Watch(workdir, config.data.batch_size, prepared.step_flops()))
+        )
         bar = stack.enter_context(
             tqdm(total=config.train.steps, initial=first, unit="step", disable=not progress,
                  dynamic_ncols=True, smoothing=0.1)
@@ -92,13 +96,15 @@ def run(
         pending = None  # metrics of the step before, read while this one runs
         for i in range(first, config.train.steps):
             phase = "flow_matching" if i < config.train.flow_matching_steps else "objective"
-            batch = hosts.put(known.batch(next(batches)), prepared.over_rows)
+            with watch.waiting():
+                batch = hosts.put(known.batch(next(batches)), prepared.over_rows)
             current, metrics = steps[phase](current, batch | {"null": null})
             if pending:
                 log.add(*pending)
             pending = (i + 1, metrics)
             done, last = i + 1, i + 1 == config.train.steps
             bar.update()
+            watch.step()
             stop = hosts.stop_requested(stopper.signal, done)  # later ones wait for the next step
             report = done % config.train.log_every == 0 or last
             keep = done % config.train.checkpoint_every == 0 or last or stop
@@ -106,13 +112,14 @@ def run(
                 log.add(*pending)  # a state with NaN is never saved
                 pending = None
             if report:
-                bar.set_postfix_str(log.write(done))
-            if keep:
-                saver.save(done, state.to_parts(current))
-            if done % config.train.sample_every == 0 or last:
-                scores = preview.make(state.sampling_params(current), done)
-                log.write_samples(done, scores)
-                bar.write(Preview.line(done, scores)) if progress else None
+                bar.set_postfix_str(f"{log.write(done)} {watch.report(done)}")
+            with watch.elsewhere():
+                if keep:
+                    saver.save(done, state.to_parts(current))
+                if done % config.train.sample_every == 0 or last:
+                    scores = preview.make(state.sampling_params(current), done)
+                    log.write_samples(done, scores)
+                    bar.write(Preview.line(done, scores)) if progress else None
             if stop and not last:
                 saver.wait()
                 raise Interrupted(stop, done)
@@ -126,8 +133,9 @@ def compile_phases(prepared: setup.Setup, first: int, progress: bool, done: dict
     ends = {"flow_matching": train.flow_matching_steps, "objective": train.steps}
     if train.steps <= train.flow_matching_steps:
         ends["objective"] = 0
+    options = flags.options(jax.devices()[0].device_kind) or None
     compiled = {
-        phase: prepared.lower(phase).compile()
+        phase: prepared.lower(phase).compile(compiler_options=options)
         for phase in prepared.phases if first < ends[phase] and phase not in done
     }
     if not compiled:

@@ -11,7 +11,7 @@ import optax
 
 from twinflow_jax import models, objectives, parallel
 from twinflow_jax.errors import UserError
-from twinflow_jax.training import optimizers, state, step
+from twinflow_jax.training import flops, optimizers, state, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,20 @@ class Setup:
             "x": of_rows(x), "cond": jax.tree.map(of_rows, null),
             "null": jax.tree.map(lambda leaf: _placed(leaf, whole), null),
         }
+
+    def evaluations(self) -> list[flops.Call]:
+        """Those of one step of the objective."""
+        return flops.calls(
+            objectives.build(self.config.objective), self.config.data.batch_size,
+            self.model.sample_shape, self.config.train.micro_steps,
+        )
+
+    def step_flops(self) -> int:
+        """FLOPs that one step is worth on all devices: no recomputation, no filled-up rows."""
+        platform = self.strategy.mesh.devices.flat[0].platform
+        one = flops.forward(self.model, self.config.data.text_tokens, platform)
+        work = flops.step(one, self.evaluations(), "none")
+        return work.matmul + work.attention
 
     @functools.cached_property
     def over_rows(self) -> jax.sharding.NamedSharding:

@@ -1,0 +1,106 @@
+"""How fast a run is: where its time goes, how well the devices are used, and traces on request."""
+
+import contextlib
+import json
+import time
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from twinflow_jax.parallel import hosts
+
+PEAKS = {  # bf16 FLOP/s by jax.Device.device_kind, of published data sheets
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
+    "TPU7x": 1153e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+}
+
+
+class Watch:
+    """Writes WORKDIR/speed.jsonl. A file WORKDIR/trace holding a number k makes the next k steps
+    leave an xprof trace in WORKDIR/traces/.
+
+    rows: of a step. step_flops: of a step on all devices, recomputation not counted.
+    """
+
+    def __init__(self, workdir: epath.PathLike, rows: int, step_flops: float):
+        self._folder, self._rows, self._flops = epath.Path(workdir), rows, step_flops
+        self._file = self._folder / "speed.jsonl"
+        self._began = self._run_began()
+        self._waited, self._steps, self._since = 0.0, 0, time.perf_counter()
+        self._own = 0.0
+        self._trace_left = 0
+
+    def _run_began(self) -> float:
+        """When the run first started, in seconds since 1970: from its record, or now."""
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            return json.loads(self._file.read_text().splitlines()[0])["run_began"]
+        return time.time()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around what fetches a batch."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def elsewhere(self):
+        """Around what is no step: saving, drawing pictures."""
+        begin = time.perf_counter()
+        yield
+        self._own += time.perf_counter() - begin
+
+    def step(self) -> None:
+        """Counts a step, and starts or ends a trace."""
+        self._steps += 1
+        if self._trace_left:
+            self._trace_left -= 1
+            if not self._trace_left:
+                jax.profiler.stop_trace()
+            return
+        request = self._folder / "trace"
+        if not request.exists():
+            return
+        with contextlib.suppress(OSError, ValueError):  # another process may have taken it
+            self._trace_left = max(int(request.read_text().strip() or 1), 1)
+            request.unlink(missing_ok=True)
+            jax.profiler.start_trace(str(self._folder / "traces"))
+
+    def report(self, step: int) -> str:
+        """Writes what was measured since the last report; returns it for the progress line.
+
+        To be called by every process when its step is done; the first one writes.
+        """
+        now = time.perf_counter()
+        whole = now - self._since - self._own
+        seconds = whole / max(self._steps, 1)
+        kind, count = jax.devices()[0].device_kind, jax.device_count()
+        row = {
+            "step": step, "run_began": self._began, "seconds_per_step": seconds,
+            "images_per_second": self._rows / seconds,
+            "model_tflops_per_second": self._flops / seconds / 1e12,
+            "data_wait": self._waited / whole,
+            "goodput": self._goodput(step, seconds),
+        }
+        if kind in PEAKS:
+            row["utilisation"] = self._flops / seconds / (PEAKS[kind] * count)
+        if jax.process_count() > 1:
+            every = multihost_utils.process_allgather(np.float32(self._waited / self._steps))
+            row["host_skew_seconds"] = float(every.max() - every.min())
+        self._waited, self._steps, self._since, self._own = 0.0, 0, now, 0.0
+        if hosts.leads():
+            with self._file.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        used = f" {row['utilisation']:.0%} of peak" if "utilisation" in row else ""
+        return f"{row['images_per_second']:.3g} img/s{used}, data {row['data_wait']:.0%}"
+
+    def _goodput(self, step: int, seconds: float) -> float:
+        """The share of the time since the run's first start that its steps would have taken."""
+        return min(step * seconds / max(time.time() - self._began, 1e-9), 1.0)
+
+    def close(self) -> None:
+        if self._trace_left:
+            jax.profiler.stop_trace()
