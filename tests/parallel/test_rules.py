@@ -56,17 +56,21 @@ def test_meshes():
     assert parallel.over_rows(mesh_of(), 6).spec == PartitionSpec(None)
     assert parallel.make_mesh().shape["fsdp"] == len(jax.devices())
     assert MeshConfig(data=2, tensor=2).filled(16).fsdp == 4
+    few = MeshConfig(context=0).filled(64, rows=24)  # 8 parts of rows, 8 of tokens
+    assert (few.fsdp, few.context) == (8, 8)
+    assert MeshConfig(context=0).filled(64, rows=128).context == 1
+    assert MeshConfig().filled(8, slices=2) == MeshConfig(data=2, fsdp=4)
 
 
 @pytest.mark.parametrize("fields, message", [
     ({"data": 3}, "data 3 x fsdp .* does not multiply to 8 devices"),
     ({"fsdp": 2, "tensor": 2}, "fsdp 2 x tensor 2 x context 1 does not multiply to 8"),
     ({"tensor": 0}, "mesh.tensor is 0"),
-    ({"data": 1, "slices": 2}, "2 slices do not divide"),
+    ({"data": 1}, "2 slices do not divide"),
 ])
 def test_meshes_that_are_none(fields, message):
     with pytest.raises(UserError, match=message):
-        MeshConfig(**fields).filled(8)
+        MeshConfig(**fields).filled(8, slices=2 if "slices" in message else 1)
 
 
 @pytest.mark.parametrize("name", ["transformer", "text_encoder"])

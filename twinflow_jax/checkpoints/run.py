@@ -19,7 +19,7 @@ RANDOM = "random"  # the `pipeline` of runs that make small random networks for 
 FREE = (
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep",
     "sample.steps", "sample.columns", "sample.prompts", "sample.score_count", "mesh.data",
-    "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.slices", "mesh.strategy",
+    "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.strategy",
 )
 
 

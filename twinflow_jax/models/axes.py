@@ -18,20 +18,24 @@ def spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec
     """Where the rules put an array with these names for its axes; None where there is no choice.
 
     An axis without a name, or that its mesh axes do not divide, is whole. There is no choice
-    without a mesh, or inside a map over all of it.
+    without a mesh; inside a map over some of its axes, the others are left to choose.
     """
     rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
-    if not rules or mesh.empty or AxisType.Auto not in mesh.axis_types:
+    free = _free(mesh)
+    if not rules or not free:
         return None
     entries = []
     for size, name in zip(shape, names, strict=True):
-        entry = rules.get(name) or ()
-        entry = (entry,) if isinstance(entry, str) else entry
-        parts = 1
-        for axis in entry:
-            parts *= mesh.shape[axis]
+        entry = tuple(axis for axis in rules.get(name, ()) if axis in free)
+        parts = math.prod(mesh.shape[axis] for axis in entry)
         entries.append(entry if entry and size % parts == 0 else None)
     return PartitionSpec(*entries)
+
+
+def _free(mesh) -> set[str]:
+    """The axes of a mesh that no map around us has taken."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True) if not mesh.empty else ()
+    return {name for name, kind in types if kind == AxisType.Auto}
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -61,7 +65,8 @@ def locally(function: Callable, *arguments: tuple[Array, tuple[str | None, ...]]
     if layouts[0] is None:
         return function(*arrays)
     return jax.shard_map(
-        function, in_specs=tuple(layouts), out_specs=layouts[0], check_vma=False
+        function, in_specs=tuple(layouts), out_specs=layouts[0], check_vma=False,
+        axis_names=_free(jax.sharding.get_abstract_mesh()),
     )(*arrays)
 
 

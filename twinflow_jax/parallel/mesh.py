@@ -21,62 +21,72 @@ AXES = (*BATCH, "tensor", "context")
 class MeshConfig:
     """How many devices share what; their product is the number of devices.
 
-    data: copies of the weights, each with its own rows. fsdp: parts of the weights, each with
-    its own rows; 0 takes the devices that are left. tensor: parts of the heads and hidden units
-    of each layer. context: parts of an image's tokens. slices: of TPUs, which a slower network
-    joins; they divide `data`.
+    data: copies of the weights, each with its own rows; 0 makes one for each slice of TPUs, which
+    a slower network joins. fsdp: parts of the weights, each with its own rows; 0 takes the
+    devices that are left. tensor: parts of the heads and hidden units of each layer. context:
+    parts of an image's tokens; 0 takes what rows cannot fill.
     """
 
-    data: int = 1
+    data: int = 0
     fsdp: int = 0
     tensor: int = 1
     context: int = 1
-    slices: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            least, value = 0 if field.name == "fsdp" else 1, getattr(self, field.name)
+            least, value = 1 if field.name == "tensor" else 0, getattr(self, field.name)
             if value < least:
                 raise UserError(f"mesh.{field.name} is {value}; give {least} or more")
-        if self.data % self.slices:
-            raise UserError(
-                f"mesh.data is {self.data}, which {self.slices} slices do not divide: each slice "
-                "holds whole copies of the weights"
-            )
 
-    def filled(self, devices: int) -> "MeshConfig":
-        """With fsdp for this number of devices.
+    def filled(self, devices: int, rows: int = 0, slices: int = 1) -> "MeshConfig":
+        """Without zeros, for this number of devices, of rows in a batch and of slices.
 
         Raises:
-          UserError: the axes do not multiply to the devices.
+          UserError: the axes do not multiply to the devices, or slices do not divide data.
         """
-        rest = self.data * self.tensor * self.context
-        if self.fsdp == 0 and devices % rest == 0:
-            return dataclasses.replace(self, fsdp=devices // rest)
-        if self.fsdp * rest != devices:
-            axes = f"data {self.data} x fsdp {self.fsdp or '?'} x tensor {self.tensor}"
+        mesh = dataclasses.replace(self, data=self.data or slices)
+        if mesh.data % slices:
             raise UserError(
-                f"mesh: {axes} x context {self.context} does not multiply to {devices} devices; "
+                f"mesh.data is {mesh.data}, which {slices} slices do not divide: each holds whole "
+                "copies of the weights"
+            )
+        if mesh.context == 0:  # the least that lets data x fsdp divide the rows
+            fits = (
+                c for c in range(1, devices + 1)
+                if devices % (mesh.tensor * c) == 0 and rows % (devices // (mesh.tensor * c)) == 0
+            )
+            mesh = dataclasses.replace(mesh, context=next(fits, 1))
+        rest = mesh.data * mesh.tensor * mesh.context
+        if mesh.fsdp == 0 and devices % rest == 0:
+            return dataclasses.replace(mesh, fsdp=devices // rest)
+        if mesh.fsdp * rest != devices:
+            axes = f"data {mesh.data} x fsdp {mesh.fsdp or '?'} x tensor {mesh.tensor}"
+            raise UserError(
+                f"mesh: {axes} x context {mesh.context} does not multiply to {devices} devices; "
                 "set mesh.fsdp=0 for what is left, and the others to divisors of the number"
             )
-        return self
+        return mesh
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) -> Mesh:
-    """All devices with AXES; neighbours on a TPU's torus are neighbours on the mesh.
+def make_mesh(
+    config: MeshConfig = MeshConfig(), devices: list | None = None, rows: int = 0  # noqa: B008
+) -> Mesh:
+    """All devices with AXES, for batches of so many rows; neighbours on a TPU's torus are
+    neighbours on the mesh.
 
     Raises:
       UserError: the axes do not multiply to the devices, or do not fit the torus.
     """
     devices = devices or jax.devices()
-    config = config.filled(len(devices))
+    slices = len({_slice(device) for device in devices})
+    config = config.filled(len(devices), rows, slices)
     minor = _minor(config.fsdp, devices)
     shape = (config.data, config.fsdp // minor, minor, config.tensor, config.context)
     try:
-        if config.slices > 1:
-            inner = (config.data // config.slices, *shape[1:])
+        if slices > 1:
+            inner = (config.data // slices, *shape[1:])
             grid = mesh_utils.create_hybrid_device_mesh(
-                inner, (config.slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+                inner, (slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
             )
         else:
             grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -85,12 +95,15 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list | None = None) ->
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _slice(device) -> int:
+    return getattr(device, "slice_index", 0)
+
+
 def _minor(fsdp: int, devices: list) -> int:
     """Devices of the gather's first step: the last side of a 3-D torus that fsdp covers whole."""
-    slice_of = lambda device: getattr(device, "slice_index", 0)
+    first = _slice(devices[0])
     coords = [
-        getattr(device, "coords", None) for device in devices
-        if slice_of(device) == slice_of(devices[0])
+        getattr(device, "coords", None) for device in devices if _slice(device) == first
     ]
     if None in coords or fsdp < len(coords):
         return 1

@@ -6,9 +6,9 @@
 | gather_layers | each layer, in each pass, on each device's own rows | least | most |
 | gather_once | all layers, once in a step, kept in the dtype of computation | most | least |
 
-The last two run the layers inside a map over the mesh's devices, so that collectives are those
-written here: real gathers, and gradients that are born split (reduce-scatter). They need a mesh
-without tensor and context axes. Neither networks nor objectives nor the train step know any of
+The last two run the layers inside a map over the axes that split rows, so that collectives are
+those written here: real gathers, and gradients that are born split (reduce-scatter); tensor and
+context axes are left to the partitioner. Neither networks nor objectives nor the train step know any of
 this: `Strategy.applied` is what they are traced in, `Strategy.weights` what they are given.
 """
 
@@ -68,7 +68,7 @@ class Strategy:
         """What a step keeps of `params`, for `weights`; nothing, unless it gathers once."""
         if self.name != "gather_once":
             return None
-        return jax.tree.map(self._gather_all, params[stack.NAME], self._specs)
+        return jax.tree.map(self._gather_all, params[stack.NAME], self._specs_over_fsdp)
 
     def weights(self, params, held):
         """What the network's `apply` takes; gradients reach `params`."""
@@ -82,6 +82,15 @@ class Strategy:
         """Of the stacked weights."""
         return jax.tree.map(lambda layout: layout.spec, self.layouts[stack.NAME])
 
+    @property
+    def _specs_over_fsdp(self):
+        """What a map over the rows' axes has to know of them; the rest is the partitioner's."""
+        def kept(spec):
+            entries = ([a for a in _axes_at(spec, i) if a in FSDP] for i in range(len(spec)))
+            return PartitionSpec(*(tuple(entry) or None for entry in entries))
+
+        return jax.tree.map(kept, self._specs)
+
     def _gather_all(self, part, spec):
         """Each device's copy of a weight (devices, layers, ...), or None where it is whole."""
         if _split_at(spec) is None:
@@ -89,7 +98,7 @@ class Strategy:
         gather = lambda x: self._gather(x, spec)[None]
         return jax.shard_map(
             gather, mesh=self.mesh, in_specs=spec, out_specs=PartitionSpec(BATCH),
-            check_vma=False,
+            axis_names=set(BATCH), check_vma=False,
         )(jax.lax.stop_gradient(part))
 
     def _gather(self, part, spec):
@@ -131,7 +140,7 @@ class Strategy:
                     return _use(part.part, part.whole, spec)
                 return self._gather(part, spec)
 
-            return jax.tree.map(one, weights, self._specs, is_leaf=lambda x: isinstance(x, Held))
+            return jax.tree.map(one, weights, self._specs_over_fsdp, is_leaf=lambda x: isinstance(x, Held))
 
         def around(loop, carry, weights, per_layer, per_row):
             rows = jax.tree.leaves(carry)[0].shape[0]
@@ -146,11 +155,11 @@ class Strategy:
             by_row, by_layer = PartitionSpec(BATCH), PartitionSpec(None, BATCH)
             specs = jax.tree.map(
                 lambda weight, spec: Held(spec, by_row) if _held(weight) else spec,
-                weights, self._specs, is_leaf=_held,
+                weights, self._specs_over_fsdp, is_leaf=_held,
             )
             carry = jax.shard_map(
-                local, mesh=self.mesh, in_specs=(by_row, specs, by_layer, by_row),
-                out_specs=by_row, check_vma=False,
+                local, in_specs=(by_row, specs, by_layer, by_row), out_specs=by_row,
+                axis_names=set(BATCH), check_vma=False,
             )(carry, weights, per_layer, per_row)
             return jax.tree.map(lambda a: a[:rows], carry)
 
@@ -165,12 +174,6 @@ def create(name: str, mesh: Mesh, abstract, axes, dtype: str) -> Strategy:
     """
     if name not in NAMES:
         raise UserError(f"mesh.strategy is {name!r}; choose from {', '.join(NAMES)}")
-    wide = [axis for axis in ("tensor", "context") if mesh.shape[axis] > 1]
-    if name != "partitioner" and wide:
-        raise UserError(
-            f"mesh.strategy {name!r} computes each row on one device, but mesh.{wide[0]} is "
-            f"{mesh.shape[wide[0]]}: set it to 1, or mesh.strategy=partitioner"
-        )
     if name != "partitioner" and stack.NAME not in abstract:
         raise UserError(
             f"mesh.strategy {name!r} is for networks with stacked layers; this one has none: use "

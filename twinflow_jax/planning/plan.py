@@ -24,7 +24,8 @@ GIB = 2**30
 class Plan:
     """One config on one topology. Bytes, FLOPs and seconds are of one device and one step.
 
-    refused: why it does not compile, "" where it does. parts: bytes of what a device holds.
+    refused: why it does not compile, "" where it does. parts: bytes of what a device holds; the
+    program's own come on top of peak_bytes.
     analytic: FLOPs of the declared calls, matmul and attention. forwards: of the whole batch,
     that a step is worth. collectives: bytes by kind, "(looped)" inside loops.
     """
@@ -166,12 +167,11 @@ def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
         hlo_file.write_text(text)
     memory, program = cost.memory(compiled), hlo.parse(text)
     predicted = cost.predict(program, list(mesh.devices.flat))
-    rest = memory.peak - sum(parts.values())
     by_name = {part.name: part for part in predicted.components}
     amount = lambda name: by_name[name].amount if name in by_name else 0.0
     return dataclasses.replace(
         plan, peak_bytes=memory.peak, host_bytes=memory.host_temporary,
-        parts=parts | {"program": memory.code, "activations": rest - memory.code},
+        parts=parts | {"activations": memory.peak - sum(parts.values()), "program": memory.code},
         compiled={"matmul": amount("matmul"), "attention": amount("attention kernels")},
         collectives=_collectives(program),
         components={

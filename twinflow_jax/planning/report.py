@@ -36,17 +36,17 @@ def details(plan: Plan) -> str:
         f"{plan.topology}: fits, {plan.peak_bytes / GIB:.2f} of {plan.hbm_bytes / GIB:.2f} GiB "
         f"per device (compiler's word; compiled in {plan.compile_seconds:.0f} s)",
         "  of that " + ", ".join(
-            f"{name} {size / GIB:.2f}" for name, size in plan.parts.items() if size
+            f"{name} {size / GIB:.3g}" for name, size in plan.parts.items() if size
         ) + f"; on the host {plan.host_bytes / GIB:.2f}",
         "FLOPs per device and step, TFLOP: " + ", ".join(
-            f"{name} {plan.compiled[name] / 1e12:.2f} compiled, {count / 1e12:.2f} counted "
+            f"{name} {plan.compiled[name] / 1e12:.4g} compiled, {count / 1e12:.4g} counted "
             f"({plan.compiled[name] / count - 1:+.1%})"
             for name, count in plan.analytic.items() if count
         ) + f"; {plan.forwards:.2f} forwards of the batch",
         f"{'collectives':<28}{'count':>9}{'GB':>9}{'overlapped':>12}",
     ]
     lines += [
-        f"  {name:<26}{row['count']:>9}{row['bytes'] / 1e9:>9.2f}{row['overlapped'] / 1e9:>12.2f}"
+        f"  {name:<26}{row['count']:>9}{row['bytes'] / 1e9:>9.3g}{row['overlapped'] / 1e9:>12.3g}"
         for name, row in sorted(plan.collectives.items(), key=lambda item: -item[1]["bytes"])
     ]
     lines.append(f"{'time model':<28}{'count':>9}{'seconds':>9}{'hidden':>12}")
@@ -56,7 +56,7 @@ def details(plan: Plan) -> str:
     ]
     lines += [
         f"  {'step':<26}{'':>9}{plan.seconds:>9.3f}{plan.seconds - plan.overlapped:>12.3f}",
-        f"about {plan.overlapped:.2f} s per step, {plan.images_per_second:.1f} images/s, "
+        f"about {plan.overlapped:.3g} s per step, {plan.images_per_second:.1f} images/s, "
         f"{plan.utilisation:.0%} of peak; {plan.steps:,} steps: {plan.run_seconds / 3600:.1f} h, "
         f"{plan.chip_hours:,.0f} chip-hours",
         f"The seconds are a model, right to {low}-{high} %: good for comparing plans. It charges "

@@ -27,8 +27,8 @@ def get() -> ml_collections.ConfigDict:
                 "warmup": 0,  # steps of linear warm-up
                 "decay_to": 1.0,  # share of the rate that a cosine ends at; 1: constant
             },
-            "mesh": {  # how devices share the work (parallel.MeshConfig); fsdp 0: what is left
-                "data": 1, "fsdp": 0, "tensor": 1, "context": 1, "slices": 1,
+            "mesh": {  # how devices share the work (parallel.MeshConfig); 0: what is left
+                "data": 0, "fsdp": 0, "tensor": 1, "context": 0,
                 "strategy": "partitioner",  # or "gather_layers", "gather_once"
             },
             "train": {

@@ -93,7 +93,7 @@ def prepare(config, devices: list | None = None) -> Setup:
     optimizer = optimizers.create(config.optimizer, config.train.steps)
     fields = dict(config.mesh)
     name = fields.pop("strategy")
-    mesh = parallel.make_mesh(parallel.MeshConfig(**fields), devices)
+    mesh = parallel.make_mesh(parallel.MeshConfig(**fields), devices, config.data.batch_size)
     abstract = model.abstract_params()
     check_divisible(config, model, mesh)
     strategy = parallel.create(name, mesh, abstract, model.axes(), model.dtype)
@@ -133,8 +133,7 @@ def check_divisible(config, model: models.Model, mesh: jax.sharding.Mesh) -> Non
     if rows % parts:
         raise UserError(
             f"data.batch_size is {rows}, which the {parts} parts of mesh.data x mesh.fsdp do not "
-            f"divide: take {-(-rows // parts) * parts}, or share rows with mesh.context or "
-            "mesh.tensor"
+            f"divide: take {-(-rows // parts) * parts}, or mesh.fsdp=0 and mesh.context=0"
         )
     tensor, heads = mesh.shape["tensor"], getattr(model.config, "heads", 0)
     if tensor > 1 and (heads == 0 or heads % tensor):
