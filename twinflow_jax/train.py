@@ -17,6 +17,8 @@ from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.parallel import hosts
 from twinflow_jax.training.loop import Interrupted, train
 
+UNREACHED = 75  # exit status where the processes did not find each other: worth another try
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -34,7 +36,11 @@ def main() -> int:
     args, rest = parser.parse_known_args()
     overrides = configs.overrides(rest)
     if args.coordinator:
-        hosts.join(args.coordinator, args.processes, args.process)
+        try:
+            hosts.join(args.coordinator, args.processes, args.process)
+        except ConnectionError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return UNREACHED
     elif args.processes > 1:
         raise UserError(f"--processes is {args.processes}: give --coordinator HOST:PORT too")
     keep_compiled()

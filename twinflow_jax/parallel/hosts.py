@@ -21,7 +21,8 @@ def join(coordinator: str, processes: int, process: int) -> None:
     coordinator: "HOST:PORT" of process 0, or "auto" on a TPU pod, GKE or Slurm, where JAX finds
     everything out. A host that is silent for SILENCE seconds ends the others.
     Raises:
-      UserError: the processes did not find each other.
+      UserError: a number of a process that there is not.
+      ConnectionError: the processes did not find each other; another try may.
     """
     given = {}
     if coordinator != "auto":
@@ -38,7 +39,7 @@ def join(coordinator: str, processes: int, process: int) -> None:
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
+        raise ConnectionError(
             f"process {process} of {processes} did not find the others at {coordinator} "
             f"({reason}): start the same command on every host, with its own --process"
         ) from error

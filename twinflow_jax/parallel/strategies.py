@@ -8,8 +8,8 @@
 
 The last two run the layers inside a map over the axes that split rows, so that collectives are
 those written here: real gathers, and gradients that are born split (reduce-scatter); tensor and
-context axes are left to the partitioner. Neither networks nor objectives nor the train step know any of
-this: `Strategy.applied` is what they are traced in, `Strategy.weights` what they are given.
+context axes are left to the partitioner. Neither networks nor objectives nor the train step know
+any of this: `Strategy.applied` is what they are traced in, `Strategy.weights` what they are given.
 """
 
 import contextlib
@@ -136,11 +136,11 @@ class Strategy:
         def fetch(weights):
             def one(part, spec):
                 spec = _without_layers(spec)
-                if isinstance(part, Held):
+                if _held(part):
                     return _use(part.part, part.whole, spec)
                 return self._gather(part, spec)
 
-            return jax.tree.map(one, weights, self._specs_over_fsdp, is_leaf=lambda x: isinstance(x, Held))
+            return jax.tree.map(one, weights, self._specs_over_fsdp, is_leaf=_held)
 
         def around(loop, carry, weights, per_layer, per_row):
             rows = jax.tree.leaves(carry)[0].shape[0]

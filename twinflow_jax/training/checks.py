@@ -5,6 +5,7 @@ from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
+from twinflow_jax.training import optimizers
 
 
 def check_values(config) -> None:
@@ -29,6 +30,10 @@ def check_values(config) -> None:
     for key in ("train.ema_decay", "train.condition_dropout"):
         if not 0 <= flat[key] < 1:
             raise UserError(f"{key} is {flat[key]}; it lies in [0, 1)")
+    if train.weights not in optimizers.DTYPES:
+        raise UserError(
+            f"train.weights is {train.weights!r}; choose from {', '.join(optimizers.DTYPES)}"
+        )
     if not sample.steps or min(sample.steps) < 1:
         raise UserError(f"sample.steps is {sample.steps}; give evaluations like (1, 2, 4)")
     if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):

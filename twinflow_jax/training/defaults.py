@@ -26,6 +26,7 @@ def get() -> ml_collections.ConfigDict:
                 "clip_norm": 0.0,  # of the gradient; 0: no clipping
                 "warmup": 0,  # steps of linear warm-up
                 "decay_to": 1.0,  # share of the rate that a cosine ends at; 1: constant
+                "moments": "float32",  # or "bfloat16", for half their memory
             },
             "mesh": {  # how devices share the work (parallel.MeshConfig); 0: what is left
                 "data": 0, "fsdp": 0, "tensor": 1, "context": 0,
@@ -34,6 +35,7 @@ def get() -> ml_collections.ConfigDict:
             "train": {
                 "steps": 1000,
                 "seed": 42,
+                "weights": "float32",  # that are trained; "bfloat16" is rounded stochastically
                 "micro_steps": 1,  # parts of a batch whose gradients add up to one update
                 "ema_decay": 0.99,  # of the weights that are sampled; 0: sample the raw ones
                 "unconditional": "empty",  # in guidance: "empty" condition, or "permuted" rows

@@ -185,7 +185,8 @@ def refuse_other_networks(run: str, model: models.Model) -> None:
 
 
 class Stopper:
-    """Notes SIGTERM and SIGINT instead of dying; a second one is not held back."""
+    """Notes SIGTERM and SIGINT instead of dying. A second Ctrl-C is not held back; a second
+    SIGTERM is, since on a host that shuts down a launcher and the system both send one."""
 
     def __init__(self):
         self.signal = 0
@@ -203,11 +204,9 @@ class Stopper:
 
     def _note(self, number, frame):
         self.signal = number
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
     def __exit__(self, *_):
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -28,9 +28,7 @@ class Setup:
 
     def fresh(self, params) -> state.TrainState:
         """The state of step 0 with these weights."""
-        return state.create(
-            params, self.optimizer, self.teacher_decay, self.config.train.ema_decay
-        )
+        return fresh(self.config, self.optimizer, self.teacher_decay, params)
 
     def place(self, make, *arguments):
         """`make(*arguments)`, a state, with every part where it belongs."""
@@ -98,9 +96,7 @@ def prepare(config, devices: list | None = None) -> Setup:
     check_divisible(config, model, mesh)
     strategy = parallel.create(name, mesh, abstract, model.axes(), model.dtype)
     decay = objective.config.teacher_decay
-    shapes = jax.eval_shape(
-        lambda params: state.create(params, optimizer, decay, config.train.ema_decay), abstract
-    )
+    shapes = jax.eval_shape(lambda params: fresh(config, optimizer, decay, params), abstract)
     layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh))
 
     train = config.train
@@ -121,6 +117,12 @@ def prepare(config, devices: list | None = None) -> Setup:
             for name, phase in phases.items()
         },
     )
+
+
+def fresh(config, optimizer, teacher_decay: float, params) -> state.TrainState:
+    """The state of step 0 with these weights."""
+    train = config.train
+    return state.create(params, optimizer, teacher_decay, train.ema_decay, train.weights)
 
 
 def check_divisible(config, model: models.Model, mesh: jax.sharding.Mesh) -> None:

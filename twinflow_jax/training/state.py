@@ -24,12 +24,13 @@ class TrainState:
 
 
 def create(
-    params, optimizer: optax.GradientTransformation, teacher_decay: float, ema_decay: float
+    params, optimizer: optax.GradientTransformation, teacher_decay: float, ema_decay: float,
+    dtype: str = "float32",
 ) -> TrainState:
-    """The state of step 0."""
+    """The state of step 0. dtype: of the trained weights; moments and averages have their own."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
+        params=jax.tree.map(lambda a: a.astype(dtype), params),
         opt_state=optimizer.init(params),
         teacher=ema.start(params) if teacher_decay > 0 else None,
         average=ema.start(params) if ema_decay > 0 else None,

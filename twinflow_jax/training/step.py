@@ -12,7 +12,7 @@ from twinflow_jax import parallel
 from twinflow_jax.errors import UserError
 from twinflow_jax.objectives import Batch, Objective
 from twinflow_jax.objectives.draws import counts_of
-from twinflow_jax.training import ema
+from twinflow_jax.training import ema, optimizers
 from twinflow_jax.training.state import TrainState
 
 
@@ -125,6 +125,7 @@ def make_step(
     def step(state: TrainState, data: dict):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         draw_key, null_key, drop_key = jax.random.split(key, 3)
+        round_key = jax.random.fold_in(key, 3)
         x, cond = data["x"], data["cond"]
         rows = x.shape[0]
         objective.counts(rows)  # refuses a batch too small for the roles
@@ -154,8 +155,13 @@ def make_step(
             objective, apply, state.params, None if teacher is None else teacher.params,
             Batch(x, cond, null), draws, config.micro_steps, strategy,
         )
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        # In float32 also where weights are kept in less: half the digits are no update.
+        gradient, weights = (
+            jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+            for tree in (gradient, state.params)
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, weights)
+        params = optimizers.apply_updates(round_key, state.params, updates)
         average = state.average
         if average is not None:
             average = ema.update(average, params, config.ema_decay)
