@@ -126,13 +126,24 @@ class Strategy:
             return part
 
         return stack.Placement(
-            fetch=lambda weights: jax.tree.map(gather, weights, self._specs)
+            fetch=lambda weights: jax.tree.map(gather, weights, self._specs),
+            around=self._filled(lambda loop, *arguments: loop(*arguments)),
         )
 
-    def _mapped(self) -> stack.Placement:
-        """Layers run inside a map; rows that do not divide are filled up with copies of rows."""
-        parts = row_parts(self.mesh)
+    def _filled(self, run):
+        """`run(loop, carry, ...)` with rows that the mesh divides: copies of rows fill them up."""
+        def around(loop, carry, weights, per_layer, per_row):
+            rows = jax.tree.leaves(carry)[0].shape[0]
+            fill = functools.partial(_fill, rows=-rows % row_parts(self.mesh))
+            carry, per_row = jax.tree.map(fill, (carry, per_row))
+            per_layer = jax.tree.map(functools.partial(fill, axis=1), per_layer)
+            carry = run(loop, carry, weights, per_layer, per_row)
+            return jax.tree.map(lambda a: a[:rows], carry)
 
+        return around
+
+    def _mapped(self) -> stack.Placement:
+        """Layers run inside a map over the axes that split rows."""
         def fetch(weights):
             def one(part, spec):
                 spec = _without_layers(spec)
@@ -142,12 +153,7 @@ class Strategy:
 
             return jax.tree.map(one, weights, self._specs_over_fsdp, is_leaf=_held)
 
-        def around(loop, carry, weights, per_layer, per_row):
-            rows = jax.tree.leaves(carry)[0].shape[0]
-            fill = functools.partial(_fill, rows=-rows % parts)
-            carry, per_row = jax.tree.map(fill, (carry, per_row))
-            per_layer = jax.tree.map(functools.partial(fill, axis=1), per_layer)
-
+        def mapped(loop, carry, weights, per_layer, per_row):
             def local(carry, weights, per_layer, per_row):
                 own = lambda w: dataclasses.replace(w, whole=w.whole[0]) if _held(w) else w
                 return loop(carry, jax.tree.map(own, weights, is_leaf=_held), per_layer, per_row)
@@ -157,13 +163,12 @@ class Strategy:
                 lambda weight, spec: Held(spec, by_row) if _held(weight) else spec,
                 weights, self._specs_over_fsdp, is_leaf=_held,
             )
-            carry = jax.shard_map(
+            return jax.shard_map(
                 local, in_specs=(by_row, specs, by_layer, by_row), out_specs=by_row,
                 axis_names=set(BATCH), check_vma=False,
             )(carry, weights, per_layer, per_row)
-            return jax.tree.map(lambda a: a[:rows], carry)
 
-        return stack.Placement(fetch, around)
+        return stack.Placement(fetch, self._filled(mapped))
 
 
 def create(name: str, mesh: Mesh, abstract, axes, dtype: str) -> Strategy:
