@@ -64,6 +64,13 @@ class Strategy:
         with applied(self.mesh), stack.placed(placements[self.name]()):
             yield
 
+    @property
+    def _mapped_axes(self) -> set[str]:
+        """Those that split rows; all, where the others split nothing: the compiler then leaves
+        every collective as it is written."""
+        others = self.mesh.size // row_parts(self.mesh)
+        return set(BATCH) if others > 1 else set(self.mesh.axis_names)
+
     def hold(self, params):
         """What a step keeps of `params`, for `weights`; nothing, unless it gathers once."""
         if self.name != "gather_once":
@@ -98,7 +105,7 @@ class Strategy:
         gather = lambda x: self._gather(x, spec)[None]
         return jax.shard_map(
             gather, mesh=self.mesh, in_specs=spec, out_specs=PartitionSpec(BATCH),
-            axis_names=set(BATCH), check_vma=False,
+            axis_names=self._mapped_axes, check_vma=False,
         )(jax.lax.stop_gradient(part))
 
     def _gather(self, part, spec):
@@ -165,7 +172,7 @@ class Strategy:
             )
             return jax.shard_map(
                 local, in_specs=(by_row, specs, by_layer, by_row), out_specs=by_row,
-                axis_names=set(BATCH), check_vma=False,
+                axis_names=self._mapped_axes, check_vma=False,
             )(carry, weights, per_layer, per_row)
 
         return stack.Placement(fetch, self._filled(mapped))
