@@ -52,6 +52,7 @@ def evaluate(objective, batch, draws, micro_steps: int = 1):
     "preset, fields, rows_per_batch",
     [
         ("released", {}, 4.25),
+        ("released", {"merge_passes": True}, 4.5),
         ("released", {"order": 0}, 2.75),
         ("released", {"order": 3}, 5.0),
         ("released", {"guidance": 0.0}, 3.25),
@@ -81,7 +82,38 @@ def test_rows_that_the_network_sees(preset, fields, rows_per_batch):
     assert sum(seen) == pytest.approx(rows_per_batch * 48)
 
 
+def test_merged_passes_make_fewer_calls():
+    """With teacher = student: {generator, guidance, one_step}, the pass with gradient, and one
+    call for each RCGM step, which takes half of the rectification along."""
+    objective, calls = build("released", teacher_decay=0.0, merge_passes=True), []
+    params = weights(1)
+
+    def apply(given, x_t, t, r, cond):
+        calls.append((x_t.shape[0], given is params))
+        return jnp.zeros_like(x_t)
+
+    batch, draws = example(objective, 128)
+    jax.eval_shape(lambda: objective.loss(apply, params, params, batch, draws))
+    assert calls == [(192, False), (128, True), (128, False), (128, False)]
+
+
 # Values and gradients
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"teacher_decay": 0.0}, {"order": 1}, {"order": 0}, {"guidance": 0.0},
+    {"ratios": (1.0, 0.0, 1.0, 1.0)}, {"image_free": True, "teacher_decay": 1.0},
+])
+def test_merged_passes_change_nothing(fields):
+    apart, merged = build("released", **fields), build("released", **fields, merge_passes=True)
+    batch, draws = example(apart, 12)
+    (loss, terms), gradient = evaluate(apart, batch, draws)
+    (other, other_terms), other_gradient = evaluate(merged, batch, draws)
+    assert other_terms.keys() == terms.keys()
+    for name, term in terms.items():
+        assert float(other_terms[name]) == pytest.approx(float(term), rel=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (gradient, other_gradient)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * np.abs(a).max())
 
 
 @pytest.mark.parametrize("preset", list(objectives.PRESETS))
