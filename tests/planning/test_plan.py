@@ -1,0 +1,113 @@
+"""Plans: counted FLOPs, reports and refusals; with libtpu, the real train step."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from twinflow_jax import config as configs
+from twinflow_jax import models, objectives
+from twinflow_jax.planning import plan, report
+from twinflow_jax.training import flops
+
+BENCH = "configs/qwen20b_tpu.py:bench"
+EXAMPLE = plan.Plan(
+    topology="v5p:4x4x4", mesh={"fsdp": 16, "fsdp_minor": 4}, strategy="gather_once",
+    remat="full", rows=128, chips=64, parts={"weights": 2**30, "activations": 2**31},
+    peak_bytes=3 * 2**30, hbm_bytes=95 * 2**30, analytic={"matmul": 2e12},
+    compiled={"matmul": 2.02e12}, forwards=7.5,
+    collectives={"all-gather": {"count": 24, "bytes": 29e9, "overlapped": 1e9}},
+    components={"matmul": {"seconds": 1.5, "hidden": 0.0, "amount": 2e12, "count": 9}},
+    seconds=1.6, overlapped=1.5, utilisation=0.6, steps=3000,
+)
+
+
+def test_flops_of_the_published_network():
+    """Hand count of a row, 512x512 and 512 tokens: projections of 60 layers 2 x 3072 x (4 x 3072
+    + 8 x 3072) for 1536 tokens, attention 4 x 1536^2 x 3072; the rest is small."""
+    config = configs.load(BENCH)
+    one = flops.forward(models.create(config.model), 512)
+    layers = 60 * 2 * 1536 * 3072 * 12 * 3072
+    assert layers < one.matmul < 1.005 * layers
+    assert one.attention == 60 * 4 * 1536**2 * 3072
+
+
+@pytest.mark.parametrize("merge, forwards", [(False, 7.25), (True, 7.5)])
+def test_forwards_of_the_released_step(merge, forwards):
+    config = configs.load(BENCH, [f"objective.merge_passes={merge}"])
+    calls = flops.calls(objectives.build(config.objective), 128, (64, 64, 16))
+    one = flops.Forward(1000, 0)
+    assert flops.step(one, calls, "full").matmul == forwards * 128 * 1000
+    assert flops.step(one, calls, "dots").matmul == (forwards - 1) * 128 * 1000
+    # 160, 128, 96, 96 and 64 rows on 64 devices: filled up to 192, 128, 128, 128 and 64
+    on_pod = flops.step(one, calls, "full", row_parts=64).matmul / 128_000
+    assert on_pod == (7.5 if merge else 8.0)
+
+
+def test_micro_steps_are_counted_too():
+    config = configs.load(BENCH)
+    calls = flops.calls(objectives.build(config.objective), 128, (64, 64, 16), micro_steps=4)
+    assert sum(call.rows for call in calls if call.trained) == 128
+
+
+def test_reports(tmp_path):
+    text = report.details(EXAMPLE)
+    for part in ("3.00 of 95.00 GiB", "2.02 compiled, 2 counted (+1.0%)", "7.50 forwards",
+                 "1.2 h, 80 chip-hours", "30-50 %"):
+        assert part in text, text
+    assert EXAMPLE.to_json()["images_per_second"] == pytest.approx(128 / 1.5)
+    refused = dataclasses.replace(EXAMPLE, refused="needs 120G of 95G")
+    assert "needs 120G of 95G" in report.line(refused) and "needs" in report.details(refused)
+    report.plot([EXAMPLE, refused], tmp_path / "plan.png")
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert picture.size[0] > 500
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--topology", "v5p:nothing"], "a topology is one of v4:2x2x4"),
+    (["--topology", "v5p:4x4x4", "v5e:4x4", "--hlo", "x"], "2 plans are asked for"),
+    (["--topology", "v5p:4x4x4", "--batch", "3"], "unknown argument '--batch'"),
+])
+def test_requests_that_are_refused(arguments, message):
+    command = [sys.executable, "-m", "twinflow_jax.plan", "--config", BENCH, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.tpu
+def test_a_plan_of_the_small_network(tmp_path):
+    command = [
+        sys.executable, "-m", "twinflow_jax.plan", "--config", "configs/qwen20b_tpu.py:tiny",
+        "--topology", "v5p:2x2x1", "--json", str(tmp_path / "plan.json"), "--hlo",
+        str(tmp_path / "plan.hlo"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "v5p:2x2x1: fits" in done.stdout, done.stderr
+    found, = json.loads((tmp_path / "plan.json").read_text())
+    assert found["compiled"]["matmul"] == pytest.approx(found["analytic"]["matmul"], rel=0.03)
+    assert "HloModule" in (tmp_path / "plan.hlo").read_text()
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("strategy", ["gather_layers", "gather_once"])
+def test_collectives_of_the_step_on_a_pod(strategy, tmp_path):
+    """On a whole three-dimensional torus: gathers stay gathers, gradients are born split."""
+    command = [
+        sys.executable, "-m", "twinflow_jax.plan", "--config", BENCH, "--topology", "v5p:4x4x4",
+        "--strategy", strategy, "--json", str(tmp_path / "plan.json"),
+        "--config.model.sample_shape=(16,16,16)", "--config.data.text_tokens=64",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, = json.loads((tmp_path / "plan.json").read_text())
+    moved = {kind: row["bytes"] / 1e9 for kind, row in found["collectives"].items()}
+    copy = 2 * 60 * 12 * 3072 * 3072 * 2 / 1e9  # bf16, of both streams' projections
+    assert moved["reduce-scatter (looped)"] == pytest.approx(copy * 17 / 16, rel=0.01)
+    assert moved.get("all-reduce", 0) + moved.get("all-reduce (looped)", 0) < 0.5
+    gathers = {"gather_once": "all-gather", "gather_layers": "all-gather (looped)"}[strategy]
+    passes = {"gather_once": 1, "gather_layers": 5}[strategy]
+    assert moved[gathers] == pytest.approx(passes * copy * 17 / 16, rel=0.05)
