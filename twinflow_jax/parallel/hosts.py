@@ -62,12 +62,17 @@ def first(function) -> None:
             function()
         except UserError as raised:
             error = raised
-    if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
-        if failed and error is None:
-            raise UserError("process 0 stopped")
+    if told(error is not None) and error is None:
+        raise UserError("process 0 stopped")
     if error is not None:
         raise error
+
+
+def told(answer: bool) -> bool:
+    """The first process's answer, on every process: others may see files later."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
 def agree(config_json: str, folder: pathlib.Path) -> None:

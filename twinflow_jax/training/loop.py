@@ -45,9 +45,9 @@ def train(
         a loss that became NaN (with its step and term).
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
+    hosts.agree(configs.to_json(config), PACKAGE)
     family, settings = models.settings_of(config.model)
     checks.check_values(config)
-    hosts.agree(configs.to_json(config), PACKAGE)
     prepared = setup.prepare(config)
     dataset = data.load(config.data.name)
     checks.check_fit(config, family, settings, dataset)
@@ -76,7 +76,7 @@ def run(
         first = int(current.step)
         preview = Preview(prepared, known, workdir)
         log = stack.enter_context(Log(workdir, first))
-        if preview.missing(first):  # killed between a checkpoint and its pictures
+        if hosts.told(preview.missing(first)):  # killed between a checkpoint and its pictures
             log.write_samples(first, preview.make(state.sampling_params(current), first))
         if first >= config.train.steps:
             print(f"{workdir} is complete: step {first} of {config.train.steps}", flush=True)
