@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoints.py            # a state of 4.3 GB; takes 9 GB of memory and disk
 
-Saves through the run's own Saver: `save` returns when the buffers may be donated, the writing goes on
-behind. Compared with copying the same state to the host's memory, which no saving can do without.
+Saves through the run's own Saver: `save` returns when the buffers may be donated, the writing goes
+on behind. Compared with copying the same state to the host's memory, which no saving can do without.
 """
 
 import json

@@ -45,6 +45,7 @@ while (($#)); do
   shift
 done
 cd "$(dirname "$0")/.." || exit 1
+self=$PWD/launch/worker.sh # $0 was relative to where we came from
 [[ -d .venv ]] && PATH=$PWD/.venv/bin:$PATH
 
 case $verb in
@@ -59,8 +60,12 @@ case $verb in
     alive && fail "training runs here already"
     mkdir -p "$state" || exit 1
     rm -f "$state/status" "$state/stopped" "$state/pid"
-    setsid "$0" supervise --logs "$logs" -- "$@" </dev/null >>"$state/log" 2>&1 &
-    while [[ ! -s $state/pid ]]; do sleep .1; done
+    setsid "$self" supervise --logs "$logs" -- "$@" </dev/null >>"$state/log" 2>&1 &
+    for ((i = 0; i < 300; i++)); do
+      [[ -s $state/pid ]] && exit
+      sleep .1
+    done
+    fail "training did not start; see $state/log"
     ;;
   supervise)
     launch/local.sh "$@" &

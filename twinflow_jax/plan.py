@@ -23,6 +23,7 @@ from twinflow_jax import config as configs
 from twinflow_jax import files
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.planning import plan, report, topology
+from twinflow_jax.training import checks
 
 SEARCHED = {
     "strategy": ("gather_layers", "gather_once"), "remat": ("full", "dots"), "scale": (1, 2),
@@ -43,10 +44,16 @@ def main() -> int:
     bar.write(report.HEADER) if len(variants) > 1 else None
     for where, strategy, remat, scale in bar:
         config = varied(args.config, overrides, strategy, remat, scale)
-        if args.mode == "sample":
-            plans.append(plan.sample(config, where, args.steps, hlo_file))
-        else:
-            plans.append(plan.train(config, where, hlo_file))
+        checks.check_values(config)
+        try:
+            if args.mode == "sample":
+                plans.append(plan.sample(config, where, args.steps, hlo_file))
+            else:
+                plans.append(plan.train(config, where, hlo_file))
+        except UserError as error:
+            if len(variants) == 1:
+                raise
+            plans.append(plan.impossible(config, where, str(error)))
         bar.write(report.line(plans[-1])) if len(variants) > 1 else None
         if args.json:  # what is done so far, since each takes minutes
             files.write(epath.Path(args.json), as_json(plans))

@@ -25,6 +25,7 @@ from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import tiling
 from twinflow_jax.models.family import TextToImage
+from twinflow_jax.parallel import hosts
 
 TEXT_BATCH = 8  # prompts encoded at once
 IMAGE_BATCH = 16  # images encoded at once
@@ -176,9 +177,10 @@ class Pipeline:
                 leaf.delete()
 
     def mesh(self) -> jax.sharding.Mesh:
-        heads = self.config("transformer").heads
-        tensor = next(n for n in (8, 4, 2, 1) if len(jax.devices()) % n == 0 and heads % n == 0)
-        return parallel.make_mesh(parallel.MeshConfig(tensor=tensor))
+        """This process's own devices: beside others, each draws and encodes for itself."""
+        devices, heads = jax.local_devices(), self.config("transformer").heads
+        tensor = next(n for n in (8, 4, 2, 1) if len(devices) % n == 0 and heads % n == 0)
+        return parallel.make_mesh(parallel.MeshConfig(tensor=tensor), devices)
 
     def embed(
         self, prompts: Sequence[str], tokens: int | None = None, negative: str | None = None
@@ -220,8 +222,9 @@ class Pipeline:
             return Embeddings.read(file, self.config("transformer").text_width)[1]
         prompts = [self.family.null_prompt]
         embeddings = self.embed([], negative=self.family.null_prompt)
-        with contextlib.suppress(OSError):  # a checkpoint that only others may write
-            embeddings.save(file, prompts)
+        if hosts.leads():
+            with contextlib.suppress(OSError):  # a checkpoint that only others may write
+                embeddings.save(file, prompts)
         return embeddings
 
     def codec(self, method: str) -> Callable:

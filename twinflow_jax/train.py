@@ -46,10 +46,8 @@ def main() -> int:
     keep_compiled()
     try:
         train(configs.load(args.config, overrides), args.workdir, progress=hosts.leads())
-    except UserError:
-        if hosts.leads():
-            raise
-        return 2  # the first process says why
+    except hosts.Elsewhere:
+        return 2
     except Interrupted as stop:
         name = signal.Signals(stop.signal).name
         if hosts.leads():

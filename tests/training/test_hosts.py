@@ -28,7 +28,9 @@ COMMAND = [
 ]
 
 
-def start(workdir: pathlib.Path, processes: int, devices: int = 4, more=lambda rank: ()) -> list:
+def start(
+    workdir: pathlib.Path, processes: int, devices: int = 4, more=lambda rank: (), command=COMMAND
+) -> list:
     """A run on `devices` simulated devices, shared among processes; more: arguments by rank."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -41,7 +43,7 @@ def start(workdir: pathlib.Path, processes: int, devices: int = 4, more=lambda r
         own = [*joined, "--process", str(rank)] if processes > 1 else []
         log = open(f"{workdir}.{rank}.log", "w")  # noqa: SIM115 - the process writes to it
         started.append(subprocess.Popen(
-            [*COMMAND, "--workdir", str(workdir), *own, *more(rank)], cwd=ROOT, text=True,
+            [*command, "--workdir", str(workdir), *own, *more(rank)], cwd=ROOT, text=True,
             env=os.environ | flags, stdout=log, stderr=subprocess.STDOUT,
         ))
     return started
@@ -109,6 +111,16 @@ def test_processes_that_disagree_stop_with_one_message(tmp_path):
     first, second = logs(run)
     assert "error: processes 1 run with another config than process 0" in first
     assert "error:" not in second and not run.exists()
+
+
+@pytest.mark.slow
+def test_text_to_image_trains_on_two_processes(tmp_path):
+    """Each encodes and decodes with its own devices; the small networks are written once."""
+    few = ["--config.train.steps=4", "--config.train.sample_every=2", "--config.train.log_every=1"]
+    small = ["--config", "configs/qwen20b_tpu.py:tiny", *few]
+    two = start(tmp_path / "run", 2, command=[*COMMAND[:5], *small])
+    finish(tmp_path / "run", two)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
 
 
 @pytest.mark.slow

@@ -55,11 +55,14 @@ def test_stochastic_rounding_is_right_on_average():
 
 def test_bfloat16_weights_train(small_config, tmp_path):
     """Small updates add up, and averages keep all digits."""
-    overrides = ["train.weights=bfloat16", "optimizer.moments=bfloat16", "train.ema_decay=0.9"]
+    overrides = [
+        "train.weights=bfloat16", "optimizer.moments=bfloat16", "optimizer.betas=(0.9, 0.99)",
+        "train.ema_decay=0.9",
+    ]
     whole = train(small_config(*overrides), str(tmp_path / "whole"), progress=False)
     dtypes = lambda tree: {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
     assert dtypes(whole.params) == {"bfloat16"} and dtypes(whole.average.params) == {"float32"}
-    exact = train(small_config("train.ema_decay=0.9"), str(tmp_path / "exact"), progress=False)
+    exact = train(small_config(*overrides[2:]), str(tmp_path / "exact"), progress=False)
     for half, full in zip(*map(jax.tree.leaves, (whole.params, exact.params)), strict=True):
         error = np.linalg.norm(np.asarray(half, np.float32) - np.asarray(full))
         assert error <= 0.02 * np.linalg.norm(full) + 0.01

@@ -20,7 +20,7 @@ from twinflow_jax.models import names
 from twinflow_jax.models.family import Network
 
 RECORD = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2  # 1 had the channels of Qwen-Image's queries and keys in another order
 
 
 def array_folder(folder: epath.Path, network: str, path: str) -> epath.Path:

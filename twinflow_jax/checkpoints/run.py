@@ -15,11 +15,13 @@ from twinflow_jax.errors import UserError
 
 RANDOM = "random"  # the `pipeline` of runs that make small random networks for themselves
 
-# A run may go on with other values of these: they change what is reported, not what is learned.
+# A run may go on with other values of these: they change what is reported and how the work is
+# shared, not what is learned.
 FREE = (
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep",
     "sample.steps", "sample.columns", "sample.prompts", "sample.score_count", "mesh.data",
-    "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.strategy",
+    "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.strategy", "model.remat",
+    "train.micro_steps", "objective.merge_passes",
 )
 
 
@@ -44,7 +46,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
         differing = [
             f"{key} is {other.get(key)!r} there, {mine.get(key)!r} here"
             for key in sorted(mine.keys() | other.keys())
-            if key not in FREE and mine.get(key) != other.get(key)
+            if key not in FREE and key in other and mine.get(key) != other[key]
         ]
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""

@@ -13,6 +13,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from twinflow_jax.errors import UserError
+from twinflow_jax.parallel import hosts
 
 
 class Saver:
@@ -93,8 +94,10 @@ class Saver:
                 print(f"warning: {error}; trying the one before", file=sys.stderr)
                 unreadable.append(step)
                 continue
-            for torn in unreadable:  # out of the way of the step's next save
-                (self.folder / str(torn)).rename(self.folder / f"unreadable_{torn}")
+            if hosts.leads():
+                for torn in unreadable:  # out of the way of the step's next save
+                    (self.folder / str(torn)).rename(self.folder / f"unreadable_{torn}")
+            hosts.told(True)  # so that nobody looks before they are gone
             self._checkpointer.reload()
             return parts
         if unreadable:

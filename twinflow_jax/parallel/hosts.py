@@ -12,6 +12,11 @@ from jax.experimental import multihost_utils
 
 from twinflow_jax.errors import UserError
 
+
+class Elsewhere(UserError):
+    """An error that the first process reports."""
+
+
 SILENCE = 60  # seconds without a sign of life after which a host counts as lost
 
 
@@ -21,7 +26,7 @@ def join(coordinator: str, processes: int, process: int) -> None:
     coordinator: "HOST:PORT" of process 0, or "auto" on a TPU pod, GKE or Slurm, where JAX finds
     everything out. A host that is silent for SILENCE seconds ends the others.
     Raises:
-      UserError: a number of a process that there is not.
+      UserError: a number of a process that there is not, or nothing that `auto` can find out.
       ConnectionError: the processes did not find each other; another try may.
     """
     given = {}
@@ -37,11 +42,15 @@ def join(coordinator: str, processes: int, process: int) -> None:
         jax.distributed.initialize(
             **given, initialization_timeout=300, heartbeat_timeout_seconds=SILENCE
         )
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except ValueError as error:
+        raise UserError(
+            f"--coordinator {coordinator}: {' '.join(str(error).split())[:200]}; give HOST:PORT of "
+            "process 0, --processes and --process"
+        ) from error
+    except RuntimeError as error:
         raise ConnectionError(
-            f"process {process} of {processes} did not find the others at {coordinator} "
-            f"({reason}): start the same command on every host, with its own --process"
+            f"this process did not find the others at {coordinator} "
+            f"({' '.join(str(error).split())[:200]}): start the same command on every host"
         ) from error
 
 
@@ -54,16 +63,16 @@ def first(function) -> None:
     """Calls a function on the first process; where it fails, every process ends.
 
     Raises:
-      UserError: on the first process, what the function raised; elsewhere, nothing more to say.
+      Elsewhere: on the other processes; on the first, what the function raised.
     """
     error = None
     if leads():
         try:
             function()
-        except UserError as raised:
+        except Exception as raised:  # whatever it is, the others wait to hear of it
             error = raised
     if told(error is not None) and error is None:
-        raise UserError("process 0 stopped")
+        raise Elsewhere("process 0 stopped")
     if error is not None:
         raise error
 
@@ -88,7 +97,7 @@ def agree(config_json: str, folder: pathlib.Path) -> None:
     for column, what in enumerate(("config", "code")):
         other = np.flatnonzero(found[:, column] != found[0, column])
         if len(other):
-            raise UserError(
+            raise (UserError if leads() else Elsewhere)(
                 f"processes {', '.join(map(str, other))} run with another {what} than process 0: "
                 "start the same command with the same version on every host"
             )

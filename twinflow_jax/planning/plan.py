@@ -127,6 +127,13 @@ def sample(config, topology: Topology, steps: int, hlo_file=None) -> Plan:
     return _compiled(base, lower, mesh, parts, one, work, hlo_file)
 
 
+def impossible(config, topology: Topology, why: str) -> Plan:
+    """The plan of a config that the topology does not take."""
+    remat = config.model.get("remat", "none")
+    rows = config.data.batch_size
+    return Plan(topology.name, {}, config.mesh.strategy, remat, rows, topology.chips, refused=why)
+
+
 def on_device(tree) -> int:
     """Bytes of abstract arrays on each device."""
     return sum(
@@ -159,7 +166,7 @@ def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"{base.topology}: the compiler refused: {_first(error)}") from error
         return dataclasses.replace(
-            plan, refused=_exceeded(str(error), base),
+            plan, refused=_exceeded(str(error), plan),
             compile_seconds=time.perf_counter() - begin,
         )
     seconds, text = time.perf_counter() - begin, compiled.as_text()
@@ -206,11 +213,15 @@ def _exceeded(message: str, base: Plan) -> str:
     levers = []
     if base.strategy == "gather_once":
         levers.append("mesh.strategy=gather_layers")
-    if base.remat not in ("full", "offload"):
-        levers.append("model.remat=full")
-    elif base.remat == "full":
-        levers.append("model.remat=offload")
-    levers += ["fewer rows or train.micro_steps", "more chips"]
+    if base.parts.get("optimizer"):  # of training
+        if base.remat not in ("full", "offload"):
+            levers.append("model.remat=full")
+        elif base.remat == "full":
+            levers.append("model.remat=offload")
+        if sum(base.parts.values()) > base.hbm_bytes / 2:  # of what stays between steps
+            levers.append("optimizer.moments=bfloat16, train.weights=bfloat16, no averages")
+        levers.append("train.micro_steps")
+    levers += ["fewer rows", "more chips"]
     return f"{how}; what would help: {', '.join(levers)}"
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from twinflow_jax import checkpoints, data, evaluation, models, text_to_image
 from twinflow_jax.checkpoints import imported, random
 from twinflow_jax.errors import UserError
+from twinflow_jax.parallel import hosts
 
 Conditions = dict[str, np.ndarray]  # row k of each array is of label, or prompt, k
 
@@ -72,7 +73,7 @@ def of_captions(config, dataset: data.Dataset, workdir: epath.PathLike) -> Input
     """Images and captions through the networks of `config.pipeline`."""
     folder = checkpoints.pipeline_of(workdir, config)
     if config.pipeline == checkpoints.RANDOM:
-        random.write_random(config.model.name, folder, config.train.seed)
+        hosts.first(lambda: random.write_random(config.model.name, folder, config.train.seed))
     settings = models.settings_of(config.model)[1]
     pipeline = text_to_image.Pipeline(
         imported.open_imported(folder), settings.dtype, settings=settings, progress=False

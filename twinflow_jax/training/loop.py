@@ -134,10 +134,19 @@ def compile_phases(prepared: setup.Setup, first: int, progress: bool, done: dict
     if train.steps <= train.flow_matching_steps:
         ends["objective"] = 0
     options = flags.options(jax.devices()[0].device_kind) or None
-    compiled = {
-        phase: prepared.lower(phase).compile(compiler_options=options)
-        for phase in prepared.phases if first < ends[phase] and phase not in done
-    }
+    try:
+        compiled = {
+            phase: prepared.lower(phase).compile(compiler_options=options)
+            for phase in prepared.phases if first < ends[phase] and phase not in done
+        }
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "a step does not fit the devices' memory: `python -m twinflow_jax.plan` says by how "
+            "much; model.remat=full, mesh.strategy=gather_layers, train.micro_steps or more "
+            "devices help"
+        ) from error
     if not compiled:
         return done
     if progress:
@@ -176,7 +185,8 @@ def refuse_other_networks(run: str, model: models.Model) -> None:
     """Raises UserError where a run trained another network than `model`."""
     other = models.settings_of(checkpoints.read_config(run).model)[1]
     theirs, ours = (dataclasses.asdict(config) for config in (other, model.config))
-    differing = [k for k in theirs.keys() | ours if theirs.get(k) != ours.get(k)]
+    free = {"remat", "dtype"}  # of computing, not of the weights
+    differing = [k for k in (theirs.keys() | ours) - free if theirs.get(k) != ours.get(k)]
     if differing:
         raise UserError(
             f"train.init_from {run} is another network: it differs in "

@@ -52,6 +52,11 @@ def create(config, steps: int) -> optax.GradientTransformation:
             f"optimizer.moments is {config.moments!r}; choose from {', '.join(DTYPES)}"
         )
     if config.moments != "float32":
+        if b2 > 0.995:
+            raise UserError(
+                f"optimizer.moments is {config.moments!r}, whose three digits a beta of {b2} never "
+                "moves: use optimizer.betas up to .995, or optimizer.moments=float32"
+            )
         chosen = kept_in(config.moments, chosen)
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)

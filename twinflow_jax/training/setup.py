@@ -91,6 +91,13 @@ def prepare(config, devices: list | None = None) -> Setup:
     optimizer = optimizers.create(config.optimizer, config.train.steps)
     fields = dict(config.mesh)
     name = fields.pop("strategy")
+    if not getattr(model.config, "splits_tokens", False):
+        if fields["context"] > 1:
+            raise UserError(
+                f"mesh.context is {fields['context']}, but model {config.model.name!r} does not "
+                "split its tokens: set it to 1"
+            )
+        fields["context"] = 1
     mesh = parallel.make_mesh(parallel.MeshConfig(**fields), devices, config.data.batch_size)
     abstract = model.abstract_params()
     check_divisible(config, model, mesh)

@@ -76,7 +76,9 @@ def loss_and_gradient(
             theirs = weights if teacher is None else teacher
             return objective.loss(apply, weights, theirs, batch, draws, totals)
 
-        return jax.value_and_grad(loss, has_aux=True)(params)
+        value, gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        # In float32 also where weights are kept in less: half the digits are no sum.
+        return value, jax.tree.map(lambda a: a.astype(jnp.float32), gradient)
 
     if micro_steps == 1:
         return part(batch, draws)
@@ -86,7 +88,7 @@ def loss_and_gradient(
         same = groups and counts_of(groups[-1][0][1], roles) == counts_of(piece[1], roles)
         groups[-1].append(piece) if same else groups.append([piece])
 
-    gradient = jax.tree.map(jnp.zeros_like, params)
+    gradient = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), params)
     loss, terms = jnp.float32(0), {}
     for group in groups:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
@@ -155,11 +157,7 @@ def make_step(
             objective, apply, state.params, None if teacher is None else teacher.params,
             Batch(x, cond, null), draws, config.micro_steps, strategy,
         )
-        # In float32 also where weights are kept in less: half the digits are no update.
-        gradient, weights = (
-            jax.tree.map(lambda a: a.astype(jnp.float32), tree)
-            for tree in (gradient, state.params)
-        )
+        weights = jax.tree.map(lambda a: a.astype(jnp.float32), state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, weights)
         params = optimizers.apply_updates(round_key, state.params, updates)
         average = state.average

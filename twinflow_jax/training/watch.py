@@ -19,8 +19,8 @@ PEAKS = {  # bf16 FLOP/s by jax.Device.device_kind, of published data sheets
 
 
 class Watch:
-    """Writes WORKDIR/speed.jsonl. A file WORKDIR/trace holding a number k makes the next k steps
-    leave an xprof trace in WORKDIR/traces/.
+    """Writes WORKDIR/speed.jsonl. A file WORKDIR/trace holding a number k, looked for at each
+    report, makes the first process leave an xprof trace of the next k steps in WORKDIR/traces/.
 
     rows: of a step. step_flops: of a step on all devices, recomputation not counted.
     """
@@ -34,7 +34,7 @@ class Watch:
         self._trace_left = 0
 
     def _run_began(self) -> float:
-        """When the run first started, in seconds since 1970: from its record, or now."""
+        """When the run's first step began, in seconds since 1970: from its record, or now."""
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             return json.loads(self._file.read_text().splitlines()[0])["run_began"]
         return time.time()
@@ -54,20 +54,23 @@ class Watch:
         self._own += time.perf_counter() - begin
 
     def step(self) -> None:
-        """Counts a step, and starts or ends a trace."""
+        """Counts a step, and ends a trace after its last."""
         self._steps += 1
         if self._trace_left:
             self._trace_left -= 1
             if not self._trace_left:
                 jax.profiler.stop_trace()
-            return
+
+    def _look_for_requests(self) -> None:
+        """Starts a trace on the first process, where one is asked for."""
         request = self._folder / "trace"
-        if not request.exists():
+        if self._trace_left or not hosts.leads() or not request.exists():
             return
-        with contextlib.suppress(OSError, ValueError):  # another process may have taken it
-            self._trace_left = max(int(request.read_text().strip() or 1), 1)
-            request.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            steps = max(int(request.read_text().strip() or 1), 1)
+            request.unlink()
             jax.profiler.start_trace(str(self._folder / "traces"))
+            self._trace_left = steps
 
     def report(self, step: int) -> str:
         """Writes what was measured since the last report; returns it for the progress line.
@@ -91,6 +94,7 @@ class Watch:
             every = multihost_utils.process_allgather(np.float32(self._waited / self._steps))
             row["host_skew_seconds"] = float(every.max() - every.min())
         self._waited, self._steps, self._since, self._own = 0.0, 0, now, 0.0
+        self._look_for_requests()
         if hosts.leads():
             with self._file.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
@@ -98,7 +102,7 @@ class Watch:
         return f"{row['images_per_second']:.3g} img/s{used}, data {row['data_wait']:.0%}"
 
     def _goodput(self, step: int, seconds: float) -> float:
-        """The share of the time since the run's first start that its steps would have taken."""
+        """The share of the time since the run's first step that its steps would have taken."""
         return min(step * seconds / max(time.time() - self._began, 1e-9), 1.0)
 
     def close(self) -> None:

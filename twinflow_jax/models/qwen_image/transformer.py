@@ -84,6 +84,11 @@ class Config:
         remat.check(self.remat)
 
     @property
+    def splits_tokens(self) -> bool:
+        """Whether a mesh's context axis has something to split."""
+        return True
+
+    @property
     def width(self) -> int:
         return self.heads * self.head_dim
 
