@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py            # a state of 4.3 GB; takes 9 GB of memory and disk
 
 Saves through the run's own Saver: `save` returns when the buffers may be donated, the writing goes
-on behind. Compared with copying the same state to the host's memory, which no saving can do without.
+on behind. Compared with copying the same state to the host's memory, which saving has to do.
 """
 
 import json
