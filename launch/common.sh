@@ -11,6 +11,11 @@ usage() { # the comment at the top of the script
   exit 0
 }
 
+value() { # value --OPTION VALUE [...]: sets the variable that is called like the option
+  [[ ${2:-} ]] || fail "$1 needs a value"
+  printf -v "${1#--}" %s "$2"
+}
+
 quote() { # words as a shell reads them back
   local word text='' apostrophe="'\\''"
   for word in "$@"; do

@@ -33,8 +33,7 @@ while (($#)); do
   case $1 in
     --dry-run) dry=yes ;;
     --name | --cluster | --zone | --project | --type | --slices | --restarts | --storage | --image)
-      [[ ${2:-} ]] || fail "$1 needs a value"
-      printf -v "${1#--}" %s "$2"
+      value "$@"
       shift
       ;;
     --) shift && break ;;

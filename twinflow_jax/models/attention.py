@@ -1,6 +1,5 @@
 """Attention over a batch of sequences, on whatever device there is."""
 
-import contextlib
 import contextvars
 
 import jax
@@ -9,18 +8,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from twinflow_jax.models import axes
+from twinflow_jax.models.context import setting
 
 _platform = contextvars.ContextVar("platform", default=None)
 
 
-@contextlib.contextmanager
 def compiled_for(platform: str):
     """What is traced inside is for that platform ("tpu", "gpu", "cpu"), not for this machine."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+    return setting(_platform, platform)
 
 
 def attention(

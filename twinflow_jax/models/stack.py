@@ -5,7 +5,6 @@ they may have to be gathered first. `placed` says so from outside (`parallel.str
 and networks need not know.
 """
 
-import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import flax.linen as nn
 import jax
 
 from twinflow_jax.models import remat
+from twinflow_jax.models.context import setting
 
 NAME = "layers"  # of the stacked parameters in a network's tree
 
@@ -33,14 +33,9 @@ class Placement:
 _placement = contextvars.ContextVar("placement")
 
 
-@contextlib.contextmanager
 def placed(placement: Placement):
     """Networks that are traced inside run their layers so."""
-    token = _placement.set(placement)
-    try:
-        yield
-    finally:
-        _placement.reset(token)
+    return setting(_placement, placement)
 
 
 def run_layers(

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from twinflow_jax.errors import UserError
+from twinflow_jax.parallel.peaks import PEAKS
 
 GIB = 2**30
 
@@ -22,13 +23,17 @@ class Generation:
     devices_per_chip: int
     chips_per_host: int
     hbm_bytes: int  # per device: what the compiler lets a program use
-    peak: float  # per device: bf16 FLOP/s
     hbm: float  # per device: bytes/s
     ici: float  # per chip and torus axis, both directions of a wrapped axis together: bytes/s
     dcn: float  # per chip: bytes/s between slices
     clock: float  # Hz: the compiler's estimated cycles per second
     count_cores: bool  # whether the number in a cloud name counts cores, two per chip
     wraps: int  # an axis is a ring where its length is a multiple of this, else a line
+
+    @property
+    def peak(self) -> float:
+        """Per device: bf16 FLOP/s."""
+        return PEAKS[self.kind]
 
 
 # HBM is what the TPU compiler's out-of-memory errors name as available. Peaks, HBM, and the network
@@ -40,15 +45,15 @@ class Generation:
 GENERATIONS = {
     generation.name: generation
     for generation in (
-        Generation("v4", "TPU v4", 3, 1, 4, int(30.75 * GIB), 275e12, 1228e9, 90e9, 6.25e9,
+        Generation("v4", "TPU v4", 3, 1, 4, int(30.75 * GIB), 1228e9, 90e9, 6.25e9,
                    1.05e9, True, 4),
-        Generation("v5e", "TPU v5 lite", 2, 1, 4, int(15.75 * GIB), 197e12, 819e9, 90e9, 3.125e9,
+        Generation("v5e", "TPU v5 lite", 2, 1, 4, int(15.75 * GIB), 819e9, 90e9, 3.125e9,
                    1.5e9, False, 16),
-        Generation("v5p", "TPU v5", 3, 1, 4, int(95.74 * GIB), 459e12, 2765e9, 180e9, 6.25e9,
+        Generation("v5p", "TPU v5", 3, 1, 4, int(95.74 * GIB), 2765e9, 180e9, 6.25e9,
                    1.75e9, True, 4),
-        Generation("v6e", "TPU v6 lite", 2, 1, 4, int(31.25 * GIB), 918e12, 1638e9, 180e9, 12.5e9,
+        Generation("v6e", "TPU v6 lite", 2, 1, 4, int(31.25 * GIB), 1638e9, 180e9, 12.5e9,
                    1.75e9, False, 16),
-        Generation("tpu7x", "TPU7x", 3, 2, 4, int(94.75 * GIB), 1153e12, 3690e9, 180e9, 12.5e9,
+        Generation("tpu7x", "TPU7x", 3, 2, 4, int(94.75 * GIB), 3690e9, 180e9, 12.5e9,
                    2.2e9, True, 4),
     )
 }

@@ -1,7 +1,6 @@
 """One optimizer step as a pure function of (state, data)."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -64,17 +63,17 @@ def loss_and_gradient(
     """
     roles = objective.form.ROLES
     totals = counts_of(draws, roles)
-    weights_of = lambda params: lambda params: params
+    hold, weights = lambda params: None, lambda params, held: params
     if strategy is not None:
-        weights_of = lambda params: functools.partial(strategy.weights, held=strategy.hold(params))
-    student = weights_of(params)
-    teacher = None if teacher_params is None else weights_of(teacher_params)(teacher_params)
+        hold, weights = strategy.hold, strategy.weights
+    held = hold(params)
+    teacher = None if teacher_params is None else weights(teacher_params, hold(teacher_params))
 
     def part(batch: Batch, draws):
         def loss(params):
-            weights = student(params)
-            theirs = weights if teacher is None else teacher
-            return objective.loss(apply, weights, theirs, batch, draws, totals)
+            student = weights(params, held)
+            theirs = student if teacher is None else teacher
+            return objective.loss(apply, student, theirs, batch, draws, totals)
 
         value, gradient = jax.value_and_grad(loss, has_aux=True)(params)
         # In float32 also where weights are kept in less: half the digits are no sum.
