@@ -1,6 +1,5 @@
 """configs/mnist.py on all 60,000 MNIST digits, through TFDS (downloads once).
 
-    pip install -e ".[tfds]" -c constraints.txt
     python -m twinflow_jax.train --config configs/mnist_full.py --workdir runs/mnist_full
 
 Not measured: twice the steps of configs/mnist.py, so about 7 minutes on 2 cores.

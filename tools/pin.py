@@ -1,6 +1,6 @@
 """Rewrites constraints.txt from the packages installed beside this Python.
 
-    python -m venv .venv && .venv/bin/pip install -e ".[test,tfds]" && .venv/bin/python tools/pin.py
+    python -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python tools/pin.py
 
 Exact versions, and no address: pip finds them wherever the user's pip looks.
 """

@@ -80,12 +80,8 @@ def mnist5k() -> Dataset:
 
 def mnist() -> Dataset:
     """MNIST through TFDS: 60,000 for training, 10,000 held out. Downloads once."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(
-            "data 'mnist' needs tensorflow-datasets: pip install -e '.[tfds]'"
-        ) from error
+    import tensorflow_datasets as tfds
+
     try:
         sources = tfds.data_source("mnist", builder_kwargs={"file_format": "array_record"})
     except Exception as error:  # tfds raises many kinds where a download fails

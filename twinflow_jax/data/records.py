@@ -1,0 +1,242 @@
+"""Training records on disk: encoded pictures and captions as a TFDS dataset of ArrayRecord files.
+
+    FOLDER/records.json                     what they were made with
+    FOLDER/null.safetensors                 the embedding of the prompt that stands for none
+    FOLDER/features.json, dataset_info.json   TFDS's: `tfds.builder_from_directory(FOLDER)` reads it
+    FOLDER/records-SPLIT.array_record-00000-of-00002
+
+A split holds pictures of one size ("768x512": width x height in pixels), or prompts alone
+("prompts"). The features of a record:
+
+    id        where it came from
+    captions  one or several
+    lengths   tokens of each caption
+    tokens    (their sum, width), float16: the captions' embeddings, valid tokens only
+    latents   (h, w, c), float16: normalised, the mean of the autoencoder's distribution
+    image     in place of latents, for networks that draw pixels: a PNG
+    width, height   of the picture as it was found
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from jaxtyping import Float
+from PIL import Image
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from twinflow_jax import files
+from twinflow_jax.errors import UserError
+
+RECORD, NULL = "records.json", "null.safetensors"
+NAME, VERSION, FORMAT = "records", "1.0.0", 1
+PROMPTS = "prompts"  # the split of records without pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What records were made with; two folders with equal ones can be mixed.
+
+    family: of models. text_encoder, autoencoder: which weights, as they are named to people;
+    autoencoder is "" for pixels. channels: of a sample, 0 for prompts alone. text_width: of a
+    token. downscale: pixels a side for one place of a sample.
+    """
+
+    family: str
+    text_encoder: str
+    text_width: int
+    autoencoder: str
+    channels: int
+    downscale: int
+
+    def features(self) -> tfds.features.FeaturesDict:
+        """The documented features of a record."""
+        features = tfds.features
+        fields = {
+            "id": features.Text(),
+            "captions": features.Sequence(features.Text()),
+            "lengths": features.Tensor(shape=(None,), dtype=np.int32),
+            "tokens": features.Tensor(
+                shape=(None, self.text_width), dtype=np.float16, encoding="bytes"
+            ),
+        }
+        if self.channels:
+            fields |= {"width": features.Scalar(np.int32), "height": features.Scalar(np.int32)}
+        if self.autoencoder:
+            fields["latents"] = features.Tensor(
+                shape=(None, None, self.channels), dtype=np.float16, encoding="bytes"
+            )
+        elif self.channels:
+            fields["image"] = features.Image(
+                shape=(None, None, self.channels), encoding_format="png"
+            )
+        return features.FeaturesDict(fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One record. tokens: each caption's. sample: latents, or pixels in [-1, 1]; None where
+    there are prompts alone. size: (width, height) of the picture as it was found."""
+
+    id: str
+    captions: Sequence[str]
+    tokens: Sequence[Float[np.ndarray, "L D"]]
+    sample: Float[np.ndarray, "h w c"] | None = None
+    size: tuple[int, int] = (0, 0)
+
+
+def shard_file(folder: epath.PathLike, split: str, number: int, shards: int) -> epath.Path:
+    return epath.Path(folder) / f"{NAME}-{split}.array_record-{number:05d}-of-{shards:05d}"
+
+
+def write_shard(path: epath.PathLike, examples: Iterable[Example], manifest: Manifest) -> int:
+    """Writes a file of records, which appears whole or not at all; returns its bytes.
+
+    Raises:
+      UserError: a number that float16 does not hold.
+    """
+    path, features = epath.Path(path), manifest.features()
+    serializer = ExampleSerializer(features.get_serialized_info())
+    # ArrayRecord writes local files only. Hidden: TFDS and a listing pass over it.
+    folder = path.parent if "://" not in str(path) else epath.Path("/tmp")
+    temporary = folder / f".{path.name}.{os.getpid()}"
+    try:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        for example in examples:
+            fields = features.encode_example(_fields(example, manifest))
+            writer.write(serializer.serialize_example(fields))
+        writer.close()
+        size = temporary.stat().length
+        if folder == path.parent:
+            temporary.replace(path)
+        else:
+            temporary.copy(path, overwrite=True)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return size
+
+
+def _fields(example: Example, manifest: Manifest) -> dict[str, Any]:
+    fields = {
+        "id": example.id,
+        "captions": list(example.captions),
+        "lengths": np.array([len(tokens) for tokens in example.tokens], np.int32),
+        "tokens": _half(np.concatenate(example.tokens), example.id),
+    }
+    if manifest.channels:
+        fields["width"], fields["height"] = example.size
+    if manifest.autoencoder:
+        fields["latents"] = _half(example.sample, example.id)
+    elif manifest.channels:
+        pixels = np.round((np.asarray(example.sample, np.float32) + 1) * 127.5).astype(np.uint8)
+        fields["image"] = io.BytesIO()
+        Image.fromarray(pixels).save(fields["image"], "PNG")
+        fields["image"].seek(0)
+    return fields
+
+
+def _half(array: np.ndarray, of: str) -> np.ndarray:
+    """As float16, which keeps all that bfloat16 computes except beyond 65504."""
+    with np.errstate(over="ignore"):
+        half = np.asarray(array, np.float16)
+    if not np.isfinite(half).all():
+        raise UserError(f"record {of}: the networks gave numbers beyond float16, or none at all")
+    return half
+
+
+def finish(
+    folder: epath.PathLike, manifest: Manifest,
+    shards: Mapping[str, Sequence[tuple[int, int]]], report: Mapping[str, Any],
+) -> None:
+    """Makes a folder of written files a dataset. shards: of each split its files' (records,
+    bytes). report: what else to keep in records.json, which is written last."""
+    folder = epath.Path(folder)
+    splits = [
+        tfds.core.SplitInfo(
+            name=split, shard_lengths=[records for records, _ in parts],
+            num_bytes=sum(size for _, size in parts),
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=folder, dataset_name=NAME, split=split, filetype_suffix="array_record",
+            ),
+        )
+        for split, parts in shards.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=manifest.features(), split_infos=splits, version=VERSION,
+        description="Encoded pictures and captions of twinflow_jax.", check_data=False,
+    )
+    record = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), **report}
+    files.write(folder / RECORD, json.dumps(record, indent=1).encode())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Records:
+    """A finished folder of records."""
+
+    folder: epath.Path
+    manifest: Manifest
+    report: dict[str, Any]
+
+    @functools.cached_property
+    def _builder(self):
+        return tfds.builder_from_directory(self.folder)
+
+    @functools.cached_property
+    def splits(self) -> dict[str, int]:
+        """Records of each split that has any."""
+        found = {name: info.num_examples for name, info in self._builder.info.splits.items()}
+        return {name: count for name, count in sorted(found.items()) if count}
+
+    def sample_shape(self, split: str) -> tuple[int, int, int]:
+        """(h, w, c) of a split's samples."""
+        width, height = (int(side) // self.manifest.downscale for side in split.split("x"))
+        return height, width, self.manifest.channels
+
+    @functools.cache  # noqa: B019 - few folders, for as long as a run
+    def source(self, split: str) -> Sequence[dict[str, Any]]:
+        """The features of each record of a split, in any order."""
+        return self._builder.as_data_source(split)
+
+    def read(self, split: str, index: int) -> Example:
+        """One record."""
+        fields = self.source(split)[index]
+        ends = np.cumsum(fields["lengths"])[:-1]
+        sample = fields.get("latents")
+        if "image" in fields:
+            sample = fields["image"].astype(np.float32) / 127.5 - 1
+        return Example(
+            fields["id"].decode(), tuple(caption.decode() for caption in fields["captions"]),
+            np.split(fields["tokens"], ends), sample,
+            (int(fields.get("width", 0)), int(fields.get("height", 0))),
+        )
+
+
+def open_records(folder: epath.PathLike) -> Records:
+    """The records in a folder.
+
+    Raises:
+      UserError: there are none, they are not complete, or they cannot be read.
+    """
+    folder = epath.Path(folder)
+    if not (folder / RECORD).exists():
+        raise UserError(
+            f"{folder} holds no complete records: give what tools/encode.py wrote, and run it "
+            "again where it did not come to its end"
+        )
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        known = record.pop("format") == FORMAT
+        manifest = Manifest(**record.pop("manifest")) if known else None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{folder / RECORD} cannot be read ({error!r}): encode again") from error
+    if manifest is None:
+        raise UserError(f"{folder / RECORD} is of another version of this project: encode again")
+    return Records(folder, manifest, record)
