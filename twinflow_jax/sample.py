@@ -150,12 +150,12 @@ def draw_prompts(args, run) -> int:
     tile = pipeline.tile_of(args.tile)
     choose = choose_base if args.base else choose_few
     draw, settings, label = choose(args, pipeline, shape)
-    prompts, embeddings, null = read_prompts(args, pipeline, settings.get("negative"))
     if not args.base and not pipeline.knows_r:
         warnings.warn(
             f"{args.checkpoint} is a base model, not trained to draw in a few steps: try --base",
             stacklevel=2,
         )
+    prompts, embeddings, null = read_prompts(args, pipeline, settings.get("negative"))
     if args.save_embeddings:
         with writing("--save-embeddings", args.save_embeddings):
             embeddings.save(args.save_embeddings, prompts)

@@ -144,10 +144,14 @@ class Pipeline:
 
     @property
     def knows_r(self) -> bool:
-        """Whether the transformer was trained with a target time, which base models are not."""
+        """Whether the transformer was trained with a target time, which base models are not.
+
+        Raises:
+          UserError: there is no transformer.
+        """
         if self.trained is not None:
             return True
-        return not self.checkpoint.record["networks"]["transformer"]["added"]
+        return not self.checkpoint.recorded("transformer")["added"]
 
     def config(self, name: str):
         """Our config of a network, computing in this pipeline's dtype."""
@@ -193,7 +197,7 @@ class Pipeline:
           UserError: no tokenizer, or an empty prompt.
         """
         stage = "text encoding"
-        with local_copy(self.checkpoint.folder / "files" / "tokenizer") as folder:
+        with local_copy(self.checkpoint.tokenizer) as folder:
             tokenizer = self.family.load_tokenizer(folder)
         groups = [self.family.tokenize(tokenizer, prompts, tokens)] if prompts else []
         if negative is not None:  # apart: its template, and so its length, may be another
@@ -409,5 +413,6 @@ def local_copy(folder: epath.Path):
         return
     with tempfile.TemporaryDirectory() as copy:
         for file in folder.iterdir() if folder.exists() else ():
-            file.copy(epath.Path(copy) / file.name)
+            if file.is_file():
+                file.copy(epath.Path(copy) / file.name)
         yield copy

@@ -88,7 +88,7 @@ def export_folder(
     """
     target = epath.Path(target)
     if dtype or trained:
-        checkpoint.network("transformer")
+        checkpoint.recorded("transformer")
     networks, wanted = {}, {}
     for name in checkpoint.parts:
         replaced = trained if name == "transformer" else None

@@ -56,23 +56,49 @@ class Imported:
         """The networks that it holds."""
         return tuple(self.record["networks"])
 
+    @property
+    def tokenizer(self) -> epath.Path:
+        """The folder of its files: one of its own, or beside those of the only network."""
+        kept = self.folder / "files"
+        return kept / "tokenizer" if (kept / "tokenizer").exists() else kept
+
     def network(self, name: str) -> Network:
-        """Raises UserError where the checkpoint holds no such network."""
+        """Raises UserError where the checkpoint should hold that network, and does not."""
+        network = models.FAMILIES[self.family].text_to_image.networks[name]
+        if network.published:
+            self.recorded(name)
+        return network
+
+    def recorded(self, name: str) -> dict[str, Any]:
+        """What the record says of a network.
+
+        Raises:
+          UserError: the checkpoint does not hold it.
+        """
         if name not in self.parts:
-            raise UserError(
-                f"{self.folder} holds only {', '.join(self.parts)}, no {name}: import the whole "
-                "pipeline folder"
+            published = models.FAMILIES[self.family].text_to_image.networks[name].published
+            cure = "import the whole pipeline folder" if published else (
+                f"{self.family} has none to import, train one and give the run"
             )
-        return models.FAMILIES[self.family].text_to_image.networks[name]
+            raise UserError(f"{self.folder} holds only {', '.join(self.parts)}, no {name}: {cure}")
+        return self.record["networks"][name]
 
     def config(self, name: str):
-        """Our config of a network, read anew from the published one."""
+        """Our config of a network: read anew from the published one, where there is one."""
         network = self.network(name)
-        return network.config.from_published(self.record["networks"][name]["published"])
+        if not network.published:
+            return network.config()
+        return network.config.from_published(self.recorded(name)["published"])
 
     def arrays(self, name: str) -> store.Arrays:
-        """The arrays of a network by path, open and not yet read."""
-        table, _ = layout(self.network(name), self.config(name))
+        """The arrays of a network by path, open and not yet read.
+
+        Raises:
+          UserError: the checkpoint does not hold them, or one cannot be read.
+        """
+        table, leaves = layout(self.network(name), self.config(name))
+        if leaves:
+            self.recorded(name)
         return {
             rule.path: store.open_array(
                 store.location(array_folder(self.folder, name, rule.path))

@@ -21,6 +21,7 @@ from twinflow_jax.models.family import Network
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 FLOATS = ("float32", "float16", "bfloat16")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+BESIDE_WEIGHTS = (".json", ".txt", ".model")  # the kept files among a network's
 KEPT_FILES_BYTES = 200 << 20  # tokenizers, schedulers and the like; weights are not kept so
 
 
@@ -112,7 +113,7 @@ def open_folder(source: str) -> Folder:
     if problems:
         listed = "\n  ".join(problems)
         raise UserError(f"{path} cannot be used:\n  {listed}")
-    return Folder(path, family, parts, tuple(_other_files(path, parts)))
+    return Folder(path, family, parts, tuple(_other_files(path, set(places.values()))))
 
 
 def _networks(path: epath.Path) -> tuple[str, dict[str, epath.Path]]:
@@ -135,7 +136,7 @@ def _networks(path: epath.Path) -> tuple[str, dict[str, epath.Path]]:
 
     family = max(known, key=accepted)
     if accepted(family):
-        return family, {name: path / n.folder for name, n in known[family].items()}
+        return family, {name: path / n.folder for name, n in known[family].items() if n.published}
     if given := _class_in(path / "transformer"):
         raise UserError(f"{path / 'transformer/config.json'} {_unknown_class(given, known)}")
     raise UserError(
@@ -293,20 +294,25 @@ def grouped(what: str, keys: list[str]) -> list[str]:
     ]
 
 
-def _other_files(path: epath.Path, parts: dict[str, Part]) -> list[str]:
-    """Files to keep for export: of the folder itself and of its folders without weights."""
-    networks = {part.network.folder for part in parts.values()}
+def _other_files(path: epath.Path, networks: set[epath.Path]) -> list[str]:
+    """Files to keep for export, relative to the folder `path`.
+
+    Its model_index.json, what lies beside weights without being such (a tokenizer may), and all
+    of its folders without weights. networks: the folders with weights, which `path` may be.
+    """
+    def beside_weights(file: epath.Path) -> bool:
+        kept = file.suffix in BESIDE_WEIGHTS
+        return kept and file.name != "config.json" and "index" not in file.name
+
     kept = []
     for entry in sorted(path.iterdir()):
-        if entry.is_dir() and entry.name not in networks and not entry.name.startswith("."):
-            kept += [f"{entry.name}/{f.name}" for f in sorted(entry.iterdir()) if f.is_file()]
-        elif entry.is_dir() and entry.name in networks:
+        if entry.is_dir() and not entry.name.startswith("."):
             kept += [
                 f"{entry.name}/{f.name}"
                 for f in sorted(entry.iterdir())
-                if f.suffix == ".json" and f.name != "config.json" and "index" not in f.name
+                if f.is_file() and (entry not in networks or beside_weights(f))
             ]
-        elif entry.name == "model_index.json":
+        elif entry.name == "model_index.json" or (path in networks and beside_weights(entry)):
             kept.append(entry.name)
     return [
         name for name in kept

@@ -17,9 +17,10 @@ def write_random(family: str, target: epath.PathLike, seed: int) -> imported.Imp
     if (target / imported.RECORD).exists() and not (target / files.UNFINISHED).exists():
         return imported.open_imported(target)
     text_to_image = models.FAMILIES[family].text_to_image
-    keys = jax.random.split(jax.random.key(seed), len(text_to_image.networks))
+    networks = {k: n for k, n in text_to_image.networks.items() if n.published}
+    keys = jax.random.split(jax.random.key(seed), len(networks))
     with files.whole_folder(target, 0):
-        for key, (name, network) in zip(keys, text_to_image.networks.items(), strict=True):
+        for key, (name, network) in zip(keys, networks.items(), strict=True):
             config = network.config.from_published(text_to_image.tiny[name])
             params = jax.jit(lambda key, n=network, c=config: n.init(c, key))(key)
             for path, leaf in names.flatten(params).items():
@@ -32,7 +33,7 @@ def write_random(family: str, target: epath.PathLike, seed: int) -> imported.Imp
             "files": tokenizer,
             "networks": {
                 name: {"published": text_to_image.tiny[name], "carried": [], "added": []}
-                for name in text_to_image.networks
+                for name in networks
             },
         }
         files.write(target / imported.RECORD, json.dumps(record, indent=2).encode())

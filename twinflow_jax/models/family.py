@@ -20,7 +20,8 @@ from twinflow_jax.models.names import NameTable
 class Network:
     """One network of a published pipeline.
 
-    folder: where the pipeline keeps it. classes: names in its config.json that are this network.
+    folder: where the pipeline keeps it. classes: names in its config.json that are this network;
+    none where no pipeline has it, which then is as its default config says, with a run's weights.
     config: a dataclass with `from_published(config.json) -> Config`. module: Config -> Flax
     module. example: Config -> abstract inputs which its parameters are initialised with.
     table: Config -> the name table between its published tensors and its parameters. stem: of
@@ -35,6 +36,11 @@ class Network:
     table: Callable[[Any], NameTable]
     stem: str = "diffusion_pytorch_model"
 
+    @property
+    def published(self) -> bool:
+        """Whether folders of published checkpoints hold it."""
+        return bool(self.classes)
+
     def accepts(self, class_name: str) -> bool:
         """Whether a config.json of that class is this network, perhaps in a trainer's wrapper."""
         return class_name in self.classes or class_name.removesuffix("Wrapper") in self.classes
@@ -42,7 +48,7 @@ class Network:
     def init(self, config, key: jax.Array):
         """Random parameters."""
         example = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), self.example(config))
-        return nn.meta.unbox(self.module(config).init(key, *example)["params"])
+        return nn.meta.unbox(self.module(config).init(key, *example).get("params", {}))
 
     def abstract(self, config):
         """`(shapes and dtypes, logical axes)` of the parameters, without computing any.
@@ -50,7 +56,8 @@ class Network:
         The axes of a leaf without names are None.
         """
         module = self.module(config)
-        boxed = jax.eval_shape(module.init, jax.random.key(0), *self.example(config))["params"]
+        made = jax.eval_shape(module.init, jax.random.key(0), *self.example(config))
+        boxed = made.get("params", {})  # an autoencoder without any: pixels
         return nn.meta.unbox(boxed), logical_axes(boxed)
 
 
