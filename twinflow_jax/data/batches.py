@@ -1,41 +1,124 @@
-"""Batches of an in-memory split, any of them computable from its step number alone."""
+"""Batches of one or several streams of rows, any of them computable from its step number alone.
 
+A step is of one shape of samples, so that each shape is compiled once. Shapes, and within a batch
+the streams of its shape, take turns by weight; every stream is permuted anew in each of its epochs.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
-from twinflow_jax.data.sources import Split
 from twinflow_jax.errors import UserError
+
+THREADS, AHEAD = 4, 8  # that read, and batches that are read before they are asked for
+FOREVER = np.iinfo(np.int32).max
+
+Read = Callable[[Int[np.ndarray, "n"], Int[np.ndarray, "n 4"]], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Rows that are all of one shape, in an order of (seed, epoch).
+
+    count: of its rows. read: (their numbers, what each may draw from: seeds of a generator) ->
+    a tree of arrays with leading axis n. weight: its share among all streams.
+    """
+
+    count: int
+    read: Read
+    weight: float = 1.0
 
 
 def batches(
-    split: Split, batch_size: int, seed: int, start: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
-    """Endless `{"x": (B, H, W, C), "label": (B,)}` from step `start` on.
+    shapes: Sequence[Sequence[Stream]], batch_size: int, seed: int, start: int = 0,
+    rows: Int[np.ndarray, "n"] | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Endless (number of the shape, batch) from step `start` on, read ahead in threads.
 
-    Each epoch is a new permutation of the split, drawn from (seed, epoch); what does not fill
-    a batch at its end is left out of that epoch. Batches are made a few steps ahead, in a
-    thread.
+    shapes: the streams of each shape of samples. rows: of the batch that are wanted, for a host
+    that holds a part of it (default: all).
+    What does not fill a batch at the end of a stream's epoch is left out of that epoch, other
+    rows each time; a stream smaller than a batch comes again within one.
 
     Raises:
-      UserError: the split has fewer rows than a batch.
+      UserError: all streams together have fewer rows than a batch.
     """
-    per_epoch = len(split) // batch_size
-    if per_epoch == 0:
+    total = sum(stream.count for streams in shapes for stream in streams)
+    if total < batch_size:
         raise UserError(
-            f"data has {len(split)} training images, too few for a batch of {batch_size}"
+            f"data has {total} rows to train on, too few for a batch of {batch_size}"
         )
+    rows = np.arange(batch_size) if rows is None else rows
+    turn_of_shape = turns([sum(stream.weight for stream in streams) for streams in shapes])
+    turn_of_stream = [turns([stream.weight for stream in streams]) for streams in shapes]
+    numbers = iter(range(total))
+    orders = [
+        [order(stream.count, batch_size, seed, next(numbers)) for stream in streams]
+        for streams in shapes
+    ]
+
+    def batch(step: int):
+        shape, turn = turn_of_shape(np.array([step]))
+        shape, first = int(shape[0]), int(turn[0]) * batch_size
+        owners, places = turn_of_stream[shape](first + rows)
+        found = []
+        for owner in np.unique(owners):
+            mine = owners == owner
+            found.append((mine, shapes[shape][owner].read(*orders[shape][owner](places[mine]))))
+        return shape, joined(found, len(rows))
+
+    steps = grain.MapDataset.range(start, FOREVER).map(lambda step: batch(int(step)))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(THREADS, AHEAD)))
+
+
+def turns(weights: Sequence[float]):
+    """`places -> (who, which of theirs)`: an endless row in which each comes by its weight."""
+    if len(weights) == 1:
+        return lambda places: (np.zeros(len(places), int), places)
+    endless = [
+        grain.MapDataset.range(2**62).map(lambda turn, who=who: (who, turn))
+        for who in range(len(weights))
+    ]
+    mixed = grain.MapDataset.mix(endless, weights)
+    return lambda places: tuple(np.array([mixed[int(place)] for place in places]).T)
+
+
+def order(count: int, batch_size: int, seed: int, number: int):
+    """`places -> (rows, seeds)`: the order that stream `number` is read in."""
+    per_epoch = count - count % batch_size or count
 
     @functools.lru_cache(maxsize=2)
     def permutation(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(len(split))
+        return np.random.default_rng((seed, epoch, number)).permutation(count)
 
-    def batch(step: int) -> dict[str, np.ndarray]:
-        epoch, place = divmod(int(step), per_epoch)
-        rows = permutation(epoch)[place * batch_size : (place + 1) * batch_size]
-        return {"x": split.x[rows], "label": split.label[rows]}
+    def rows(places):
+        epochs, places = np.divmod(places, per_epoch)
+        found = np.empty(len(places), int)
+        for epoch in np.unique(epochs):
+            mine = epochs == epoch
+            found[mine] = permutation(int(epoch))[places[mine]]
+        same = np.ones(len(places), int)
+        return found, np.stack([seed * same, epochs, number * same, found], axis=1)
 
-    steps = grain.MapDataset.range(start, np.iinfo(np.int32).max).map(batch)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    return rows
+
+
+def joined(parts: list[tuple[np.ndarray, dict[str, Any]]], count: int) -> dict[str, Any]:
+    """One batch of the parts' rows, each at the places that its mask gives."""
+    if len(parts) == 1:
+        return parts[0][1]
+
+    def one(*arrays):
+        if isinstance(arrays[0], dict):
+            return {key: one(*(array[key] for array in arrays)) for key in arrays[0]}
+        whole = np.empty((count, *arrays[0].shape[1:]), arrays[0].dtype)
+        for (mine, _), array in zip(parts, arrays, strict=True):
+            whole[mine] = array
+        return whole
+
+    return one(*(tree for _, tree in parts))

@@ -1,16 +1,22 @@
 """Several processes as one run: starting together, sharing rows, agreeing, stopping together."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import signal
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
+from jax._src import distributed  # the only way to the coordinator's key-value store
 from jax.experimental import multihost_utils
 
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, report
 
 
 class Elsewhere(UserError):
@@ -18,6 +24,12 @@ class Elsewhere(UserError):
 
 
 SILENCE = 60  # seconds without a sign of life after which a host counts as lost
+LOOK = 1.0  # seconds between looks for another process's error
+FAILED = "twinflow_jax/failed"  # where a process leaves its own with the coordinator
+
+# JAX counts the looks for a signal of every process, from 1: one that came before any stops all
+# at the first.
+_looks = itertools.count(1)
 
 
 def join(coordinator: str, processes: int, process: int) -> None:
@@ -59,6 +71,69 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+@contextlib.contextmanager
+def together():
+    """Where one process fails inside, all end within seconds, and process 0 says why.
+
+    The one that fails leaves its error with the coordinator, where the others look all the time:
+    they may be waiting in a collective that it will never join.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    over = threading.Event()
+    listener = threading.Thread(target=_listen, args=(over,), daemon=True)
+    listener.start()
+    try:
+        yield
+    except BaseException as error:
+        over.set()
+        listener.join()
+        if isinstance(error, Elsewhere):
+            status = 2
+        else:
+            _leave_if_failed()  # this error may be what another's end has caused
+            status = report(error)
+            _leave_note(status, error)
+        time.sleep(3 * LOOK)  # until all have looked: an end breaks the others' collectives
+        _end(status)
+    over.set()
+    listener.join()
+
+
+def _listen(over: threading.Event) -> None:
+    while not over.wait(LOOK):
+        _leave_if_failed()
+
+
+def _leave_note(status: int, error: BaseException) -> None:
+    """Tells the coordinator of this process's error, unless another was first."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    note = json.dumps([status, f"process {jax.process_index()}: {text}"])
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        distributed.global_state.client.key_value_set(FAILED, note)
+
+
+def _leave_if_failed() -> None:
+    """Ends this process where another has failed."""
+    try:
+        found = distributed.global_state.client.key_value_try_get(FAILED)
+    except jax.errors.JaxRuntimeError:  # there is none
+        return
+    status, text = json.loads(found)
+    if leads():
+        print(f"error: {text}", file=sys.stderr)
+        time.sleep(3 * LOOK)  # the coordinator is this process
+    _end(status)
+
+
+def _end(status: int) -> None:
+    """Ends at once: a thread may hang in a collective, and JAX would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def first(function) -> None:
     """Calls a function on the first process; where it fails, every process ends.
 
@@ -77,11 +152,18 @@ def first(function) -> None:
         raise error
 
 
-def told(answer: bool) -> bool:
+def told(answer: int) -> int:
     """The first process's answer, on every process: others may see files later."""
     if jax.process_count() == 1:
         return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+    return int(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
+def where(holds: bool) -> list[int]:
+    """The processes on which something holds, the same list on all of them."""
+    if jax.process_count() == 1:
+        return [0] if holds else []
+    return np.flatnonzero(multihost_utils.process_allgather(np.array(holds))).tolist()
 
 
 def agree(config_json: str, folder: pathlib.Path) -> None:
@@ -117,11 +199,30 @@ def in_step() -> bool:
     return jax.process_count() > 1 and jax.default_backend() == "cpu"
 
 
+def rows_held(layout: jax.sharding.Sharding, rows: int) -> np.ndarray:
+    """The rows of a batch of so many that this process's devices hold, in order."""
+    held = layout.addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in held]))
+
+
 def put(tree, layout: jax.sharding.Sharding):
     """Host arrays, the same on every process, as arrays over all processes' devices."""
     def one(array):
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
+
+    return jax.tree.map(one, tree)
+
+
+def put_rows(tree, layout: jax.sharding.Sharding, rows: np.ndarray, count: int):
+    """Like `put`, for arrays of which each process has those of `count` rows that it holds."""
+    def one(array):
+        def part(index):
+            first, last, _ = index[0].indices(count)
+            begin = np.searchsorted(rows, first)
+            return array[begin : begin + last - first]
+
+        return jax.make_array_from_callback((count, *array.shape[1:]), layout, part)
 
     return jax.tree.map(one, tree)
 
@@ -132,12 +233,12 @@ def fetch(tree, mesh: jax.sharding.Mesh):
     return jax.tree.map(np.asarray, jax.jit(lambda tree: tree, out_shardings=whole)(tree))
 
 
-def stop_requested(signal_number: int, step: int) -> int:
-    """The signal to stop for after this step, 0 for none: this process's own, or, with several
-    processes, SIGTERM where any has received it; all then stop at the same step.
+def stop_requested(signal_number: int) -> int:
+    """The signal to stop for now, 0 for none: this process's own, or, with several processes,
+    SIGTERM where any has received it; all then stop at the same look.
 
-    To be called by every process at every step.
+    To be called by every process before the first step and after each.
     """
     if jax.process_count() == 1:
         return signal_number
-    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(_looks)) else 0

@@ -3,6 +3,7 @@
 from twinflow_jax import checkpoints, data, models, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import imported
+from twinflow_jax.data.records import Records
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.training import optimizers
@@ -54,29 +55,52 @@ def check_values(config) -> None:
         )
 
 
-def check_fit(config, family: models.Family, settings, dataset: data.Dataset) -> None:
+def check_fit(
+    config, family: models.Family, settings, source: data.Dataset | list[Records]
+) -> None:
     """Refuses a network that does not take this data, or a pipeline that does not fit it.
 
-    settings: the network's.
+    settings: the network's. source: a named dataset, or folders of records.
     Raises:
       UserError: says what differs.
     """
     if family.text_to_image is not None:
         check_pipeline(config, settings)
+        if config.data.records:
+            check_encoders(config, source)
         return
-    if config.pipeline:
-        raise UserError(f"pipeline is set, but model {config.model.name!r} draws no text")
-    shape = dataset.train.x.shape[1:]
+    if config.pipeline or config.data.records:
+        key = "pipeline" if config.pipeline else "data.records"
+        raise UserError(f"{key} is set, but model {config.model.name!r} draws no text")
+    shape = source.train.x.shape[1:]
     if tuple(settings.sample_shape) != shape:
         raise UserError(
-            f"model.sample_shape is {tuple(settings.sample_shape)}, but data {dataset.name!r} has "
+            f"model.sample_shape is {tuple(settings.sample_shape)}, but data {source.name!r} has "
             f"images of {shape}"
         )
-    if settings.num_classes not in (0, dataset.num_classes):
+    if settings.num_classes not in (0, source.num_classes):
         raise UserError(
-            f"model.num_classes is {settings.num_classes}, but data {dataset.name!r} has "
-            f"{dataset.num_classes} classes (0 for none)"
+            f"model.num_classes is {settings.num_classes}, but data {source.name!r} has "
+            f"{source.num_classes} classes (0 for none)"
         )
+
+
+def check_encoders(config, folders: list[Records]) -> None:
+    """Refuses records made with another text encoder or autoencoder than the pipeline's."""
+    if config.pipeline == checkpoints.RANDOM:
+        raise UserError(
+            "pipeline is random, but data.records were made with networks: set pipeline to the "
+            "checkpoint that they were encoded with"
+        )
+    checkpoint = imported.open_imported(config.pipeline)
+    for folder in folders:
+        for field, network in (("text_encoder", "text_encoder"), ("autoencoder", "vae")):
+            mine, theirs = getattr(folder.manifest, field), checkpoint.identity(network)
+            if mine and mine != theirs:
+                raise UserError(
+                    f"the records in {folder.folder} were made with the {field.replace('_', ' ')} "
+                    f"{mine}, but pipeline {config.pipeline} has {theirs}: encode them with it"
+                )
 
 
 def check_pipeline(config, settings) -> None:
@@ -86,12 +110,23 @@ def check_pipeline(config, settings) -> None:
             f"model {config.model.name!r} draws from text: set pipeline to an imported checkpoint "
             "(tools/convert.py), or to random for small random networks"
         )
-    network = models.FAMILIES[config.model.name].text_to_image.networks["transformer"]
-    if config.pipeline == checkpoints.RANDOM:
-        tiny = models.FAMILIES[config.model.name].text_to_image.tiny["transformer"]
-        theirs = network.config.from_published(tiny)
-    else:
-        theirs = imported.open_imported(config.pipeline).config("transformer")
+    family = models.FAMILIES[config.model.name].text_to_image
+
+    def theirs_of(name):
+        if config.pipeline == checkpoints.RANDOM:
+            return family.networks[name].config.from_published(family.tiny[name])
+        return imported.open_imported(config.pipeline).config(name)
+
+    network = family.networks["transformer"]
+    if not network.published:  # of any size, for that text
+        width = theirs_of("text_encoder").width
+        if settings.text_width != width:
+            raise UserError(
+                f"model.text_width is {settings.text_width}, but the text encoder of pipeline "
+                f"{config.pipeline} makes tokens of {width} channels: set it to that"
+            )
+        return
+    theirs = theirs_of("transformer")
     ours, theirs = (names.flatten(network.abstract(c)[0]) for c in (settings, theirs))
     differing = [
         path for path in ours.keys() | theirs

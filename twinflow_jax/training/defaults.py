@@ -12,6 +12,8 @@ def get() -> ml_collections.ConfigDict:
             "pipeline": "",  # for text: an imported checkpoint, or "random" for small networks
             "data": {
                 "name": "mnist5k",
+                "records": (),  # in its place: folders that tools/encode.py wrote
+                "weights": (),  # each folder's share of the rows (none: by its records)
                 "batch_size": 256,
                 "text_tokens": 64,  # that every caption is cut or padded to, where there are any
             },

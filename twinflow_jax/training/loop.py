@@ -25,11 +25,12 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Interrupted(Exception):
-    """A signal asked training to stop; the state is saved. `signal` is its number."""
+    """A signal asked training to stop. `signal` is its number; saved: whether the state was,
+    which needs no saving before the first step."""
 
-    def __init__(self, signal_number: int, at_step: int):
+    def __init__(self, signal_number: int, at_step: int, saved: bool):
         super().__init__(f"stopped at step {at_step}")
-        self.signal, self.step = signal_number, at_step
+        self.signal, self.step, self.saved = signal_number, at_step, saved
 
 
 def train(
@@ -49,15 +50,17 @@ def train(
     family, settings = models.settings_of(config.model)
     checks.check_values(config)
     prepared = setup.prepare(config)
-    dataset = data.load(config.data.name)
-    checks.check_fit(config, family, settings, dataset)
+    source = inputs.open_data(config, settings)
+    shapes = inputs.shapes(source, settings)
+    checks.check_fit(config, family, settings, source)
     hosts.first(lambda: checkpoints.claim(workdir, config))
     try:
         with contextlib.closing(checkpoints.Saver(workdir, config.train.keep)) as saver:
             # Before anything slow, so that errors come early.
-            steps = compile_phases(prepared, saver.steps[-1] if saver.steps else 0, progress, {})
-            known = inputs.prepare(config, dataset, workdir)
-            return run(prepared, known, steps, saver, workdir, progress)
+            newest = hosts.told(saver.steps[-1] if saver.steps else 0)
+            steps = compile_phases(prepared, shapes, newest, progress, {})
+            known = inputs.prepare(config, source, workdir)
+            return run(prepared, known, shapes, steps, saver, workdir, progress)
     except OSError as error:
         raise UserError(
             f"cannot write to {workdir} ({error.strerror or error}): make room there, then start "
@@ -66,8 +69,8 @@ def train(
 
 
 def run(
-    prepared: setup.Setup, known: inputs.Inputs, steps: dict, saver: checkpoints.Saver,
-    workdir: str, progress: bool,
+    prepared: setup.Setup, known: inputs.Inputs, shapes: list[tuple[int, ...]], steps: dict,
+    saver: checkpoints.Saver, workdir: str, progress: bool,
 ) -> state.TrainState:
     """The loop itself, from the newest checkpoint of `workdir` to the last step."""
     config = prepared.config
@@ -81,8 +84,11 @@ def run(
         if first >= config.train.steps:
             print(f"{workdir} is complete: step {first} of {config.train.steps}", flush=True)
             return current
-        steps = compile_phases(prepared, first, progress, steps)  # where a torn one was passed over
-        batches = data.batches(known.split, config.data.batch_size, config.train.seed, first)
+        # Again, where a torn one was passed over.
+        steps = compile_phases(prepared, shapes, first, progress, steps)
+        count = config.data.batch_size
+        rows = hosts.rows_held(prepared.over_rows, count)
+        batches = data.batches(known.streams, count, config.train.seed, first, rows)
         null = hosts.put(known.null, parallel.replicated(prepared.strategy.mesh))
         stopper = stack.enter_context(Stopper())
         watch = stack.enter_context(
@@ -93,19 +99,22 @@ def run(
                  dynamic_ncols=True, smoothing=0.1)
         )
 
+        if stop := hosts.stop_requested(stopper.signal):  # while it compiled or restored
+            raise Interrupted(stop, first, saved=False)
         pending = None  # metrics of the step before, read while this one runs
         for i in range(first, config.train.steps):
             phase = "flow_matching" if i < config.train.flow_matching_steps else "objective"
             with watch.waiting():
-                batch = hosts.put(known.batch(next(batches)), prepared.over_rows)
-            current, metrics = steps[phase](current, batch | {"null": null})
+                shape, batch = next(batches)
+                batch = hosts.put_rows(batch, prepared.over_rows, rows, count)
+            current, metrics = steps[phase, shapes[shape]](current, batch | {"null": null})
             if pending:
                 log.add(*pending)
             pending = (i + 1, metrics)
             done, last = i + 1, i + 1 == config.train.steps
             bar.update()
             watch.step()
-            stop = hosts.stop_requested(stopper.signal, done)  # later ones wait for the next step
+            stop = hosts.stop_requested(stopper.signal)  # later ones wait for the next step
             report = done % config.train.log_every == 0 or last
             keep = done % config.train.checkpoint_every == 0 or last or stop
             if report or keep or hosts.in_step():
@@ -122,13 +131,18 @@ def run(
                     bar.write(Preview.line(done, scores)) if progress else None
             if stop and not last:
                 saver.wait()
-                raise Interrupted(stop, done)
+                raise Interrupted(stop, done, saved=True)
         saver.wait()
     return current
 
 
-def compile_phases(prepared: setup.Setup, first: int, progress: bool, done: dict) -> dict:
-    """The steps of each phase that lies ahead, compiled; those in `done` already are."""
+def compile_phases(
+    prepared: setup.Setup, shapes: list[tuple[int, ...]], first: int, progress: bool, done: dict
+) -> dict:
+    """The steps of each phase that lies ahead, for each shape of samples, compiled.
+
+    done: those that already are, by (phase, shape).
+    """
     begin, train = time.perf_counter(), prepared.config.train
     ends = {"flow_matching": train.flow_matching_steps, "objective": train.steps}
     if train.steps <= train.flow_matching_steps:
@@ -136,8 +150,9 @@ def compile_phases(prepared: setup.Setup, first: int, progress: bool, done: dict
     options = flags.options(jax.devices()[0].device_kind) or None
     try:
         compiled = {
-            phase: prepared.lower(phase).compile(compiler_options=options)
-            for phase in prepared.phases if first < ends[phase] and phase not in done
+            (phase, shape): prepared.lower(phase, shape).compile(compiler_options=options)
+            for phase in prepared.phases for shape in shapes
+            if first < ends[phase] and (phase, shape) not in done
         }
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

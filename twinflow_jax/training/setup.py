@@ -39,8 +39,11 @@ class Setup:
         shapes = jax.eval_shape(self.fresh, self.model.abstract_params())
         return jax.tree.map(_placed, shapes, self.layouts)
 
-    def abstract_batch(self) -> dict[str, Any]:
-        """What a step takes: x and cond of every row, and the condition that stands for none."""
+    def abstract_batch(self, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+        """What a step takes: x and cond of every row, and the condition that stands for none.
+
+        shape: of a sample (default: the network's own).
+        """
         config, model = self.config, self.model
         rows = config.data.batch_size
         null = model.abstract_null(config.data.text_tokens)
@@ -48,7 +51,7 @@ class Setup:
         of_rows = lambda leaf: jax.ShapeDtypeStruct(
             (rows, *leaf.shape[1:]), leaf.dtype, sharding=self.over_rows
         )
-        x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+        x = jax.ShapeDtypeStruct((1, *(shape or model.sample_shape)), jnp.float32)
         return {
             "x": of_rows(x), "cond": jax.tree.map(of_rows, null),
             "null": jax.tree.map(lambda leaf: _placed(leaf, whole), null),
@@ -72,9 +75,10 @@ class Setup:
     def over_rows(self) -> jax.sharding.NamedSharding:
         return parallel.over_rows(self.strategy.mesh, self.config.data.batch_size)
 
-    def lower(self, phase: str, **options):
-        """A phase's step, traced for this mesh."""
-        arguments = self.abstract_state(), self.abstract_batch()
+    def lower(self, phase: str, shape: tuple[int, ...] | None = None, **options):
+        """A phase's step for samples of a shape, traced for this mesh."""
+        check_tokens(self.model, self.strategy.mesh, shape or self.model.sample_shape)
+        arguments = self.abstract_state(), self.abstract_batch(shape)
         with self.strategy.applied():
             return self.phases[phase].trace(*arguments).lower(**options)
 
@@ -101,6 +105,7 @@ def prepare(config, devices: list | None = None) -> Setup:
     mesh = parallel.make_mesh(parallel.MeshConfig(**fields), devices, config.data.batch_size)
     abstract = model.abstract_params()
     check_divisible(config, model, mesh)
+    check_tokens(model, mesh, model.sample_shape)
     strategy = parallel.create(name, mesh, abstract, model.axes(), model.dtype)
     decay = objective.config.teacher_decay
     shapes = jax.eval_shape(lambda params: fresh(config, optimizer, decay, params), abstract)
@@ -133,7 +138,7 @@ def fresh(config, optimizer, teacher_decay: float, params) -> state.TrainState:
 
 
 def check_divisible(config, model: models.Model, mesh: jax.sharding.Mesh) -> None:
-    """Refuses rows, heads and tokens that the mesh does not divide.
+    """Refuses rows and heads that the mesh does not divide.
 
     Raises:
       UserError: names the key and numbers that would do.
@@ -150,8 +155,16 @@ def check_divisible(config, model: models.Model, mesh: jax.sharding.Mesh) -> Non
             f"mesh.tensor is {tensor}, which does not divide the {heads} heads of model "
             f"{config.model.name!r}"
         )
+
+
+def check_tokens(model: models.Model, mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> None:
+    """Refuses samples whose tokens the mesh does not divide.
+
+    Raises:
+      UserError: names the key and the number.
+    """
     context = mesh.shape["context"]
-    tokens = math.prod(side // getattr(model.config, "patch", 1) for side in model.sample_shape[:2])
+    tokens = math.prod(side // getattr(model.config, "patch", 1) for side in shape[:2])
     if tokens % context:
         raise UserError(
             f"mesh.context is {context}, which does not divide the {tokens} tokens of an image"

@@ -84,6 +84,11 @@ class Config:
         remat.check(self.remat)
 
     @property
+    def any_size(self) -> bool:
+        """Whether samples of other sizes than `sample_shape` can be drawn."""
+        return True
+
+    @property
     def splits_tokens(self) -> bool:
         """Whether a mesh's context axis has something to split."""
         return True

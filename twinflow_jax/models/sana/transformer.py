@@ -91,6 +91,11 @@ class Config:
         remat.check(self.remat)
 
     @property
+    def any_size(self) -> bool:
+        """Whether samples of other sizes than `sample_shape` can be drawn."""
+        return True
+
+    @property
     def patch(self) -> int:
         """Latents a token covers along each side."""
         return 1

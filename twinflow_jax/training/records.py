@@ -1,0 +1,147 @@
+"""Training from what tools/encode.py wrote: the folders of a config as streams of rows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from twinflow_jax import data
+from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
+from twinflow_jax.errors import UserError
+from twinflow_jax.text_to_image import Embeddings
+
+SHOWN = 8  # captions that previews draw where the config has no prompts
+
+
+def open_folders(config, settings) -> list[Records]:
+    """The folders of `data.records`, made alike and fit for the network. settings: the network's.
+
+    Raises:
+      UserError: none or unfinished ones, weights that do not go with them, records of another
+        family or of pictures that the network does not take; names both sides.
+    """
+    paths, weights = tuple(config.data.records), tuple(config.data.weights)
+    if weights and len(weights) != len(paths):
+        raise UserError(
+            f"data.weights has {len(weights)} numbers for {len(paths)} folders of data.records: "
+            "give one for each, or none"
+        )
+    if any(not weight > 0 for weight in weights):
+        raise UserError(f"data.weights is {weights}; give numbers above 0")
+    folders = [open_records(path) for path in paths]
+    first = folders[0].manifest
+    for folder in folders:
+        if folder.manifest.family != config.model.name:
+            raise UserError(
+                f"the records in {folder.folder} are for {folder.manifest.family!r}, but model is "
+                f"{config.model.name!r}: encode them with that model's pipeline"
+            )
+        check_same(folder, first, "text_encoder", str(folders[0].folder))
+        if folder.manifest.channels and first.channels:
+            check_same(folder, first, "autoencoder", str(folders[0].folder))
+        for split in folder.splits:
+            check_split(folder, split, config, settings)
+    return folders
+
+
+def check_same(folder: Records, other, field: str, where: str) -> None:
+    """Refuses records made with another network than `other`, a manifest, says of `where`."""
+    mine, theirs = getattr(folder.manifest, field), getattr(other, field)
+    if mine != theirs:
+        raise UserError(
+            f"the records in {folder.folder} were made with the {field.replace('_', ' ')} "
+            f"{mine or 'pixels'}, but {where} has {theirs or 'pixels'}: encode one of them again"
+        )
+
+
+def check_split(folder: Records, split: str, config, settings) -> None:
+    """Refuses a size of pictures that the network does not take."""
+    if split == PROMPTS:
+        if not getattr(config.objective, "image_free", False):
+            raise UserError(
+                f"the records in {folder.folder} are prompts without pictures, which only "
+                "objective preset image_free trains on"
+            )
+        return
+    shape, taken = folder.sample_shape(split), tuple(settings.sample_shape)
+    any_size = getattr(settings, "any_size", False)
+    fits = shape == taken if not any_size else (
+        shape[2] == taken[2] and shape[0] % settings.patch == shape[1] % settings.patch == 0
+    )
+    if not fits:
+        sizes = f"any size divisible by {settings.patch}" if any_size else "that size alone"
+        raise UserError(
+            f"{folder.folder} holds samples of {shape} (pictures of {split}), but "
+            f"model.sample_shape is {taken}, and this network takes {sizes}"
+        )
+
+
+def by_shape(
+    folders: Sequence[Records], settings
+) -> dict[tuple[int, ...], list[tuple[Records, str]]]:
+    """The folders and splits of each shape of samples; prompts alone take the network's own."""
+    shapes = {}
+    for folder in folders:
+        for split in folder.splits:
+            own = tuple(settings.sample_shape)
+            shape = own if split == PROMPTS else folder.sample_shape(split)
+            shapes.setdefault(shape, []).append((folder, split))
+    return dict(sorted(shapes.items()))
+
+
+def streams(
+    folders: Sequence[Records], weights: Sequence[float], settings, tokens: int
+) -> tuple[tuple[data.Stream, ...], ...]:
+    """The rows of each shape, as the network of `settings` takes them, with text of so many tokens.
+
+    weights: each folder's share of all rows (none: that of its records); within a folder every
+    record counts alike.
+    """
+    sizes = [sum(folder.splits.values()) for folder in folders]
+    each = dict(zip(folders, (weights or sizes), strict=True))
+
+    def stream(shape, folder: Records, split: str) -> data.Stream:
+        count = folder.splits[split]
+        share = each[folder] * count / sum(folder.splits.values())
+
+        def read(rows, seeds):
+            return batch(folder, split, rows, seeds, shape, settings, tokens)
+
+        return data.Stream(count, read, share)
+
+    return tuple(
+        tuple(stream(shape, *place) for place in places)
+        for shape, places in by_shape(folders, settings).items()
+    )
+
+
+def batch(folder: Records, split: str, rows, seeds, shape, settings, tokens: int):
+    """Rows {"x", "cond"} of one split; of several captions each epoch draws one."""
+    x = np.zeros((len(rows), *shape), np.float32)
+    text = np.zeros((len(rows), tokens, settings.text_width), settings.dtype)
+    mask = np.zeros((len(rows), tokens), bool)
+    for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
+        example = folder.read(split, int(row))
+        if example.sample is not None:
+            x[i] = example.sample
+        several = len(example.tokens) > 1
+        pick = np.random.default_rng(seed).integers(len(example.tokens)) if several else 0
+        valid = example.tokens[pick][:tokens]
+        text[i, : len(valid)], mask[i, : len(valid)] = valid, True
+    return {"x": x, "cond": {"tokens": text, "mask": mask}}
+
+
+def first_captions(folder: Records) -> tuple[tuple[str, ...], Embeddings]:
+    """The captions of records spread over the largest split, and their embeddings."""
+    split = max(folder.splits, key=folder.splits.get)
+    count = folder.splits[split]
+    found = [folder.read(split, row) for row in range(0, count, max(count // SHOWN, 1))][:SHOWN]
+    parts = [
+        Embeddings(example.tokens[0][None], np.ones((1, len(example.tokens[0])), bool))
+        for example in found
+    ]
+    return tuple(example.captions[0] for example in found), Embeddings.join(parts)
+
+
+def null(folder: Records) -> Embeddings:
+    """What stands for no prompt."""
+    return Embeddings.read(folder.folder / NULL, folder.manifest.text_width)[1]
