@@ -21,7 +21,7 @@ from twinflow_jax.errors import UserError, run_verb
 README = """\
 # {name}
 
-Written by twinflow_jax from `{source}`{weights}. `diffusers` loads this folder.
+Written by twinflow_jax from `{source}`{weights}. `{library}` loads this folder.
 
 {note}
 """
@@ -84,6 +84,7 @@ def run_export(args) -> int:
     transformer = checkpoint.record["networks"].get("transformer")
     second = transformer and (trained or not transformer["added"])  # it has the embedder of r
     readme = README.format(
+        library="transformers" if checkpoint.parts == ("text_encoder",) else "diffusers",
         name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
         note=models.FAMILIES[checkpoint.family].text_to_image.export_note if second else "",
     ).strip() + "\n"

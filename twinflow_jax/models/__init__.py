@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import dit, mlp, qwen_image, sana, unet
+from twinflow_jax.models import dit, minilm_dit, mlp, qwen_image, sana, unet
 from twinflow_jax.models.family import Family, logical_axes
 
 FAMILIES = {
@@ -22,6 +22,7 @@ FAMILIES = {
     "dit": Family(dit.Config, dit.DiT),
     "qwen_image": qwen_image.FAMILY,
     "sana": sana.FAMILY,
+    "minilm_dit": minilm_dit.FAMILY,
 }
 
 

@@ -1,6 +1,7 @@
 """A small diffusion transformer with stacked, scanned layers.
 
-Patches and, where there are any, text tokens share one sequence (joint attention); times and
+Patches and, where there are any, text tokens share one sequence (joint attention), the text last,
+so that its padding ends the sequence; times and
 the class (or mean text token) modulate every block (AdaLN-zero). Layers are one set of
 parameters with a leading `layers` axis, so that compile time does not grow with depth.
 """
@@ -9,16 +10,22 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import conditioning, remat
+from twinflow_jax.models import axes, conditioning, remat, settings
+from twinflow_jax.models.attention import attention
+from twinflow_jax.models.decoder import init_of
 from twinflow_jax.models.stack import run_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """sample_shape: (H, W, C), H and W divisible by patch. remat: one of remat.POLICIES."""
+    """sample_shape: (H, W, C), H and W divisible by patch. remat: one of remat.POLICIES.
+
+    dtype: that layers compute in, "float32" or "bfloat16"; norms and softmax are float32.
+    """
 
     name: str = "dit"
     sample_shape: tuple[int, ...] = (28, 28, 1)
@@ -28,18 +35,22 @@ class Config:
     heads: int = 4
     num_classes: int = 10
     remat: str = "none"
+    dtype: str = "float32"
 
     def __post_init__(self):
         shape = self.sample_shape
         if len(shape) != 3 or shape[0] % self.patch or shape[1] % self.patch:
             raise UserError(
-                f"model 'dit' with patch {self.patch} cannot take samples of shape {shape}: "
-                "height and width must divide by model.patch"
+                f"model {self.name!r} with patch {self.patch} cannot take samples of shape "
+                f"{shape}: height and width must divide by model.patch"
             )
         if self.width % (4 * self.heads):
             raise UserError(
                 f"model.width {self.width} must divide by 4 and by model.heads {self.heads}"
             )
+        if self.dtype not in settings.DTYPES:
+            choices = ", ".join(settings.DTYPES)
+            raise UserError(f"model.dtype is {self.dtype!r}; choose from {choices}")
         remat.check(self.remat)
 
 
@@ -55,6 +66,38 @@ def position_features(height: int, width: int, channels: int) -> Float[Array, "H
     return jnp.concatenate([rows, columns], axis=-1)
 
 
+_kernel = nn.initializers.lecun_normal()
+
+
+def _dense(config: Config, features: int, axes: tuple[str, str], kernel=_kernel) -> nn.Dense:
+    """A projection whose kernel has these logical axes; its bias is whole."""
+    return nn.Dense(features, dtype=config.dtype, kernel_init=init_of(kernel, *axes))
+
+
+class Attention(nn.Module):
+    """Attention within one sequence; lengths: keys from this one on are padding."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], lengths: Int[Array, "B"] | None
+    ) -> Float[Array, "B S D"]:
+        c = self.config
+        parts = [
+            nn.DenseGeneral(
+                (c.heads, c.width // c.heads), dtype=c.dtype, name=name,
+                kernel_init=init_of(_kernel, "embed", "heads", None),
+            )(x)
+            for name in ("query", "key", "value")
+        ]
+        attended = checkpoint_name(attention(*parts, lengths), "attention_output")
+        return nn.DenseGeneral(
+            c.width, axis=(-2, -1), dtype=c.dtype, name="out",
+            kernel_init=init_of(_kernel, "heads", None, "embed"),
+        )(attended)
+
+
 class Block(nn.Module):
     """Attention and feed-forward, both modulated; `(h, ...) -> (h, None)`."""
 
@@ -63,20 +106,23 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, h: Float[Array, "B S D"], context: Float[Array, "B D"],
-        mask: Bool[Array, "B 1 1 S"] | None,
+        lengths: Int[Array, "B"] | None,
     ):
         c = self.config
-        norm = nn.LayerNorm(use_bias=False, use_scale=False)
-        modulation = nn.Dense(6 * c.width, kernel_init=nn.initializers.zeros)(context)
+        h = checkpoint_name(axes.rows(h), "block_input")
+        norm = nn.LayerNorm(use_bias=False, use_scale=False, dtype=c.dtype)
+        modulation = _dense(c, 6 * c.width, ("embed", "modulation"), nn.initializers.zeros)(context)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(
             modulation[:, None], 6, axis=-1
         )
-        attended = nn.MultiHeadDotProductAttention(c.heads, qkv_features=c.width)(
-            norm(h) * (1 + scale_1) + shift_1, mask=mask
+        # Flax's name, so that weights of earlier versions are found.
+        attended = Attention(c, name="MultiHeadDotProductAttention_0")(
+            norm(h) * (1 + scale_1) + shift_1, lengths
         )
         h = h + gate_1 * attended
-        inner = nn.gelu(nn.Dense(4 * c.width)(norm(h) * (1 + scale_2) + shift_2))
-        return h + gate_2 * nn.Dense(c.width)(inner), None
+        inner = norm(h) * (1 + scale_2) + shift_2
+        inner = nn.gelu(_dense(c, 4 * c.width, ("embed", "mlp"))(inner))
+        return h + gate_2 * _dense(c, c.width, ("mlp", "embed"))(inner), None
 
 
 class DiT(nn.Module):
@@ -91,18 +137,19 @@ class DiT(nn.Module):
         grid = (height // p, width // p)
         patches = x_t.reshape(rows, grid[0], p, grid[1], p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(rows, grid[0] * grid[1], -1)
-        h = nn.Dense(c.width)(patches) + position_features(*grid, c.width)
+        h = nn.Dense(c.width, dtype=c.dtype)(patches)
+        h = h + position_features(*grid, c.width).astype(c.dtype)
 
         times = conditioning.SinusoidTime(c.width)(t) + conditioning.SinusoidTime(c.width)(t - r)
         context = times + conditioning.Condition(c.width, c.num_classes)(cond, rows)
-        mask = None
+        lengths = None
         if "tokens" in cond:
-            h = jnp.concatenate([nn.Dense(c.width)(cond["tokens"]), h], axis=1)
-            image = jnp.ones((rows, grid[0] * grid[1]), bool)
-            mask = jnp.concatenate([cond["mask"].astype(bool), image], axis=1)[:, None, None]
+            text = nn.Dense(c.width, dtype=c.dtype)(cond["tokens"])
+            h = jnp.concatenate([h, text], axis=1)
+            lengths = grid[0] * grid[1] + cond["mask"].sum(axis=-1)
 
-        h = run_layers(self, Block, c.depth, c.remat, h, per_row=(nn.silu(context), mask))
-        h = nn.LayerNorm()(h[:, -grid[0] * grid[1] :])
-        out = nn.Dense(p * p * channels, kernel_init=nn.initializers.zeros)(h)
+        h = run_layers(self, Block, c.depth, c.remat, h, per_row=(nn.silu(context), lengths))
+        h = nn.LayerNorm(dtype=c.dtype)(h[:, : grid[0] * grid[1]])
+        out = nn.Dense(p * p * channels, dtype=c.dtype, kernel_init=nn.initializers.zeros)(h)
         out = out.reshape(rows, *grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         return x_t - out.reshape(x_t.shape)

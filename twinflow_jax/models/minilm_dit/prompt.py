@@ -1,0 +1,73 @@
+"""From prompts to the text encoder's tokens: [CLS], the words in pieces, [SEP]."""
+
+import os
+import pathlib
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from twinflow_jax.errors import UserError
+
+MAX_TOKENS = 256  # that all-MiniLM-L6-v2 is meant for
+BUCKETS = (16, 32, 64, 128, MAX_TOKENS)
+
+
+def load_tokenizer(folder: str | os.PathLike):
+    """The tokenizer of a local folder, such as that of all-MiniLM-L6-v2.
+
+    Reads files only: no name is looked up elsewhere, no code of the folder is run. Raises
+    UserError where there is no tokenizer, or it cannot be read, or is not like BERT's.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder} holds no tokenizer (tokenizer.json): give the folder of all-MiniLM-L6-v2"
+        )
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
+
+    try:  # a relative path could also be the name of a repository
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder.resolve(), local_files_only=True)
+        empty = tokenizer("")["input_ids"]
+    except Exception as error:  # of whatever kind: the parser's are plain Exceptions
+        reason = " ".join(str(error).split())
+        raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    ends = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    if tokenizer.pad_token_id is None or None in ends or empty != ends:
+        raise UserError(
+            f"the tokenizer in {folder} is not like BERT's: it has no padding token, or does not "
+            "put every text between [CLS] and [SEP]"
+        )
+    return tokenizer
+
+
+def tokenize(
+    tokenizer, prompts: Sequence[str], tokens: int | None = None, negative: bool = False
+) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+    """The prompts as token ids and the mask of those that are no padding.
+
+    L is `tokens`, or else the smallest of BUCKETS that holds the longest prompt. A prompt longer
+    than that, or than MAX_TOKENS, is cut before its [SEP], with a warning. Raises UserError for
+    an empty prompt; negative: allow it.
+    """
+    count = len(prompts)
+    for number, prompt in enumerate(prompts, 1):
+        if not negative and not prompt.strip():
+            raise UserError(f"prompt {number} of {count} is empty: write what the image shows")
+    limit = min(tokens or MAX_TOKENS, MAX_TOKENS)
+    rows = tokenizer(list(prompts))["input_ids"]
+    for number, row in enumerate(rows, 1):
+        if len(row) > limit:
+            warnings.warn(
+                f"prompt {number} of {count} makes {len(row)} tokens: only {limit} are used",
+                stacklevel=2,
+            )
+            row[limit - 1 :] = [tokenizer.sep_token_id]
+    longest = max(map(len, rows))
+    length = tokens or min(bucket for bucket in BUCKETS if bucket >= longest)
+    ids = np.full((count, length), tokenizer.pad_token_id, np.int32)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    lengths = np.array([len(row) for row in rows])
+    return ids, np.arange(length) < lengths[:, None]
