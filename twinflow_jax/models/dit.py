@@ -133,8 +133,8 @@ class DiT(nn.Module):
         self, x_t: Float[Array, "B H W C"], t: Float[Array, "B"], r: Float[Array, "B"], cond: dict
     ) -> Float[Array, "B H W C"]:
         c = self.config
-        rows, (height, width, channels), p = x_t.shape[0], c.sample_shape, c.patch
-        grid = (height // p, width // p)
+        rows, height, width, channels = x_t.shape
+        p, grid = c.patch, (height // c.patch, width // c.patch)
         patches = x_t.reshape(rows, grid[0], p, grid[1], p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(rows, grid[0] * grid[1], -1)
         h = nn.Dense(c.width, dtype=c.dtype)(patches)

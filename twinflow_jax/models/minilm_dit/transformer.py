@@ -25,6 +25,11 @@ class Config(dit.Config):
         super().__post_init__()
 
     @property
+    def any_size(self) -> bool:
+        """Whether samples of other sizes than `sample_shape` can be drawn."""
+        return True
+
+    @property
     def latent_channels(self) -> int:
         """Of a pixel."""
         return 3
