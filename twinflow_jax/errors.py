@@ -1,6 +1,7 @@
 """The one exception that a user's mistake raises, and how a verb reports it."""
 
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -24,10 +25,18 @@ def run_verb(main: Callable[[], int | None]) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = one_line
             status = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+    except (UserError, KeyboardInterrupt) as error:
+        status = report(error)
     sys.exit(status)
+
+
+def report(error: BaseException) -> int:
+    """Says on stderr what ended a verb; returns the exit status."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    traceback.print_exception(error)
+    return 1

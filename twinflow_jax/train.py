@@ -44,16 +44,20 @@ def main() -> int:
     elif args.processes > 1:
         raise UserError(f"--processes is {args.processes}: give --coordinator HOST:PORT too")
     keep_compiled()
+    with hosts.together():
+        return trained(configs.load(args.config, overrides), args.workdir)
+
+
+def trained(config, workdir: str) -> int:
+    """Trains; returns the exit status, which is of a signal where one stopped it."""
     try:
-        train(configs.load(args.config, overrides), args.workdir, progress=hosts.leads())
-    except hosts.Elsewhere:
-        return 2
+        train(config, workdir, progress=hosts.leads())
     except Interrupted as stop:
         name = signal.Signals(stop.signal).name
+        done = f"saved step {stop.step}" if stop.saved else "no step was taken, nothing is lost"
         if hosts.leads():
             print(
-                f"{name}: saved step {stop.step} in {args.workdir}; "
-                "the same command goes on from there",
+                f"{name}: {done} in {workdir}; the same command goes on from there",
                 file=sys.stderr,
             )
         return 128 + stop.signal

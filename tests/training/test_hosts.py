@@ -113,6 +113,23 @@ def test_processes_that_disagree_stop_with_one_message(tmp_path):
     assert "error:" not in second and not run.exists()
 
 
+def test_what_fails_on_one_host_is_said_on_the_first_and_holds_for_all(tmp_path):
+    """A signal that one of two gets before the first step stops both there; a checkpoint that one
+    cannot read is passed over by both; an error of one alone ends both, long before a silent
+    host would."""
+    run, begin = tmp_path / "run", time.monotonic()
+    two = start(run, 2, command=[sys.executable, str(ROOT / "tests/training/two_hosts.py")])
+    assert [process.wait() for process in two] == [2, 2]
+    assert time.monotonic() - begin < 50
+    first, second = logs(run)
+    assert "2 in" in first and "cannot be read on process 1; trying the one before" in first
+    assert "restored [[1, 1], [1, 1]]\nleft [1]" in first
+    assert "restored [[1, 1], [1, 1]]\nleft [1]" in second
+    assert "stopped by SIGTERM" in first and "stopped by SIGTERM" in second
+    assert "error: process 1: no room on this host" in first
+    assert "error: no room on this host" in second
+
+
 @pytest.mark.slow
 def test_text_to_image_trains_on_two_processes(tmp_path):
     """Each encodes and decodes with its own devices; the small networks are written once."""

@@ -80,17 +80,26 @@ class Saver:
         ) from error
 
     def restore(self, abstract_parts: dict) -> dict | None:
-        """The newest readable parts, or None where there is no checkpoint.
+        """The newest parts that every process can read, or None where there is no checkpoint.
 
-        A checkpoint that cannot be read is passed over, loudly, for the one before.
+        A checkpoint that one cannot read is passed over by all, loudly, for the one before.
         Raises:
           UserError: there are checkpoints, but none can be read.
         """
         unreadable = []
-        for step in reversed(self.steps):
+        while (step := self._before(unreadable)) is not None:
+            parts = error = None
             try:
                 parts = self.load(step, abstract_parts)
-            except UserError as error:
+            except UserError as raised:
+                error = raised
+            failed = hosts.where(error is not None)
+            if failed:
+                parts = None  # makes room for the one before
+                error = error or (
+                    f"checkpoint {step} in {self.folder} cannot be read on process "
+                    f"{', '.join(map(str, failed))}"
+                )
                 print(f"warning: {error}; trying the one before", file=sys.stderr)
                 unreadable.append(step)
                 continue
@@ -107,14 +116,23 @@ class Saver:
             )
         return None
 
+    def _before(self, unreadable: list[int]) -> int | None:
+        """The newest step of the first process's that is none of these."""
+        step = hosts.told(max(set(self.steps).difference(unreadable), default=-1))
+        return step if step >= 0 else None
+
     def load(self, step: int, abstract_parts: dict) -> dict:
         """The named parts of one checkpoint, as the abstract ones are shaped and laid out.
 
+        Each process reads for itself and waits for no other, so that one may fail alone.
         Raises:
           UserError: it cannot be read, or is of another architecture.
         """
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
         try:
-            return self._checkpointer.load_checkpointables(step, abstract_parts)
+            with ocp.Context(multiprocessing_options=alone):
+                return ocp.load_checkpointables(self.folder / str(step), abstract_parts)
         except Exception as error:
             raise UserError(
                 f"checkpoint {step} in {self.folder} cannot be read, torn or of another network "
