@@ -74,6 +74,27 @@ def _dense(config: Config, features: int, axes: tuple[str, str], kernel=_kernel)
     return nn.Dense(features, dtype=config.dtype, kernel_init=init_of(kernel, *axes))
 
 
+class Projection(nn.Module):
+    """A dense layer over the last `contracted` axes, to or from heads.
+
+    shape: of its kernel. axes: the kernel's logical ones.
+    """
+
+    shape: tuple[int, ...]
+    contracted: int
+    axes: tuple[str | None, ...]
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        count, places = self.contracted, range(len(self.shape))
+        normal = nn.initializers.lecun_normal(in_axis=places[:count], out_axis=places[count:])
+        kernel = self.param("kernel", init_of(normal, *self.axes), self.shape)
+        bias = self.param("bias", nn.initializers.zeros, self.shape[count:])
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        return jnp.tensordot(x, kernel, count) + bias
+
+
 class Attention(nn.Module):
     """Attention within one sequence; lengths: keys from this one on are padding."""
 
@@ -84,18 +105,14 @@ class Attention(nn.Module):
         self, x: Float[Array, "B S D"], lengths: Int[Array, "B"] | None
     ) -> Float[Array, "B S D"]:
         c = self.config
+        heads = (c.heads, c.width // c.heads)
         parts = [
-            nn.DenseGeneral(
-                (c.heads, c.width // c.heads), dtype=c.dtype, name=name,
-                kernel_init=init_of(_kernel, "embed", "heads", None),
-            )(x)
+            Projection((c.width, *heads), 1, ("embed", "heads", None), c.dtype, name=name)(x)
             for name in ("query", "key", "value")
         ]
         attended = checkpoint_name(attention(*parts, lengths), "attention_output")
-        return nn.DenseGeneral(
-            c.width, axis=(-2, -1), dtype=c.dtype, name="out",
-            kernel_init=init_of(_kernel, "heads", None, "embed"),
-        )(attended)
+        out = Projection((*heads, c.width), 2, ("heads", None, "embed"), c.dtype, name="out")
+        return out(attended)
 
 
 class Block(nn.Module):
