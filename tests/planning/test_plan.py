@@ -42,6 +42,9 @@ def test_forwards_of_the_released_step(merge, forwards):
     one = flops.Forward(1000, 0)
     assert flops.step(one, calls, "full").matmul == forwards * 128 * 1000
     assert flops.step(one, calls, "dots").matmul == (forwards - 1) * 128 * 1000
+    assert flops.worth(flops.Forward(900, 100), calls) == (forwards - 1) * 128 * 1000
+    attention = flops.step(flops.Forward(0, 1000), calls, "dots").attention
+    assert attention == (forwards - 0.5) * 128 * 1000  # the scores of the gradient again
     # 160, 128, 96, 96 and 64 rows on 64 devices: filled up to 192, 128, 128, 128 and 64
     on_pod = flops.step(one, calls, "full", row_parts=64).matmul / 128_000
     assert on_pod == (7.5 if merge else 8.0)

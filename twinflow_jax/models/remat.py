@@ -4,6 +4,7 @@ Layers mark their activations with `jax.ad_checkpoint.checkpoint_name`; a policy
 them stay in memory, and the backward pass computes the others again.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,19 +14,33 @@ from twinflow_jax.errors import UserError
 _saved = jax.checkpoint_policies
 _attention = _saved.save_only_these_names("attention_output")
 
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """saves: what stays, as JAX says it; None for everything. matmul, attention: forwards of each
+    that the backward pass computes again."""
+
+    saves: Callable | None
+    matmul: int
+    attention: int
+
+
 # From the most device memory to the least. "dots" keeps the outputs of projections and of
 # attention, but no scores: their matrix products have batch dimensions. "offload" moves the
 # layers' inputs to the host's memory, "full" keeps them on the device.
 POLICIES = {
-    "none": None,
-    "dots": _saved.save_from_both_policies(
-        _saved.dots_with_no_batch_dims_saveable, _attention
+    "none": Policy(None, 0, 0),
+    "dots": Policy(
+        _saved.save_from_both_policies(_saved.dots_with_no_batch_dims_saveable, _attention), 0, 0
     ),
-    "attention": _attention,
-    "full": _saved.nothing_saveable,
-    "offload": _saved.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"],
-        offload_src="device", offload_dst="pinned_host",
+    "attention": Policy(_attention, 1, 0),
+    "full": Policy(_saved.nothing_saveable, 1, 1),
+    "offload": Policy(
+        _saved.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"],
+            offload_src="device", offload_dst="pinned_host",
+        ),
+        1, 1,
     ),
 }
 
@@ -43,7 +58,8 @@ def recomputed(layer: Callable, name: str) -> Callable:
       UserError: no such policy.
     """
     check(name)
-    if POLICIES[name] is None:
+    saves = POLICIES[name].saves
+    if saves is None:
         return layer
     # Inside a scan nothing can merge the two computations, so their guard would only cost.
-    return jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[name])
+    return jax.checkpoint(layer, prevent_cse=False, policy=saves)

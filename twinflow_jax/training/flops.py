@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from twinflow_jax.models import Model
+from twinflow_jax.models import Model, remat
 from twinflow_jax.models.attention import compiled_for
 from twinflow_jax.objectives import Batch, Objective
 from twinflow_jax.training.step import micro_batches
-
-RECOMPUTED = {"none": 0, "dots": 0, "attention": 1, "full": 1, "offload": 1}  # forwards, by remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +33,15 @@ class Call:
     trained: bool
 
 
-def forward(model: Model, text_tokens: int, platform: str = "tpu") -> Forward:
-    """The FLOPs of one row, as the network computes it on a platform."""
+def forward(
+    model: Model, text_tokens: int, platform: str = "tpu", shape: tuple[int, ...] | None = None
+) -> Forward:
+    """The FLOPs of one row, as the network computes it on a platform.
+
+    shape: of a sample (default: the network's own).
+    """
     null = model.abstract_null(text_tokens)
-    x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, *(shape or model.sample_shape)), jnp.float32)
     time = jax.ShapeDtypeStruct((1,), jnp.float32)
     with compiled_for(platform):
         jaxpr = jax.make_jaxpr(model.apply)(model.abstract_params(), x, time, time, null)
@@ -70,18 +73,26 @@ def calls(
     return found
 
 
+def worth(one: Forward, evaluations: list[Call]) -> int:
+    """Model FLOPs of a step: each row's forward, and twice that where it has a gradient. Nothing
+    that is computed again counts, attention's scores in its backward pass included, and no rows
+    that fill up a mesh."""
+    row = one.matmul + one.attention
+    return sum(call.rows * row * (3 if call.trained else 1) for call in evaluations)
+
+
 def step(
-    one: Forward, evaluations: list[Call], remat: str, row_parts: int = 1
+    one: Forward, evaluations: list[Call], policy: str, row_parts: int = 1
 ) -> Forward:
-    """The FLOPs of all devices in one step: rows filled up to the mesh's parts, gradients (twice
-    a forward; in attention 2.5 times, which computes its scores again) and recomputation."""
+    """The FLOPs that all devices execute in one step: rows filled up to the mesh's parts,
+    gradients (twice a forward; in attention 2.5 times, which computes its scores again) and what
+    remat.POLICIES[policy] computes again."""
     matmul = attention = 0
+    again = remat.POLICIES[policy]
     for call in evaluations:
         rows = math.ceil(call.rows / row_parts) * row_parts
-        again = RECOMPUTED[remat]
-        matmul += rows * one.matmul * (3 + again if call.trained else 1)
-        again = again if remat != "attention" else 0
-        attention += rows * one.attention * (3.5 + again if call.trained else 1)
+        matmul += rows * one.matmul * (3 + again.matmul if call.trained else 1)
+        attention += rows * one.attention * (3.5 + again.attention if call.trained else 1)
     return Forward(int(matmul), int(attention))
 
 

@@ -19,7 +19,7 @@ from twinflow_jax.parallel import flags, hosts
 from twinflow_jax.training import checks, inputs, setup, state
 from twinflow_jax.training.log import Log
 from twinflow_jax.training.preview import Preview
-from twinflow_jax.training.watch import Watch
+from twinflow_jax.training.watch import Clock, Watch
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
@@ -46,6 +46,7 @@ def train(
         a loss that became NaN (with its step and term).
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
+    clock = Clock()
     hosts.agree(configs.to_json(config), PACKAGE)
     family, settings = models.settings_of(config.model)
     checks.check_values(config)
@@ -58,9 +59,11 @@ def train(
         with contextlib.closing(checkpoints.Saver(workdir, config.train.keep)) as saver:
             # Before anything slow, so that errors come early.
             newest = hosts.told(saver.steps[-1] if saver.steps else 0)
-            steps = compile_phases(prepared, shapes, newest, progress, {})
-            known = inputs.prepare(config, source, workdir)
-            return run(prepared, known, shapes, steps, saver, workdir, progress)
+            with clock.part("compiling"):
+                steps = compile_phases(prepared, shapes, newest, progress, {})
+            with clock.part("inputs"):
+                known = inputs.prepare(config, source, workdir)
+            return run(prepared, known, shapes, steps, saver, workdir, progress, clock)
     except OSError as error:
         raise UserError(
             f"cannot write to {workdir} ({error.strerror or error}): make room there, then start "
@@ -70,29 +73,33 @@ def train(
 
 def run(
     prepared: setup.Setup, known: inputs.Inputs, shapes: list[tuple[int, ...]], steps: dict,
-    saver: checkpoints.Saver, workdir: str, progress: bool,
+    saver: checkpoints.Saver, workdir: str, progress: bool, clock: Clock,
 ) -> state.TrainState:
     """The loop itself, from the newest checkpoint of `workdir` to the last step."""
     config = prepared.config
     with contextlib.ExitStack() as stack:
-        current = start(prepared, saver)
+        with clock.part("state"):
+            current = start(prepared, saver)
         first = int(current.step)
         preview = Preview(prepared, known, workdir)
         log = stack.enter_context(Log(workdir, first))
         if hosts.told(preview.missing(first)):  # killed between a checkpoint and its pictures
-            log.write_samples(first, preview.make(state.sampling_params(current), first))
+            with clock.part("pictures"):
+                log.write_samples(first, preview.make(state.sampling_params(current), first))
         if first >= config.train.steps:
             print(f"{workdir} is complete: step {first} of {config.train.steps}", flush=True)
             return current
         # Again, where a torn one was passed over.
-        steps = compile_phases(prepared, shapes, first, progress, steps)
+        with clock.part("compiling"):
+            steps = compile_phases(prepared, shapes, first, progress, steps)
+        work = {key: prepared.step_flops(*key) for key in steps}
         count = config.data.batch_size
         rows = hosts.rows_held(prepared.over_rows, count)
         batches = data.batches(known.streams, count, config.train.seed, first, rows)
         null = hosts.put(known.null, parallel.replicated(prepared.strategy.mesh))
         stopper = stack.enter_context(Stopper())
         watch = stack.enter_context(
-            contextlib.closing(Watch(workdir, config.data.batch_size, prepared.step_flops()))
+            contextlib.closing(Watch(workdir, config.data.batch_size, first, clock))
         )
         bar = stack.enter_context(
             tqdm(total=config.train.steps, initial=first, unit="step", disable=not progress,
@@ -104,16 +111,17 @@ def run(
         pending = None  # metrics of the step before, read while this one runs
         for i in range(first, config.train.steps):
             phase = "flow_matching" if i < config.train.flow_matching_steps else "objective"
-            with watch.waiting():
+            with clock.part("data"):
                 shape, batch = next(batches)
                 batch = hosts.put_rows(batch, prepared.over_rows, rows, count)
-            current, metrics = steps[phase, shapes[shape]](current, batch | {"null": null})
+            kind = phase, shapes[shape]
+            current, metrics = steps[kind](current, batch | {"null": null})
             if pending:
                 log.add(*pending)
             pending = (i + 1, metrics)
             done, last = i + 1, i + 1 == config.train.steps
             bar.update()
-            watch.step()
+            watch.step(work[kind])
             stop = hosts.stop_requested(stopper.signal)  # later ones wait for the next step
             report = done % config.train.log_every == 0 or last
             keep = done % config.train.checkpoint_every == 0 or last or stop
@@ -122,13 +130,14 @@ def run(
                 pending = None
             if report:
                 bar.set_postfix_str(f"{log.write(done)} {watch.report(done)}")
-            with watch.elsewhere():
-                if keep:
+            if keep:
+                with clock.part("saving"):
                     saver.save(done, state.to_parts(current))
-                if done % config.train.sample_every == 0 or last:
+            if done % config.train.sample_every == 0 or last:
+                with clock.part("pictures"):
                     scores = preview.make(state.sampling_params(current), done)
-                    log.write_samples(done, scores)
-                    bar.write(Preview.line(done, scores)) if progress else None
+                log.write_samples(done, scores)
+                bar.write(Preview.line(done, scores)) if progress else None
             if stop and not last:
                 saver.wait()
                 raise Interrupted(stop, done, saved=True)

@@ -16,7 +16,8 @@ from twinflow_jax.training import flops, optimizers, state, step
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run's parts. phases: the jitted train steps by name, in the order they are used."""
+    """A run's parts. phases: the jitted train steps by name, in the order they are used; learned:
+    their objectives."""
 
     config: Any
     model: models.Model
@@ -24,6 +25,7 @@ class Setup:
     teacher_decay: float
     strategy: parallel.Strategy
     layouts: state.TrainState
+    learned: dict[str, objectives.Objective]
     phases: dict[str, Any]
 
     def fresh(self, params) -> state.TrainState:
@@ -57,19 +59,18 @@ class Setup:
             "null": jax.tree.map(lambda leaf: _placed(leaf, whole), null),
         }
 
-    def evaluations(self) -> list[flops.Call]:
-        """Those of one step of the objective."""
+    def evaluations(self, phase: str = "objective") -> list[flops.Call]:
+        """Those of one step of a phase."""
         return flops.calls(
-            objectives.build(self.config.objective), self.config.data.batch_size,
-            self.model.sample_shape, self.config.train.micro_steps,
+            self.learned[phase], self.config.data.batch_size, self.model.sample_shape,
+            self.config.train.micro_steps,
         )
 
-    def step_flops(self) -> int:
-        """FLOPs that one step is worth on all devices: no recomputation, no filled-up rows."""
+    def step_flops(self, phase: str, shape: tuple[int, ...] | None = None) -> int:
+        """Model FLOPs of one step of a phase on all devices, for samples of a shape."""
         platform = self.strategy.mesh.devices.flat[0].platform
-        one = flops.forward(self.model, self.config.data.text_tokens, platform)
-        work = flops.step(one, self.evaluations(), "none")
-        return work.matmul + work.attention
+        one = flops.forward(self.model, self.config.data.text_tokens, platform, shape)
+        return flops.worth(one, self.evaluations(phase))
 
     @functools.cached_property
     def over_rows(self) -> jax.sharding.NamedSharding:
@@ -116,17 +117,17 @@ def prepare(config, devices: list | None = None) -> Setup:
         train.seed, train.micro_steps, train.ema_decay, train.unconditional,
         train.condition_dropout,
     )
-    phases = {}
+    learned = {}
     if train.flow_matching_steps:
-        phases["flow_matching"] = objectives.build(
+        learned["flow_matching"] = objectives.build(
             objectives.preset("flow_matching", teacher_decay=decay)
         )
-    phases["objective"] = objective
+    learned["objective"] = objective
     return Setup(
-        config, model, optimizer, decay, strategy, layouts,
+        config, model, optimizer, decay, strategy, layouts, learned,
         {
             name: step.make_step(phase, model.apply, optimizer, settings, strategy, layouts)
-            for name, phase in phases.items()
+            for name, phase in learned.items()
         },
     )
 

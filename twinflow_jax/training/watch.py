@@ -13,44 +13,62 @@ from twinflow_jax.parallel import hosts
 from twinflow_jax.parallel.peaks import PEAKS
 
 
+class Clock:
+    """Where a process's time goes, in seconds by name, from now on."""
+
+    def __init__(self):
+        self.began, self._begin = time.time(), time.perf_counter()
+        self.spent: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        """Around a part of that name."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - begin)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.spent[name] = self.spent.get(name, 0.0) + seconds
+
+    def parts(self) -> dict[str, float]:
+        """All of the time since the start; "other" is in no part."""
+        whole = time.perf_counter() - self._begin
+        return self.spent | {"other": max(whole - sum(self.spent.values()), 0.0)}
+
+
 class Watch:
     """Writes WORKDIR/speed.jsonl. A file WORKDIR/trace holding a number k, looked for at each
     report, makes the first process leave an xprof trace of the next k steps in WORKDIR/traces/.
 
-    rows: of a step. step_flops: of a step on all devices, recomputation not counted.
+    rows: of a step. first: the step to go on from. clock: of this process, started with it; its
+    parts "data", "saving" and "pictures" lie between steps or in them.
     """
 
-    def __init__(self, workdir: epath.PathLike, rows: int, step_flops: float):
-        self._folder, self._rows, self._flops = epath.Path(workdir), rows, step_flops
+    def __init__(self, workdir: epath.PathLike, rows: int, first: int, clock: Clock):
+        self._folder, self._rows, self._clock = epath.Path(workdir), rows, clock
         self._file = self._folder / "speed.jsonl"
-        self._began = self._run_began()
-        self._waited, self._steps, self._since = 0.0, 0, time.perf_counter()
-        self._own = 0.0
+        self._began, self._useful = self._before(first)
+        self._steps, self._flops, self._since = 0, 0, time.perf_counter()
+        self._spent = dict(clock.spent)
         self._trace_left = 0
 
-    def _run_began(self) -> float:
-        """When the run's first step began, in seconds since 1970: from its record, or now."""
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-            return json.loads(self._file.read_text().splitlines()[0])["run_began"]
-        return time.time()
+    def _before(self, first: int) -> tuple[float, float]:
+        """When the run began, in seconds since 1970, and the seconds of its steps up to the first
+        of this process: from its record."""
+        began, useful = self._clock.began, 0.0
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            for line in self._file.read_text().splitlines():
+                row = json.loads(line)
+                began = min(began, row["run_began"])
+                useful = row["useful_seconds"] if row["step"] <= first else useful
+        return began, useful
 
-    @contextlib.contextmanager
-    def waiting(self):
-        """Around what fetches a batch."""
-        begin = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - begin
-
-    @contextlib.contextmanager
-    def elsewhere(self):
-        """Around what is no step: saving, drawing pictures."""
-        begin = time.perf_counter()
-        yield
-        self._own += time.perf_counter() - begin
-
-    def step(self) -> None:
-        """Counts a step, and ends a trace after its last."""
+    def step(self, flops: float) -> None:
+        """Counts a step of so many model FLOPs on all devices, and ends a trace after its last."""
         self._steps += 1
+        self._flops += flops
         if self._trace_left:
             self._trace_left -= 1
             if not self._trace_left:
@@ -72,33 +90,34 @@ class Watch:
 
         To be called by every process when its step is done; the first one writes.
         """
-        now = time.perf_counter()
-        whole = now - self._since - self._own
-        seconds = whole / max(self._steps, 1)
+        now, spent = time.perf_counter(), self._clock.spent
+        since = lambda name: spent.get(name, 0.0) - self._spent.get(name, 0.0)
+        whole = now - self._since - since("saving") - since("pictures")
+        waited, seconds = since("data"), whole / max(self._steps, 1)
+        self._clock.add("steps", whole - waited)
+        self._useful += whole
         kind, count = jax.devices()[0].device_kind, jax.device_count()
         row = {
             "step": step, "run_began": self._began, "seconds_per_step": seconds,
             "images_per_second": self._rows / seconds,
-            "model_tflops_per_second": self._flops / seconds / 1e12,
-            "data_wait": self._waited / whole,
-            "goodput": self._goodput(step, seconds),
+            "model_tflops_per_second": self._flops / whole / 1e12,
+            "data_wait": waited / whole,
+            "useful_seconds": self._useful,
+            "goodput": min(self._useful / max(time.time() - self._began, 1e-9), 1.0),
+            "seconds": self._clock.parts(),
         }
         if kind in PEAKS:
-            row["utilisation"] = self._flops / seconds / (PEAKS[kind] * count)
+            row["utilisation"] = self._flops / whole / (PEAKS[kind] * count)
         if jax.process_count() > 1:
-            every = multihost_utils.process_allgather(np.float32(self._waited / self._steps))
+            every = multihost_utils.process_allgather(np.float32(waited / self._steps))
             row["host_skew_seconds"] = float(every.max() - every.min())
-        self._waited, self._steps, self._since, self._own = 0.0, 0, now, 0.0
+        self._steps, self._flops, self._since, self._spent = 0, 0, now, dict(spent)
         self._look_for_requests()
         if hosts.leads():
             with self._file.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
         used = f" {row['utilisation']:.0%} of peak" if "utilisation" in row else ""
         return f"{row['images_per_second']:.3g} img/s{used}, data {row['data_wait']:.0%}"
-
-    def _goodput(self, step: int, seconds: float) -> float:
-        """The share of the time since the run's first step that its steps would have taken."""
-        return min(step * seconds / max(time.time() - self._began, 1e-9), 1.0)
 
     def close(self) -> None:
         if self._trace_left:
