@@ -5,12 +5,8 @@ where a stopped run left off. On several hosts, start it on each with --coordina
 """
 
 import argparse
-import os
-import pathlib
 import signal
 import sys
-
-import jax
 
 from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError, run_verb
@@ -43,7 +39,6 @@ def main() -> int:
             return UNREACHED
     elif args.processes > 1:
         raise UserError(f"--processes is {args.processes}: give --coordinator HOST:PORT too")
-    keep_compiled()
     with hosts.together():
         return trained(configs.load(args.config, overrides), args.workdir)
 
@@ -62,15 +57,6 @@ def trained(config, workdir: str) -> int:
             )
         return 128 + stop.signal
     return 0
-
-
-def keep_compiled() -> None:
-    """Compiled programs are kept on disk, so that a restart does not compile again."""
-    if jax.default_backend() == "cpu" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return  # a CPU's are for one kind of processor only
-    jax.config.update(
-        "jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "twinflow_jax")
-    )
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from twinflow_jax import checkpoints, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import state
-from twinflow_jax.training.loop import train
+from twinflow_jax.training.loop import keep_compiled, train
 
 
 def trained(config, workdir) -> state.TrainState:
@@ -33,6 +34,25 @@ def test_run_leaves_pictures_metrics_and_the_last_checkpoints(small_config, tmp_
     with Image.open(tmp_path / "run/samples/step_000020.png") as picture:
         assert len(np.unique(np.asarray(picture))) > 10
     assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_several_processes_share_compiled_programs(tmp_path, monkeypatch):
+    """They are kept in the run's folder, also where something has compiled before."""
+    jax.jit(lambda x: x + 1)(1.0)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    least = "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", least)}
+    try:
+        keep_compiled(str(tmp_path))
+        jax.config.update(least, 0.0)
+        jax.jit(lambda x: x * 3 - 2)(1.0)
+        assert list((tmp_path / "compiled").iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_micro_steps_train_the_same_weights(small_config, tmp_path):

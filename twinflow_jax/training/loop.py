@@ -9,6 +9,7 @@ import time
 
 import jax
 import ml_collections
+from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, data, models, parallel
@@ -55,6 +56,7 @@ def train(
     shapes = inputs.shapes(source, settings)
     checks.check_fit(config, family, settings, source)
     hosts.first(lambda: checkpoints.claim(workdir, config))
+    keep_compiled(workdir)
     try:
         with contextlib.closing(checkpoints.Saver(workdir, config.train.keep)) as saver:
             # Before anything slow, so that errors come early.
@@ -143,6 +145,18 @@ def run(
                 raise Interrupted(stop, done, saved=True)
         saver.wait()
     return current
+
+
+def keep_compiled(workdir: str) -> None:
+    """Compiled programs are kept on disk, so that a restart does not compile again: of one
+    process for all its runs; of several in WORKDIR/compiled, since only the first writes them."""
+    if jax.default_backend() == "cpu" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return  # a CPU's are for one kind of processor only
+    folder = pathlib.Path.home() / ".cache" / "twinflow_jax"
+    if jax.process_count() > 1:
+        folder = pathlib.Path(workdir).resolve() / "compiled"
+    compilation_cache.reset_cache()  # what has compiled before may have found none
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def compile_phases(
