@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, models, parallel, sampling
@@ -196,34 +196,50 @@ class Pipeline:
         Raises:
           UserError: no tokenizer, or an empty prompt.
         """
-        stage = "text encoding"
-        with local_copy(self.checkpoint.tokenizer) as folder:
-            tokenizer = self.family.load_tokenizer(folder)
+        tokenizer = self.tokenizer()
         groups = [self.family.tokenize(tokenizer, prompts, tokens)] if prompts else []
         if negative is not None:  # apart: its template, and so its length, may be another
             groups.append(self.family.tokenize(tokenizer, [negative], tokens, negative=True))
-        parts = []
+        with self.text_encoder() as encode:
+            return Embeddings.join([encode(*group) for group in groups])
+
+    def tokenizer(self):
+        """Raises UserError where the checkpoint has none."""
+        with local_copy(self.checkpoint.tokenizer) as folder:
+            return self.family.load_tokenizer(folder)
+
+    @contextlib.contextmanager
+    def text_encoder(self, batch: int | None = None):
+        """`(ids, mask) -> Embeddings` of any number of rows, for as long as it stays loaded.
+
+        batch: rows at once, always (default: up to TEXT_BATCH).
+        """
+        stage = "text encoding"
         with self.loaded("text_encoder", stage) as (config, params):
-            for ids, mask in groups:
-                size = min(TEXT_BATCH, len(ids))
-                embed = jax.jit(self.family.embed, static_argnums=0)
-                with self.clock.measure(stage, "compile"), parallel.applied(self.mesh()):
-                    embed = embed.lower(config, params, ids[:size], mask[:size]).compile()
-                done = []
+            embed, compiled = jax.jit(self.family.embed, static_argnums=0), {}
+
+            def encode(ids: Int[np.ndarray, "N L"], mask: Bool[np.ndarray, "N L"]) -> Embeddings:
+                size, done = batch or min(TEXT_BATCH, len(ids)), []
                 for start in range(0, len(ids), size):
                     rows = np.arange(start, start + size) % len(ids)  # the last batch wraps
+                    shape = (size, ids.shape[1])
+                    if shape not in compiled:
+                        with self.clock.measure(stage, "compile"), parallel.applied(self.mesh()):
+                            lowered = embed.lower(config, params, ids[rows], mask[rows])
+                            compiled[shape] = lowered.compile()
                     with self.clock.measure(stage, "run"):
-                        states, valid = embed(params, ids[rows], mask[rows])
+                        states, valid = compiled[shape](params, ids[rows], mask[rows])
                         states = np.asarray(states.astype(jnp.float32))
                         done.append(Embeddings(states, np.asarray(valid)))
-                parts.append(Embeddings.join(done)[: len(ids)])
-        return Embeddings.join(parts)
+                return Embeddings.join(done)[: len(ids)]
+
+            yield encode
 
     def null(self) -> Embeddings:
         """The prompt that stands for none in training: encoded once, then kept beside the rest."""
         file = self.checkpoint.folder / f"null_prompt_{self.dtype}.safetensors"
         if file.exists():
-            return Embeddings.read(file, self.config("transformer").text_width)[1]
+            return Embeddings.read(file, self.config("text_encoder").width)[1]
         prompts = [self.family.null_prompt]
         embeddings = self.embed([], negative=self.family.null_prompt)
         if hosts.leads():
@@ -243,15 +259,27 @@ class Pipeline:
     def encode(self, images: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N h w c"]:
         """Normalised latents of images in [-1, 1]."""
         size, parts = min(IMAGE_BATCH, len(images)), []
-        with self.loaded("vae", "encoding") as (config, params):
-            encode = self.codec("encode")
+        with self.image_encoder(size) as encode:
             for start in tqdm(
                 range(0, len(images), size), unit="batch", desc="encoding",
                 disable=not self.progress,
             ):
-                rows = np.arange(start, start + size) % len(images)  # the last batch wraps
-                parts.append(np.asarray(encode(config, params, images[rows])))
-        return np.concatenate(parts)[: len(images)]
+                parts.append(encode(images[start : start + size]))
+        return np.concatenate(parts)
+
+    @contextlib.contextmanager
+    def image_encoder(self, batch: int):
+        """`images (N, H, W, 3) in [-1, 1] -> latents` of up to `batch`, while it stays loaded."""
+        with self.loaded("vae", "encoding") as (config, params):
+            encode = self.codec("encode")
+            over = parallel.over_devices(self.mesh(), batch)
+
+            def run(images):
+                rows = np.arange(batch) % len(images)  # always the same shape: the rest wraps
+                latents = encode(config, params, jax.device_put(images[rows], over))
+                return np.asarray(latents)[: len(images)]
+
+            yield run
 
     def denoise(
         self, draw: Callable, cond: Embeddings, owners: Sequence[int], numbers: Sequence[int],

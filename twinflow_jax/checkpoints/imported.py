@@ -8,9 +8,12 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
+import math
 from typing import Any
 
+import ml_dtypes
 from etils import epath
 
 from twinflow_jax import files, models
@@ -105,6 +108,33 @@ class Imported:
             )
             for rule in table.rules
         }
+
+    def identity(self, name: str) -> str:
+        """A network and its weights as people name them, such as "Gemma2Model 2.6B 1f3a9c".
+
+        The last part is a digest of the published config and of a sample of the weights, the same
+        whichever dtype they were imported in. "" for a network without weights.
+        Raises:
+          UserError: the checkpoint does not hold it.
+        """
+        leaves = layout(self.network(name), self.config(name))[1]
+        if not leaves:
+            return ""
+        published = self.recorded(name)["published"]
+        kind = published.get("_class_name") or published["architectures"][0]
+        told = {key: value for key, value in published.items() if not key.startswith("_")}
+        for key in ("transformers_version", "torch_dtype", "dtype"):  # of the file, not the network
+            told.pop(key, None)
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        arrays = self.arrays(name)
+        by_size = sorted(leaves, key=lambda path: (math.prod(leaves[path].shape), path))
+        for quarter in range(4):  # without the largest, of which a row may cost reading it whole
+            path = by_size[quarter * len(by_size) // 4]
+            row = store.read(arrays[path][(0,) * (len(leaves[path].shape) - 1)])
+            digest.update(row.astype(ml_dtypes.bfloat16).tobytes())
+        size = sum(math.prod(leaf.shape) for leaf in leaves.values())
+        unit, letter = next(u for u in ((10**9, "B"), (10**6, "M"), (10**3, "K")) if size >= u[0])
+        return f"{kind} {size / unit:.3g}{letter} {digest.hexdigest()[:6]}"
 
     def carried(self, name: str) -> dict[str, tensors.Tensor]:
         """The tensors that are only kept for export, by published key."""

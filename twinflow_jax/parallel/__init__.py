@@ -4,6 +4,7 @@ from twinflow_jax.parallel.mesh import (
     BATCH,
     MeshConfig,
     make_mesh,
+    over_devices,
     over_rows,
     replicated,
     row_parts,
@@ -12,6 +13,6 @@ from twinflow_jax.parallel.rules import RULES, report, shardings
 from twinflow_jax.parallel.strategies import Strategy, applied, create
 
 __all__ = [
-    "BATCH", "RULES", "MeshConfig", "Strategy", "applied", "create", "make_mesh", "over_rows",
-    "replicated", "report", "row_parts", "shardings",
+    "BATCH", "RULES", "MeshConfig", "Strategy", "applied", "create", "make_mesh",
+    "over_devices", "over_rows", "replicated", "report", "row_parts", "shardings",
 ]

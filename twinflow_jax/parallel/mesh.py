@@ -116,6 +116,11 @@ def over_rows(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH if rows % row_parts(mesh) == 0 else None))
 
 
+def over_devices(mesh: Mesh, rows: int) -> NamedSharding:
+    """Rows split over every axis where they divide: for networks whose weights are not split."""
+    return NamedSharding(mesh, PartitionSpec(AXES if rows % mesh.size == 0 else None))
+
+
 def row_parts(mesh: Mesh) -> int:
     """Parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
