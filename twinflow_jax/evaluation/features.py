@@ -1,0 +1,79 @@
+"""Features of natural images by EfficientNet-lite0: independent of what is judged, and not FID's.
+
+Its weights come from a file that tools/features.py writes.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float
+
+from twinflow_jax.checkpoints import tensors
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import efficientnet, names
+
+SIDE = 128  # pixels that images are scaled to; at 224 it takes three times as long
+BATCH = 32
+
+
+def scaled(x: Float[Array, "B H W 3"], side: int) -> Float[Array, "B side side 3"]:
+    """Images of another size, linear and antialiased."""
+    return jax.image.resize(x, (x.shape[0], side, side, 3), "linear")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """The feature network with its weights."""
+
+    params: dict
+
+    @functools.cached_property
+    def _apply(self):
+        network = efficientnet.EfficientNet()
+        return jax.jit(lambda params, x: network.apply({"params": params}, scaled(x, SIDE)))
+
+    def __call__(self, x: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+        """Features of images in [-1, 1], in float64."""
+        parts = []
+        for start in range(0, len(x), BATCH):
+            rows = np.arange(start, start + BATCH) % len(x)  # the last batch wraps: one shape
+            parts.append(np.asarray(self._apply(self.params, np.asarray(x[rows], np.float32))))
+        return np.concatenate(parts)[: len(x)].astype(np.float64)
+
+
+def load(file: epath.PathLike) -> Network:
+    """The network with weights from a file of tools/features.py.
+
+    Raises:
+      UserError: no such file, or not of this network.
+    """
+    found = tensors.read_header(epath.Path(file))
+    table = efficientnet.table(efficientnet.Config())
+    check(file, {key: tensor.shape for key, tensor in found.items()})
+    flat = {rule.path: rule.ours(found[rule.key].read()) for rule in table.rules}
+    return Network(names.unflatten(jax.tree.map(jnp.asarray, flat)))
+
+
+def check(file: epath.PathLike, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The network's published keys, all of them in a file with these shapes.
+
+    Raises:
+      UserError: something is missing or has another shape.
+    """
+    config = efficientnet.Config()
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), "float32")
+    init = efficientnet.EfficientNet(config).init
+    leaves = names.flatten(jax.eval_shape(init, jax.random.key(0), image)["params"])
+    expected = efficientnet.table(config).shapes({k: leaf.shape for k, leaf in leaves.items()})
+    wrong = [key for key, shape in expected.items() if tuple(shapes.get(key, ())) != shape]
+    if wrong:
+        raise UserError(
+            f"{file} does not hold the weights of EfficientNet-lite0: {len(wrong)} of "
+            f"{len(expected)} tensors are missing or of another shape, as {wrong[0]}; write it "
+            "with tools/features.py"
+        )
+    return list(expected)
