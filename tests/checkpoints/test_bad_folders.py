@@ -22,7 +22,7 @@ from tests.checkpoints.folders import (
     sharded,
     weight_file,
 )
-from twinflow_jax import files
+from twinflow_jax import checkpoints, files
 from twinflow_jax.checkpoints import exporting, imported, store
 from twinflow_jax.errors import UserError
 
@@ -243,6 +243,22 @@ def test_bad_targets_and_options(base, checkpoint, run, tmp_path, capsys):
         assert convert(*arguments) == 2, arguments
         assert re.search(message, capsys.readouterr().err), (arguments, message)
     assert not new.exists() and (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_a_run_of_another_format_is_refused(run, tmp_path):
+    """Of the former order of Qwen-Image's channels, which had no number, and of a later one."""
+    record = json.loads((run / "config.json").read_text())
+    assert record.pop("format") == imported.FORMAT
+    for fields, refused in (
+        (record, True), (record | {"format": imported.FORMAT + 1}, True),
+        (record | {"model": {"name": "sana"}}, False),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        if refused:
+            with pytest.raises(UserError, match="of another version of this project"):
+                checkpoints.read_config(tmp_path)
+        else:
+            assert checkpoints.read_config(tmp_path).model.name == "sana"
 
 
 KILLED = """

@@ -10,6 +10,7 @@ from etils import epath
 from twinflow_jax import config as configs
 from twinflow_jax import files, models
 from twinflow_jax.checkpoints import store
+from twinflow_jax.checkpoints.imported import FORMAT
 from twinflow_jax.checkpoints.saver import Saver
 from twinflow_jax.errors import UserError
 
@@ -59,7 +60,8 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
             f"{folder} is not empty and holds no run: choose another --workdir"
         )
     try:
-        files.write(record, configs.to_json(config).encode())
+        fields = {"format": FORMAT} | json.loads(configs.to_json(config))
+        files.write(record, json.dumps(fields, indent=2).encode())
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 
@@ -68,16 +70,24 @@ def read_config(run: epath.PathLike) -> ml_collections.ConfigDict:
     """The config that a run was started with.
 
     Raises:
-      UserError: the folder is no run, or its record cannot be read.
+      UserError: the folder is no run, or its record cannot be read, or its weights are in a format
+        that this version does not read.
     """
     record = epath.Path(run) / "config.json"
     if not record.exists():
         raise UserError(f"{run} is no run: it has no config.json (give the --workdir of training)")
     try:
-        config = configs.from_json(record.read_text())
+        fields = json.loads(record.read_text())
+        written = int(fields.pop("format", 1))
+        config = configs.from_json(json.dumps(fields))
         config.model.name, config.train.ema_decay  # noqa: B018 - a record of ours has both
     except (ValueError, AttributeError, TypeError, OSError) as error:
         raise UserError(f"{record} cannot be read as a run's config ({error})") from error
+    if written > FORMAT or (written == 1 and config.model.name == "qwen_image"):
+        raise UserError(
+            f"{run} is a run of another version of this project, whose weights have another "
+            "order: use that version, or start again in another --workdir"
+        )
     return config
 
 
