@@ -99,7 +99,8 @@ def parse(key: str, text: str, present: Any) -> Any:
         value = float(value)
     if isinstance(present, tuple | list) and isinstance(value, tuple | list):
         kind = str if present and isinstance(present[0], str) else int | float
-        if not present or (value and all(isinstance(v, kind) for v in value)):
+        some = value or kind is str  # no prompts is a choice, no numbers are none
+        if not present or (some and all(isinstance(v, kind) for v in value)):
             floats = present and all(isinstance(v, float) for v in present)
             return tuple(float(v) for v in value) if floats else tuple(value)
         what = "texts" if kind is str else "numbers"

@@ -1,0 +1,190 @@
+"""Training from records: sizes, captions and mixtures of folders, on one process and on several."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from twinflow_jax import checkpoints, text_to_image
+from twinflow_jax import config as configs
+from twinflow_jax.checkpoints import random
+from twinflow_jax.data import records
+from twinflow_jax.errors import UserError
+from twinflow_jax.training import inputs
+from twinflow_jax.training import records as training_records
+from twinflow_jax.training.loop import Interrupted, train
+
+CAPTIONS = [("a cat", "a small cat"), ("the sea",), ("one red apple", "an apple", "fruit")]
+SIZES = {"16x8": 9, "8x16": 20, "8x8": 3}  # width x height: records
+FIELDS = (
+    "data.batch_size=8", "data.text_tokens=16", "train.steps=6", "train.log_every=1",
+    "train.checkpoint_every=3", "train.sample_every=6", "train.condition_dropout=0.1",
+    "train.init_from=", "sample.steps=(1,)", "sample.columns=1", "sample.prompts=()",
+    "optimizer.warmup=0",
+)
+MODEL = {
+    "name": "minilm_dit", "sample_shape": (8, 8, 3), "patch": 4, "width": 32, "depth": 1,
+    "heads": 2, "text_width": 48,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "minilm"
+    return text_to_image.Pipeline(
+        random.write_random("minilm_dit", folder, seed=0), "float32", progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def write(pipeline, tmp_path_factory):
+    """A function that writes records: (name, {split: count}, other fields) -> folder."""
+    checkpoint = pipeline.checkpoint
+    embedded = [pipeline.embed(captions, 16) for captions in CAPTIONS]
+
+    def make(name: str, splits: dict[str, int], **fields):
+        folder = tmp_path_factory.mktemp("records") / name
+        folder.mkdir()
+        channels = 0 if records.PROMPTS in splits else 3
+        manifest = records.Manifest(**{
+            "family": "minilm_dit", "text_encoder": checkpoint.identity("text_encoder"),
+            "text_width": 48, "autoencoder": "", "channels": channels, "downscale": 1, **fields,
+        })
+        shards, rng = {}, np.random.default_rng(1)
+        for split, count in splits.items():
+            examples = []
+            for row in range(count):
+                text = embedded[row % 3]
+                sample = None
+                if channels:
+                    width, height = map(int, split.split("x"))
+                    sample = np.full((height, width, 3), row / 100) + rng.uniform(
+                        -0.1, 0.1, (height, width, 3)
+                    )
+                tokens = [t[m] for t, m in zip(text.tokens, text.mask, strict=True)]
+                examples.append(records.Example(
+                    f"{name}/{split}/{row}", CAPTIONS[row % 3], tokens, sample, (50, 60)
+                ))
+            path = records.shard_file(folder, split, 0, 1)
+            shards[split] = [(count, records.write_shard(path, examples, manifest))]
+        pipeline.null().save(folder / records.NULL, [""])
+        records.finish(folder, manifest, shards, {})
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def config(pipeline):
+    """A function of records and overrides giving a config."""
+    def make(*overrides: str, variant: str = "", **data):
+        config = configs.load(
+            "configs/emoji.py" + variant,
+            [*FIELDS, f"pipeline={pipeline.checkpoint.folder}", *overrides],
+        ).unlock()
+        config.data.update(data)
+        config.model = MODEL
+        return config
+
+    return make
+
+
+def test_rows_are_what_was_written(write, config):
+    folder = write("a", SIZES)
+    made = config(records=(str(folder),))
+    settings = inputs.models.settings_of(made.model)[1]
+    opened = training_records.open_folders(made, settings)
+    shapes = training_records.by_shape(opened, settings)
+    assert list(shapes) == [(8, 8, 3), (8, 16, 3), (16, 8, 3)]
+    streams = training_records.streams(opened, (), settings, 16)
+    assert [stream.count for [stream] in streams] == [3, 9, 20]
+    picked = set()
+    for epoch in range(20):
+        batch = streams[0][0].read(np.array([2, 0]), np.array([[7, epoch, 0, 2], [7, epoch, 0, 0]]))
+        assert batch["x"].shape == (2, 8, 8, 3)
+        np.testing.assert_allclose(batch["x"][0], 0.02, atol=0.11)
+        lengths = batch["cond"]["mask"].sum(1)
+        example = opened[0].read("8x8", 2)
+        [which] = [k for k, t in enumerate(example.tokens) if len(t) == lengths[0]][:1]
+        np.testing.assert_array_equal(
+            batch["cond"]["tokens"][0, : lengths[0]], example.tokens[which]
+        )
+        assert not batch["cond"]["tokens"][0, lengths[0] :].any()
+        picked.add(which)
+    assert picked == {0, 1, 2}
+
+
+def test_a_stopped_run_ends_as_an_undisturbed_one(write, config, tmp_path, monkeypatch):
+    """Two sizes of pictures and two folders by weight."""
+    folders = str(write("a", {"16x8": 9, "8x8": 3})), str(write("b", {"8x8": 30}))
+    made = config(records=folders, weights=(1.0, 3.0))
+    whole = train(made, str(tmp_path / "whole"), progress=False)
+    stops = iter([0, 0, 0, 15])  # SIGTERM after the fourth step
+    monkeypatch.setattr(
+        "twinflow_jax.parallel.hosts.stop_requested", lambda *_: next(stops, 0)
+    )
+    with pytest.raises(Interrupted):
+        train(made, str(tmp_path / "parts"), progress=False)
+    monkeypatch.undo()
+    again = train(made, str(tmp_path / "parts"), progress=False)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "parts")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 6
+    assert (tmp_path / "whole/samples/step_000006.png").exists()
+    wait = json.loads((tmp_path / "whole/speed.jsonl").read_text().splitlines()[-1])["data_wait"]
+    assert 0 <= wait <= 1
+
+
+def test_captions_alone_train_without_pictures(write, config, tmp_path):
+    pictures = config("train.steps=2", variant=":flow", records=(str(write("a", {"8x8": 20})),))
+    train(pictures, str(tmp_path / "flow"), progress=False)
+    prompts = write("p", {records.PROMPTS: 20})
+    made = config(
+        "train.steps=3", f"train.init_from={tmp_path / 'flow'}", variant=":image_free",
+        records=(str(prompts),),
+    )
+    final = train(made, str(tmp_path / "free"), progress=False)
+    _, _, start, _ = checkpoints.load_weights(tmp_path / "flow", raw=True)
+    moved = [
+        float(np.abs(np.asarray(a) - np.asarray(b)).max())
+        for a, b in zip(jax.tree.leaves(final.params), jax.tree.leaves(start), strict=True)
+    ]
+    assert max(moved) > 1e-4 and np.isfinite(moved).all()
+
+
+@pytest.mark.parametrize(
+    ("splits", "fields", "overrides", "message"),
+    [
+        ({"8x8": 9}, {"family": "sana"}, (), "for 'sana', but model is 'minilm_dit'"),
+        ({"8x8": 9}, {"text_encoder": "BertModel 22.7M 123456"}, (),
+         "text encoder BertModel 22.7M 123456, but pipeline"),
+        ({"8x6": 9}, {}, (), "divisible by 4"),
+        ({"8x8": 9}, {}, ("data.weights=(1.0,2.0)",), "2 numbers for 1 folders"),
+        ({"8x8": 9}, {}, ("data.weights=(0.0,)",), "above 0"),
+        ({"8x8": 5}, {}, (), "5 rows to train on, too few for a batch of 8"),
+        ({records.PROMPTS: 9}, {}, (), "prompts without pictures"),
+        ({"8x8": 9}, {}, ("pipeline=random",), "pipeline is random"),
+    ],
+)
+def test_bad_records_are_refused(write, config, tmp_path, splits, fields, overrides, message):
+    folder = write("bad", splits, **fields)
+    with pytest.raises(UserError, match=message):
+        train(config(*overrides, records=(str(folder),)), str(tmp_path / "run"), progress=False)
+    assert not (tmp_path / "run/checkpoints").exists() or not any(
+        (tmp_path / "run/checkpoints").iterdir()
+    )
+
+
+def test_unfinished_records_are_refused(config, tmp_path):
+    (tmp_path / "half").mkdir()
+    with pytest.raises(UserError, match="no complete records"):
+        train(config(records=(str(tmp_path / "half"),)), str(tmp_path / "run"), progress=False)
+
+
+def test_other_encoders_do_not_mix(write, config, tmp_path):
+    one, other = write("a", {"8x8": 9}), write("b", {"8x8": 9}, text_encoder="BertModel 1M 000000")
+    made = config(records=(str(one), str(other)))
+    with pytest.raises(UserError, match="BertModel 1M 000000, but .* has BertModel"):
+        train(made, str(tmp_path / "run"), progress=False)
