@@ -23,7 +23,7 @@ from twinflow_jax import config as configs
 from twinflow_jax import files
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.planning import plan, report, topology
-from twinflow_jax.training import checks
+from twinflow_jax.training import checks, setup
 
 SEARCHED = {
     "strategy": ("gather_layers", "gather_once"), "remat": ("full", "dots"), "scale": (1, 2),
@@ -33,6 +33,11 @@ SEARCHED = {
 def main() -> int:
     args, overrides = parse()
     topologies = [topology.resolve(name) for name in args.topology]
+    if args.parameters:
+        for where in topologies:
+            prepared = setup.prepare(configs.load(args.config, overrides), topology.devices(where))
+            print(report.parameters(where.name, prepared.model, prepared.strategy.mesh))
+        return 0
     variants = list(
         itertools.product(topologies, *(choices(args, name) for name in SEARCHED))
     )
@@ -85,6 +90,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--search", action="store_true", help="try the usual of the three above")
     parser.add_argument("--json", metavar="FILE", help="write the plans")
     parser.add_argument("--plot", metavar="FILE.png", help="draw memory and time")
+    parser.add_argument(
+        "--parameters", action="store_true", help="only where each weight lies; compiles nothing"
+    )
     parser.add_argument("--hlo", metavar="FILE", help="write the compiled program")
     args, rest = parser.parse_known_args()
     return args, configs.overrides(rest)

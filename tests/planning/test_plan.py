@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 from PIL import Image
 
 from twinflow_jax import config as configs
 from twinflow_jax import models, objectives
+from twinflow_jax.parallel.mesh import AXES
 from twinflow_jax.planning import plan, report
 from twinflow_jax.training import flops
 
@@ -67,6 +69,21 @@ def test_reports(tmp_path):
     report.plot([EXAMPLE, refused], tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as picture:
         assert picture.size[0] > 500
+
+
+def test_where_each_weight_lies():
+    """The bytes of a row by hand, and a rule that does not apply."""
+    model = models.create({"name": "sana", "layers": 2, "heads": 3})
+    mesh = jax.sharding.AbstractMesh((1, 4, 1, 2, 1), AXES)
+    first, _, *lines = report.parameters("here", model, mesh).splitlines()
+    assert first.startswith("here, mesh fsdp 4 x tensor 2: ")
+    rows = {line.split()[0]: line for line in lines}
+    assert len(rows) == len(jax.tree.leaves(model.abstract_params()))
+    hidden = rows["layers/mlp/hidden/kernel"]  # 96 x 480, split in 4 and in 2
+    assert "(2, 96, 480)" in hidden
+    assert float(hidden.split()[-1]) == pytest.approx(2 * 96 * 480 * 4 / 8 / 2**20, abs=0.01)
+    three = jax.sharding.AbstractMesh((1, 1, 1, 5, 1), AXES)
+    assert "heads: 96 does not divide by 5" in report.parameters("here", model, three)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -3,9 +3,10 @@
 import io
 from collections.abc import Sequence
 
+import jax
 from etils import epath
 
-from twinflow_jax import files
+from twinflow_jax import files, models, parallel
 from twinflow_jax.planning.cost import UNCERTAINTY
 from twinflow_jax.planning.plan import GIB, Plan
 
@@ -68,6 +69,26 @@ def details(plan: Plan) -> str:
             "compiled with " + " ".join(f"--{k}={v}" for k, v in plan.options.items())
         )
     return "\n".join(lines + [f"note: {note}" for note in plan.notes])
+
+
+def parameters(topology: str, model: models.Model, mesh: jax.sharding.Mesh) -> str:
+    """Where each weight of a network lies on a mesh, the largest on a device first; and why it is
+    not split further."""
+    placed = parallel.report(mesh, model.abstract_params(), model.axes())
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    width = max(len(one.path) for one in placed)
+    lines = [
+        f"{topology}, mesh {shape or 'of one device'}: {len(placed)} weights, "
+        f"{sum(one.bytes for one in placed) / GIB:.3f} GiB of them per device",
+        f"{'weight':<{width}}  {'shape':<24}{'layout':<42}{'MiB':>9}",
+    ]
+    for one in placed:
+        axes = ", ".join("-" if axes is None else str(axes) for axes in one.spec)
+        lines.append(
+            f"{one.path:<{width}}  {str(one.shape):<24}{axes:<42}{one.bytes / 2**20:>9.2f}"
+            + "".join(f"  {reason}" for reason in one.reasons)
+        )
+    return "\n".join(lines)
 
 
 def plot(plans: Sequence[Plan], file: epath.PathLike) -> None:
