@@ -101,7 +101,7 @@ def write_shard(path: epath.PathLike, examples: Iterable[Example], manifest: Man
     """Writes a file of records, which appears whole or not at all; returns its bytes.
 
     Raises:
-      UserError: a number that float16 does not hold.
+      UserError: a number that float16 does not hold, or no room on the disk.
     """
     path, features = epath.Path(path), manifest.features()
     serializer = ExampleSerializer(features.get_serialized_info())
@@ -109,7 +109,8 @@ def write_shard(path: epath.PathLike, examples: Iterable[Example], manifest: Man
     folder = path.parent if "://" not in str(path) else epath.Path("/tmp")
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        # Any record is read alone, and float16 and PNG hardly get smaller.
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for example in examples:
             fields = features.encode_example(_fields(example, manifest))
             writer.write(serializer.serialize_example(fields))
@@ -119,6 +120,8 @@ def write_shard(path: epath.PathLike, examples: Iterable[Example], manifest: Man
             temporary.replace(path)
         else:
             temporary.copy(path, overwrite=True)
+    except RuntimeError as error:  # ArrayRecord's, when it closes a file
+        raise UserError(f"{path.name} cannot be written ({error}): make room for it") from error
     finally:
         temporary.unlink(missing_ok=True)
     return size
