@@ -259,25 +259,27 @@ class Pipeline:
     def encode(self, images: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N h w c"]:
         """Normalised latents of images in [-1, 1]."""
         size, parts = min(IMAGE_BATCH, len(images)), []
-        with self.image_encoder(size) as encode:
+        with self.image_encoder() as encode:
             for start in tqdm(
                 range(0, len(images), size), unit="batch", desc="encoding",
                 disable=not self.progress,
             ):
-                parts.append(encode(images[start : start + size]))
+                parts.append(encode(images[start : start + size], size))
         return np.concatenate(parts)
 
     @contextlib.contextmanager
-    def image_encoder(self, batch: int):
-        """`images (N, H, W, 3) in [-1, 1] -> latents` of up to `batch`, while it stays loaded."""
-        with self.loaded("vae", "encoding") as (config, params):
-            encode = self.codec("encode")
-            over = parallel.over_devices(self.mesh(), batch)
+    def image_encoder(self):
+        """`(images (N, H, W, 3) in [-1, 1], batch) -> latents`, for as long as it stays loaded.
 
-            def run(images):
-                rows = np.arange(batch) % len(images)  # always the same shape: the rest wraps
-                latents = encode(config, params, jax.device_put(images[rows], over))
-                return np.asarray(latents)[: len(images)]
+        batch: images that are encoded at once, always; N is at most that.
+        """
+        with self.loaded("vae", "encoding") as (config, params):
+            encode, mesh = self.codec("encode"), self.mesh()
+
+            def run(images: Float[np.ndarray, "N H W 3"], batch: int):
+                rows = images[np.arange(batch) % len(images)]  # what is missing repeats
+                rows = jax.device_put(rows, parallel.over_devices(mesh, batch))
+                return np.asarray(encode(config, params, rows))[: len(images)]
 
             yield run
 

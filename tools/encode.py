@@ -1,0 +1,134 @@
+"""Pictures and captions into training records: latents (or pixels) and embeddings of captions.
+
+    python tools/encode.py photos/ records/photos --pipeline checkpoints/sana06b --size 512
+    python tools/encode.py photos.jsonl records/photos --pipeline checkpoints/sana06b --buckets 1024
+    python tools/encode.py prompts.txt records/prompts --pipeline checkpoints/qwen_image
+
+SOURCE is a folder of pictures with captions beside them (CAT.jpg and CAT.txt or CAT.json), a file
+of JSON lines, .parquet or WebDataset .tar files or a folder of them, a TFDS dataset (NAME:SPLIT or
+its folder), or a text file with one prompt a line. DST becomes a TFDS dataset that training reads.
+What cannot be used is left out and listed in DST/skipped.jsonl. Stopped at any point, the same
+command goes on; with --process K --processes N several do it together. docs/data.md says more.
+"""
+
+import argparse
+import signal
+import sys
+
+from etils import epath
+
+from twinflow_jax import encoding, text_to_image
+from twinflow_jax.encoding import sizes
+from twinflow_jax.encoding.workspace import SKIPPED, Workspace
+from twinflow_jax.errors import UserError, run_verb
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as after Ctrl-C
+    args = parse()
+    check(args)
+    try:
+        return run(args)
+    except OSError as error:
+        raise UserError(
+            f"{args.target} cannot be written ({error.strerror or error}); the same command goes on"
+        ) from error
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python tools/encode.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("target", metavar="DST")
+    parser.add_argument("--pipeline", required=True, help="an imported checkpoint")
+    parser.add_argument("--size", help="of all pictures, like 512 or 768x512 (width x height); "
+                        "default: what the transformer was made for")
+    parser.add_argument("--buckets", help="several sizes, like 1024x1024,1216x832, or 1024 for "
+                        "some of that area; a picture goes to the nearest aspect ratio")
+    parser.add_argument("--prompts-only", action="store_true", help="captions without pictures")
+    parser.add_argument("--caption-column", help="of Parquet, JSON lines or TFDS that has the "
+                        "captions (default: caption, text or the like)")
+    parser.add_argument("--image-column",
+                        help="that has the pictures (default: image, image_bytes or file_name)")
+    parser.add_argument("--min-side", type=int, default=64,
+                        help="pixels: smaller pictures are left out (default 64)")
+    parser.add_argument("--text-tokens", type=int,
+                        help="that captions are padded or cut to (default: the family's lengths)")
+    parser.add_argument("--shard-size", type=int, default=1024, help="records in a file")
+    parser.add_argument("--batch", type=int, default=text_to_image.IMAGE_BATCH,
+                        help="pictures of 512x512 encoded at once, of larger ones fewer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="of the computation (default: bfloat16, float32 on a CPU)")
+    parser.add_argument("--process", type=int, default=0, help="which one this is, from 0")
+    parser.add_argument("--processes", type=int, default=1, help="that share the work")
+    return parser.parse_args()
+
+
+def check(args) -> None:
+    """Raises UserError for numbers that cannot be, and flags that exclude each other."""
+    for name in ("min_side", "shard_size", "batch", "processes", "text_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+    if not 0 <= args.process < args.processes:
+        raise UserError(f"--process is {args.process}; it lies from 0 to --processes less one")
+    if args.size and args.buckets:
+        raise UserError("give one of --size and --buckets")
+    if args.prompts_only and (args.size or args.buckets or args.image_column):
+        raise UserError("--prompts-only has no pictures: leave --size, --buckets and "
+                        "--image-column out")
+
+
+def run(args) -> int:
+    pipeline = text_to_image.open_pipeline(args.pipeline, dtype=args.dtype)
+    source = encoding.open_source(
+        args.source, not args.prompts_only, args.shard_size, args.image_column, args.caption_column
+    )
+    job = encoding.Job(
+        pipeline, source, sizes_of(args, pipeline) if source.pictures else (), args.min_side,
+        args.shard_size, args.text_tokens, args.batch,
+    )
+    report = encoding.encode(job, Workspace(epath.Path(args.target), args.process, args.processes))
+    if report is None:
+        print(f"{args.target} is complete" if (
+            epath.Path(args.target) / "records.json").exists() else
+            f"process {args.process} is done; process 0 completes {args.target}")
+        return 0
+    for split, count in report["records"].items():
+        print(f"{split:>12} {count:>9,} records")
+    for reason, count in report["skipped"].items():
+        print(f"{reason:>12} {count:>9,} left out")
+    if report["skipped"]:
+        print(f"what was left out: {epath.Path(args.target) / SKIPPED}")
+    if report["cut"]:
+        print(f"{report['cut']:,} captions are too long for the text encoder: their ends are cut")
+    print(f"{args.source} is in {args.target}")
+    return 0
+
+
+def sizes_of(args, pipeline) -> tuple[sizes.Size, ...]:
+    """The sizes that pictures go to.
+
+    Raises:
+      UserError: one that the networks cannot have.
+    """
+    scale = pipeline.config("vae").downscale
+    if args.buckets:
+        found = sizes.buckets(args.buckets, pipeline.config("transformer").patch * scale)
+    elif args.size:
+        found = (sizes.parse(args.size, "--size"),)
+    else:
+        height, width, _ = pipeline.latent_shape(None)
+        found = ((width * scale, height * scale),)
+    for width, height in found:
+        pipeline.latent_shape((height, width))
+    return found
+
+
+if __name__ == "__main__":
+    run_verb(main)

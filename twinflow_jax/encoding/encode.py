@@ -1,0 +1,224 @@
+"""Pictures and captions through a pipeline's encoders to records, by any number of processes.
+
+What a process does is a function of the source and the settings alone, file by file: the records
+are the same however many processes made them and however often those were stopped.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from twinflow_jax.checkpoints import store
+from twinflow_jax.data import records
+from twinflow_jax.data.records import Example, Manifest
+from twinflow_jax.encoding import index, sizes
+from twinflow_jax.encoding.index import Entry, Key, Shard, Skipped
+from twinflow_jax.encoding.sources import UNREADABLE, Source, cut
+from twinflow_jax.encoding.workspace import ShardReport, Workspace
+from twinflow_jax.errors import UserError
+from twinflow_jax.text_to_image import TEXT_BATCH, Pipeline
+
+BLOCK = 64  # items whose pictures and embeddings are in memory at once
+
+
+def manifest_of(pipeline: Pipeline, pictures: bool) -> Manifest:
+    """What a pipeline's records are made with. pictures: False for prompts alone."""
+    checkpoint, vae = pipeline.checkpoint, pipeline.config("vae")
+    return Manifest(
+        checkpoint.family, checkpoint.identity("text_encoder"),
+        pipeline.config("transformer").text_width,
+        checkpoint.identity("vae") if pictures else "",
+        vae.latent_channels if pictures else 0, vae.downscale,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to encode. sizes: that pictures go to, none for prompts. min_side: pixels that a
+    picture has at least. text_tokens: that captions are padded or cut to, None for the family's
+    own. batch: pictures encoded at once, of 512x512; fewer of larger ones."""
+
+    pipeline: Pipeline
+    source: Source
+    sizes: tuple[sizes.Size, ...]
+    min_side: int
+    shard_size: int
+    text_tokens: int | None
+    batch: int
+
+    def settings(self) -> dict[str, Any]:
+        """All that the records depend on."""
+        return {
+            "source": self.source.name, "contents": self.source.fingerprint(),
+            "sizes": [sizes.name(size) for size in self.sizes], "min_side": self.min_side,
+            "shard_size": self.shard_size, "text_tokens": self.text_tokens, "batch": self.batch,
+            "dtype": self.pipeline.dtype,
+            **dataclasses.asdict(manifest_of(self.pipeline, bool(self.sizes))),
+        }
+
+
+def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
+    """Does this process's share; process 0 also what is done once, and returns the report.
+
+    None on other processes, and where everything was done before.
+    Raises:
+      UserError: the folder is of other records, the source changed, or nothing can be used.
+    """
+    settings, manifest = job.settings(), manifest_of(job.pipeline, bool(job.sizes))
+    if space.claim(settings):
+        return None
+    chunks = job.source.chunks
+    listings = [index.chunk_file(space.work, number) for number in range(len(chunks))]
+    todo = [n for n, _ in space.mine(chunks) if not listings[n].exists()]
+    for number in tqdm(todo, unit="part", desc="listing", disable=not todo):
+        index.write_chunk(space.work, job.source, number, job.min_side)
+    if not space.wait(listings, "the listing", lambda: space.finished):
+        return None
+    plan = index.plan(space.work, len(chunks), job.sizes, job.shard_size)
+    mine = [shard for _, shard in space.mine(plan.shards)]
+    left = [shard for shard in mine if not space.report_file(shard).exists()]
+    if left:
+        done = sum(len(shard.keys) for shard in mine) - sum(len(shard.keys) for shard in left)
+        with encoders(job) as examples, tqdm(
+            total=done + sum(len(shard.keys) for shard in left), initial=done,
+            unit="image" if job.sizes else "prompt", desc="encoding",
+        ) as bar:
+            for shard in left:
+                write(space, shard, manifest, examples, bar)
+    if space.process:
+        return None
+    reports = [space.report_file(shard) for shard in plan.shards]
+    space.wait(reports, "the records", lambda: False)
+    null = job.pipeline.null()
+    null.save(space.folder / records.NULL, [job.pipeline.family.null_prompt])
+    return space.close(plan, manifest, settings)
+
+
+@dataclasses.dataclass
+class Tally:
+    """Of a shard being written: captions that lost their end, and pictures left out."""
+
+    cut: int = 0
+    skipped: dict[Key, Skipped] = dataclasses.field(default_factory=dict)
+
+
+def write(space: Workspace, shard: Shard, manifest: Manifest, examples: Callable, bar) -> None:
+    """A file of records, then its report."""
+    file, tally, count = space.shard_file(shard), Tally(), 0
+    for stale in space.folder.glob(f".{file.name}.*"):  # of a process that was killed
+        stale.unlink()
+
+    def counted() -> Iterator[Example]:
+        nonlocal count
+        for example in examples(space, shard, tally):
+            count += 1
+            bar.update()
+            yield example
+
+    size = records.write_shard(file, counted(), manifest)
+    bar.update(len(tally.skipped))
+    space.write_report(shard, ShardReport(count, size, tally.cut, tally.skipped))
+
+
+@contextlib.contextmanager
+def encoders(job: Job):
+    """`(space, shard, tally) -> the shard's records`; the encoders stay loaded meanwhile."""
+    pipeline = job.pipeline
+    with contextlib.ExitStack() as stack:
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(index.THREADS))
+        embed = stack.enter_context(pipeline.text_encoder(TEXT_BATCH))
+        encode_images = stack.enter_context(pipeline.image_encoder()) if job.sizes else None
+        tokenizer = pipeline.tokenizer()
+
+        def examples(space: Workspace, shard: Shard, tally: Tally) -> Iterator[Example]:
+            blocks = cut(shard.keys, BLOCK)
+            one = functools.partial(load_one, job, space, shard)
+            load = lambda keys: list(threads.map(one, keys))
+            for block in store.ahead(map(load, blocks)):
+                tally.skipped |= {key: found for key, _, found in block if type(found) is Skipped}
+                kept = [(entry, x) for _, entry, x in block if type(x) is not Skipped]
+                entries, pixels = [entry for entry, _ in kept], [x for _, x in kept]
+                tokens = embed_captions(
+                    pipeline, tokenizer, embed, [entry.captions for entry in entries],
+                    job.text_tokens, tally,
+                )
+                samples = [None] * len(kept)
+                if shard.size:
+                    samples = latents_of(encode_images, pixels, batch_of(job.batch, shard.size))
+                for entry, caption_tokens, sample in zip(entries, tokens, samples, strict=True):
+                    yield Example(entry.id, entry.captions, caption_tokens, sample, entry.size)
+
+        yield examples
+
+
+def load_one(
+    job: Job, space: Workspace, shard: Shard, key: Key
+) -> tuple[Key, Entry, UInt8[np.ndarray, "h w 3"] | Skipped | None]:
+    """An item of a shard with its picture, or why that cannot be used.
+
+    Raises:
+      UserError: the picture's file is not the one that was listed.
+    """
+    entry = index.read_chunk(space.work, key[0])[key[1]]
+    if shard.size is None:
+        return key, entry, None
+    try:
+        data = job.source.read(entry.place)
+    except OSError as error:
+        raise UserError(
+            f"{entry.id} could be read when it was listed, and now not "
+            f"({error.strerror or error}): the same command goes on when it is back"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != entry.image:
+        raise UserError(
+            f"{entry.id} has changed since it was listed: put it back, or choose another folder"
+        )
+    try:
+        return key, entry, sizes.decode(data, shard.size)
+    except Exception as error:  # Pillow raises many kinds
+        return key, entry, Skipped(entry.id, UNREADABLE, index.reason_of(error))
+
+
+def batch_of(batch: int, size: sizes.Size) -> int:
+    """Pictures of a size at once, where `batch` of 512x512 are: no more pixels, at least one."""
+    return max(min(batch, batch * 512 * 512 // (size[0] * size[1])), 1)
+
+
+def latents_of(
+    encode: Callable, pixels: Sequence[UInt8[np.ndarray, "h w 3"]], batch: int
+) -> list[Float[np.ndarray, "h w c"]]:
+    """What pictures of one size are encoded to, always `batch` at once."""
+    parts = [np.stack(part).astype(np.float32) / 127.5 - 1 for part in cut(pixels, batch)]
+    return [latent for part in parts for latent in encode(part, batch)]
+
+
+def embed_captions(
+    pipeline: Pipeline, tokenizer, embed: Callable, captions: Sequence[Sequence[str]],
+    text_tokens: int | None, tally: Tally,
+) -> list[list[Float[np.ndarray, "L D"]]]:
+    """The valid tokens of each item's captions.
+
+    A caption goes with others of its padded length, so that it does not matter which these are.
+    """
+    tokenized, groups = {}, {}
+    for caption in dict.fromkeys(caption for of_one in captions for caption in of_one):
+        with warnings.catch_warnings(record=True) as told:  # one that is cut is counted
+            warnings.simplefilter("always")
+            tokenized[caption] = pipeline.family.tokenize(tokenizer, [caption], text_tokens)
+        tally.cut += bool(told)
+        groups.setdefault(tokenized[caption][0].shape[1], []).append(caption)
+    tokens = {}
+    for _, group in sorted(groups.items()):
+        ids, mask = (np.concatenate(a) for a in zip(*(tokenized[c] for c in group), strict=True))
+        found = embed(ids, mask)
+        tokens |= {c: found.tokens[i][found.mask[i]] for i, c in enumerate(group)}
+    return [[tokens[caption] for caption in of_one] for of_one in captions]

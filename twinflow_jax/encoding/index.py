@@ -1,0 +1,167 @@
+"""The listing that all processes share: what each item of a source is, and where it will go.
+
+Each process looks through its chunks of the source. What follows from all listings, duplicates,
+sizes and the files of records, every process works out for itself, and alike.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from twinflow_jax import files
+from twinflow_jax.data.records import PROMPTS
+from twinflow_jax.encoding import sizes
+from twinflow_jax.encoding.sources import NO_CAPTION, UNREADABLE, Item, Source, digest
+from twinflow_jax.errors import UserError
+
+TOO_SMALL, DUPLICATE = "too small", "duplicate"
+THREADS = 8  # that read and decode pictures
+LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, 0)
+
+Key = tuple[int, int]  # of an item: its chunk, and its place there
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An item as it was found. image: digest of its file. problem: (reason, detail), if any."""
+
+    id: str
+    captions: tuple[str, ...] = ()
+    place: Any = None
+    image: str = ""
+    size: sizes.Size = (0, 0)
+    problem: tuple[str, str] | None = None
+
+    @classmethod
+    def from_json(cls, line: str) -> "Entry":
+        fields = json.loads(line)
+        for name in ("captions", "size", "problem"):
+            fields[name] = tuple(fields[name]) if fields[name] is not None else None
+        return cls(**fields)
+
+
+def chunk_file(work: epath.Path, chunk: int) -> epath.Path:
+    return work / "index" / f"{chunk:06d}.jsonl"
+
+
+def write_chunk(work: epath.Path, source: Source, chunk: int, min_side: int) -> None:
+    """Looks through a chunk of a source.
+
+    Raises:
+      UserError: a picture cannot be read for a reason that may pass.
+    """
+    look = functools.partial(examine, source, min_side=min_side)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+        entries = list(threads.map(look, source.items(source.chunks[chunk])))
+    lines = [json.dumps(dataclasses.asdict(entry)) + "\n" for entry in entries]
+    files.write(chunk_file(work, chunk), "".join(lines).encode())
+
+
+def examine(source: Source, item: Item, min_side: int) -> Entry:
+    """What an item is, from its file's bytes and header."""
+    problem = lambda reason, detail: Entry(item.id, problem=(reason, detail))
+    if item.problem:
+        return problem(*item.problem)
+    if not item.captions:
+        return problem(NO_CAPTION, "it is empty")
+    if not source.pictures:
+        return Entry(item.id, item.captions)
+    try:
+        data = source.read(item.place)
+    except OSError as error:
+        if error.errno not in LOST:
+            raise UserError(f"{item.id} cannot be read now ({error.strerror or error})") from error
+        return problem(UNREADABLE, error.strerror or str(error))
+    try:
+        size = sizes.measure(data)
+    except Exception as error:  # Pillow raises many kinds
+        return problem(UNREADABLE, reason_of(error))
+    if min(size) < min_side:
+        return problem(TOO_SMALL, f"it is {sizes.name(size)}")
+    return Entry(item.id, item.captions, item.place, hashlib.sha256(data).hexdigest(), size)
+
+
+def reason_of(error: Exception) -> str:
+    """What Pillow says of a file, without the addresses of objects in memory."""
+    text = str(error).split("<_io")[0].strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@functools.lru_cache(maxsize=64)
+def read_chunk(work: epath.Path, chunk: int) -> tuple[Entry, ...]:
+    lines = chunk_file(work, chunk).read_text().splitlines()
+    return tuple(Entry.from_json(line) for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of records to be. size: of its pictures, None for prompts. first: the number of its
+    first item among those of its split. of: files of the split."""
+
+    split: str
+    size: sizes.Size | None
+    number: int
+    of: int
+    first: int
+    keys: tuple[Key, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    id: str
+    reason: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which records go where, and what is left out."""
+
+    shards: list[Shard]
+    skipped: dict[Key, Skipped]
+
+
+def plan(
+    work: epath.Path, chunks: int, choices: Sequence[sizes.Size], shard_size: int
+) -> Plan:
+    """Everything that follows from the listings.
+
+    choices: the sizes that pictures go to; none for prompts. Of items alike in picture and
+    captions all but the first are left out.
+    """
+    seen, skipped, splits = {}, {}, collections.defaultdict(list)
+    for key, entry in listed(work, chunks):
+        if entry.problem:
+            skipped[key] = Skipped(entry.id, *entry.problem)
+            continue
+        content = digest(entry.image, *entry.captions)
+        if content in seen:
+            skipped[key] = Skipped(entry.id, DUPLICATE, f"the same as {seen[content]}")
+            continue
+        seen[content] = entry.id
+        found = entry.size if entry.image else (choices[0] if choices else None)
+        splits[sizes.nearest(found, choices) if choices else None].append(key)
+    shards = []
+    for size in sorted(splits, key=str):
+        keys, split = splits[size], PROMPTS if size is None else sizes.name(size)
+        starts = range(0, len(keys), shard_size)
+        shards += [
+            Shard(split, size, n, len(starts), start, tuple(keys[start : start + shard_size]))
+            for n, start in enumerate(starts)
+        ]
+    return Plan(shards, skipped)
+
+
+def listed(work: epath.Path, chunks: int) -> Iterator[tuple[Key, Entry]]:
+    """Every item in the source's order."""
+    for chunk in range(chunks):
+        for row, entry in enumerate(read_chunk(work, chunk)):
+            yield (chunk, row), entry

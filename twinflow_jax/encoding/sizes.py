@@ -1,0 +1,106 @@
+"""Sizes of pictures: buckets of aspect ratios, and how a picture is brought to one of them."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from twinflow_jax.errors import UserError
+
+Size = tuple[int, int]  # (width, height) in pixels
+WIDEST = 2.0  # of the buckets that are made for an area
+ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
+
+
+def name(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def parse(text: str, flag: str) -> Size:
+    """The size "768x512" (width x height), or "512" of a square.
+
+    Raises:
+      UserError: it is neither.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text.strip())
+    if not match:
+        raise UserError(f"{flag} has {text!r}; give pixels like 512 or 768x512 (width x height)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def buckets(text: str, step: int) -> tuple[Size, ...]:
+    """The sizes of `--buckets`: a list of them, or those with about the area of a square.
+
+    step: that sides are multiples of.
+    Raises:
+      UserError: a size that cannot be read.
+    """
+    given = tuple(dict.fromkeys(parse(part, "--buckets") for part in text.split(",")))
+    if "x" in text or len(given) > 1:
+        return given
+    return of_area(given[0][0], step)
+
+
+def of_area(side: int, step: int) -> tuple[Size, ...]:
+    """Sizes of about side x side pixels, from 1:2 to 2:1, sides multiples of a 16th of it."""
+    unit = max(side // 16 // step, 1) * step
+    widths = range(unit, math.ceil(side * WIDEST) + 1, unit)
+    sizes = [(width, max(round(side * side / width / unit), 1) * unit) for width in widths]
+    return tuple(size for size in sizes if 1 / WIDEST <= size[0] / size[1] <= WIDEST)
+
+
+def nearest(size: Size, choices: Sequence[Size]) -> Size:
+    """The bucket whose aspect ratio is the nearest, and of those the one nearest in area."""
+    area = lambda s: math.log(s[0] * s[1])
+    ratio = lambda s: math.log(s[0] / s[1])
+    distance = lambda s: (abs(ratio(s) - ratio(size)), abs(area(s) - area(size)))
+    return min(choices, key=distance)
+
+
+def measure(data: bytes) -> Size:
+    """Width and height as the picture is to be seen, from its header.
+
+    Raises:
+      Exception: of many kinds, where the bytes are no picture.
+    """
+    with Image.open(io.BytesIO(data)) as picture:
+        turned = picture.getexif().get(ORIENTATION, 1) >= 5
+        return picture.size[::-1] if turned else picture.size
+
+
+def decode(data: bytes, size: Size) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture in RGB, upright, resized so that it covers `size`, and cut at its centre.
+
+    As the published training code does with torchvision: bilinear with antialiasing. What is
+    transparent becomes white.
+    Raises:
+      Exception: of many kinds, where the picture is damaged.
+    """
+    with Image.open(io.BytesIO(data)) as picture:
+        picture = rgb(ImageOps.exif_transpose(picture))
+    (width, height), (found_width, found_height) = size, picture.size
+    if width * found_height >= height * found_width:
+        covering = width, width * found_height // found_width
+    else:
+        covering = height * found_width // found_height, height
+    if covering != picture.size:
+        picture = picture.resize(covering, Image.Resampling.BILINEAR)
+    left, top = (round((found - wanted) / 2) for found, wanted in zip(covering, size, strict=True))
+    return np.asarray(picture.crop((left, top, left + width, top + height)))
+
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any kind in RGB, on white."""
+    if picture.mode.startswith("I;16"):  # Pillow would clip it
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels are numbers without a known range (mode {picture.mode})")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")

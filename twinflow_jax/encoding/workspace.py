@@ -1,0 +1,156 @@
+"""The folder that processes write records to: whose it is, what is done, what is awaited."""
+
+import collections
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from etils import epath
+
+from twinflow_jax import files
+from twinflow_jax.data import records
+from twinflow_jax.encoding.index import Key, Plan, Shard, Skipped
+from twinflow_jax.errors import UserError
+
+WORK, SETTINGS, SKIPPED = "work", "settings.json", "skipped.jsonl"
+PAUSE = 0.5  # seconds between two looks for what other processes have done
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardReport:
+    """skipped: pictures that turned out to be damaged. cut: captions that lost their end."""
+
+    records: int
+    bytes: int
+    cut: int
+    skipped: dict[Key, Skipped]
+
+    def to_json(self) -> str:
+        skipped = [[list(key), dataclasses.astuple(s)] for key, s in self.skipped.items()]
+        return json.dumps({**vars(self), "skipped": skipped})
+
+    @classmethod
+    def from_json(cls, text: str) -> "ShardReport":
+        fields = json.loads(text)
+        skipped = {tuple(key): Skipped(*values) for key, values in fields.pop("skipped")}
+        return cls(**fields, skipped=skipped)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """folder: of the records. process, processes: which of how many this one is."""
+
+    folder: epath.Path
+    process: int
+    processes: int
+
+    @property
+    def work(self) -> epath.Path:
+        return self.folder / WORK
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / records.RECORD).exists()
+
+    def claim(self, settings: dict[str, Any]) -> bool:
+        """Makes the folder that of these settings; returns whether it is finished already.
+
+        Raises:
+          UserError: it holds something else, which is named.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file: choose another folder")
+        found = sorted(e.name for e in self.folder.iterdir()) if self.folder.exists() else []
+        begun = (self.work / SETTINGS).exists()
+        if self.finished:
+            report = records.open_records(self.folder).report
+            self._compare(settings, report.get("settings", {}))
+            return True
+        if begun:
+            self._compare(settings, json.loads((self.work / SETTINGS).read_text()))
+            return False
+        others = [name for name in found if name != WORK]
+        if others:
+            raise UserError(
+                f"{self.folder} holds other files ({', '.join(others[:3])}): choose another folder"
+            )
+        files.write(self.work / SETTINGS, json.dumps(settings, indent=1).encode())
+        return False
+
+    def _compare(self, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+        differ = [key for key in mine if json.loads(json.dumps(mine[key])) != theirs.get(key)]
+        if differ:
+            key = differ[0]
+            raise UserError(
+                f"{self.folder} is of other records: their {key} is {theirs.get(key)}, not "
+                f"{mine[key]}: give the same again, or choose another folder"
+            )
+
+    def mine(self, things: Iterable) -> list[tuple[int, Any]]:
+        """Those that this process does, with their numbers."""
+        return [(n, t) for n, t in enumerate(things) if n % self.processes == self.process]
+
+    def wait(self, wanted: list[epath.Path], what: str, stop: Callable[[], bool]) -> bool:
+        """Waits until files are there, `wanted[n]` by process n % processes; whether they are.
+
+        stop: whether there is nothing to wait for any more.
+        """
+        told = False
+        while True:
+            folder = wanted[0].parent if wanted else self.work
+            names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+            missing = [n for n, file in enumerate(wanted) if file.name not in names]
+            if not missing or stop():
+                return not missing
+            if not told:
+                others = ", ".join(map(str, sorted({n % self.processes for n in missing})))
+                print(
+                    f"waiting for {what} of process {others} (of {self.processes}): start those "
+                    "that do not run", file=sys.stderr, flush=True,
+                )
+                told = True
+            time.sleep(PAUSE)
+
+    def report_file(self, shard: Shard) -> epath.Path:
+        return self.work / "reports" / f"{shard.split}-{shard.number:05d}.json"
+
+    def shard_file(self, shard: Shard) -> epath.Path:
+        return records.shard_file(self.folder, shard.split, shard.number, shard.of)
+
+    def write_report(self, shard: Shard, report: ShardReport) -> None:
+        files.write(self.report_file(shard), report.to_json().encode())
+
+    def close(
+        self, plan: Plan, manifest: records.Manifest, settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Makes the written files a dataset and removes what only the work needed; the report."""
+        skipped, parts, cut = dict(plan.skipped), collections.defaultdict(list), 0
+        for shard in plan.shards:
+            done = ShardReport.from_json(self.report_file(shard).read_text())
+            parts[shard.split].append((done.records, done.bytes))
+            skipped |= done.skipped
+            cut += done.cut
+        if not any(count for files_ in parts.values() for count, _ in files_):
+            raise UserError(
+                f"none of the {len(skipped)} items of the source can be used: "
+                + "; ".join(f"{s.id} {s.reason} ({s.detail})" for _, s in in_order(skipped)[:3])
+            )
+        lines = [json.dumps(dataclasses.asdict(s)) + "\n" for _, s in in_order(skipped)]
+        files.write(self.folder / SKIPPED, "".join(lines).encode())
+        report = {
+            "settings": settings,
+            "records": {split: sum(count for count, _ in of) for split, of in parts.items()},
+            "skipped": dict(collections.Counter(s.reason for _, s in in_order(skipped))),
+            "cut": cut,
+        }
+        records.finish(self.folder, manifest, parts, report)
+        self.work.rmtree()
+        return report
+
+
+def in_order(skipped: dict[Key, Skipped]) -> list[tuple[Key, Skipped]]:
+    """In the source's order."""
+    return sorted(skipped.items(), key=lambda pair: pair[0])
