@@ -35,7 +35,7 @@ def manifest_of(pipeline: Pipeline, pictures: bool) -> Manifest:
     checkpoint, vae = pipeline.checkpoint, pipeline.config("vae")
     return Manifest(
         checkpoint.family, checkpoint.identity("text_encoder"),
-        pipeline.config("transformer").text_width,
+        pipeline.config("text_encoder").width,
         checkpoint.identity("vae") if pictures else "",
         vae.latent_channels if pictures else 0, vae.downscale,
     )
