@@ -12,7 +12,7 @@ import pytest
 
 from twinflow_jax import models, parallel
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import qwen_image, sana
+from twinflow_jax.models import minilm_dit, qwen_image, sana
 from twinflow_jax.parallel import MeshConfig
 
 QWEN = qwen_image.transformer.Config(
@@ -22,6 +22,9 @@ QWEN = qwen_image.transformer.Config(
 SANA = sana.transformer.Config(
     sample_shape=(4, 4, 32), layers=2, heads=4, head_dim=16, cross_heads=2, cross_head_dim=32,
     text_width=24, remat="full",
+)
+DIT = minilm_dit.transformer.Config(
+    sample_shape=(8, 8, 3), patch=2, width=64, depth=2, heads=8, text_width=24, remat="full",
 )
 PLANS = (  # mesh, strategy, rows: twelve rows do not divide among eight devices
     (MeshConfig(), "partitioner", 8),
@@ -35,6 +38,7 @@ PLANS = (  # mesh, strategy, rows: twelve rows do not divide among eight devices
     (MeshConfig(context=2), "gather_layers", 8),
     (MeshConfig(tensor=2), "gather_once", 8),
 )
+FEW = (PLANS[0], PLANS[2], PLANS[-1])
 
 
 def inputs(config, rows: int) -> tuple:
@@ -47,7 +51,7 @@ def inputs(config, rows: int) -> tuple:
     return normal(rows, *config.sample_shape), *times, cond
 
 
-def compare(config) -> None:
+def compare(config, plans=PLANS) -> None:
     """Run in a process with eight devices; fails where a velocity or gradient differs."""
     family = models.FAMILIES[config.name]
     abstract, axes = family.text_to_image.networks["transformer"].abstract(config)
@@ -67,7 +71,7 @@ def compare(config) -> None:
 
         return jax.grad(loss, has_aux=True)(params)
 
-    for mesh_config, name, rows in PLANS:
+    for mesh_config, name, rows in plans:
         given = inputs(config, rows)
         plain = jax.jit(lambda params, *a: velocity_and_gradients(params, None, *a))
         expected = jax.tree.leaves(plain.lower(params, *given).compile(quick)(params, *given))
@@ -98,9 +102,9 @@ def check_collectives(hlo: str, config, name: str, mesh, where) -> None:
     assert name == "partitioner" or "reduce-scatter(" in hlo, where
 
 
-@pytest.mark.parametrize("name", ["QWEN", "SANA"])
+@pytest.mark.parametrize("name", ["QWEN", "SANA", "DIT, FEW"])
 def test_eight_devices_compute_what_one_does(name):
-    program = f"from tests.parallel import test_strategies as t; t.compare(t.{name})"
+    program = f"from tests.parallel.test_strategies import *; compare({name})"
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     root = pathlib.Path(__file__).resolve().parents[2]
     process = subprocess.run(
