@@ -1,6 +1,7 @@
 """Samples as pictures: PNG files and labelled sheets, settings kept in the PNG's text."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -30,20 +31,27 @@ def tile(x: Float[np.ndarray, "N H W C"], columns: int) -> UInt8[np.ndarray, "H_
 
 
 def sheet(
-    blocks: dict[str, Float[np.ndarray, "N H W C"]], columns: int, title: str = ""
+    blocks: dict[str, Float[np.ndarray, "N H W C"]], columns: int, title: str = "",
+    rows: Sequence[str] = (),
 ) -> Image.Image:
-    """Blocks of images side by side, each under its caption, enlarged to be looked at."""
-    tiles = [tile(x, columns) for x in blocks.values()]
-    scale = max(1, 220 // tiles[0].shape[1])
+    """Blocks of images side by side, each under its caption, enlarged to be looked at.
+
+    rows: what the rows show, written before them; a block may then have fewer columns.
+    """
+    tiles = [tile(x, len(x) // len(rows) if rows else columns) for x in blocks.values()]
+    scale = max(1, 220 // max(t.shape[1] for t in tiles))
     tiles = [np.kron(t, np.ones((scale, scale, 1), np.uint8)) for t in tiles]
     font = ImageFont.load_default(14)
     head = 22 + (22 if title else 0)
-    width = sum(t.shape[1] + MARGIN for t in tiles) + MARGIN
+    left = MARGIN + max((int(font.getlength(row)) + 2 * MARGIN for row in rows), default=0)
+    width = sum(t.shape[1] + MARGIN for t in tiles) + left
     picture = Image.new("RGB", (width, head + max(t.shape[0] for t in tiles) + MARGIN), "white")
     draw = ImageDraw.Draw(picture)
     if title:
         draw.text((MARGIN + 2, 3), title, fill="black", font=font)
-    left = MARGIN
+    for i, row in enumerate(rows):
+        middle = head + (2 * i + 1) * tiles[0].shape[0] // (2 * len(rows))
+        draw.text((MARGIN + 2, middle), row, fill="black", font=font, anchor="lm")
     for caption, pixels in zip(blocks, tiles, strict=True):
         draw.text((left + 2, head - 19), caption, fill="black", font=font)
         picture.paste(Image.fromarray(pixels), (left, head))

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
@@ -38,10 +38,10 @@ def main() -> int:
         )
     run = None if imported.is_imported(folder) else checkpoints.read_config(folder)
     if run is None or models.settings_of(run.model)[0].text_to_image:
-        refuse(args, CLASS_ONLY, f"{folder} draws from prompts")
+        arguments.refuse(args, CLASS_ONLY, f"{folder} draws from prompts")
         draw = draw_prompts
     else:
-        refuse(args, TEXT_ONLY, f"{folder} draws by class")
+        arguments.refuse(args, TEXT_ONLY, f"{folder} draws by class")
         draw = draw_classes
     if epath.Path(args.out).exists() and not epath.Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a file: choose a folder")
@@ -57,14 +57,6 @@ TEXT_ONLY = (
     "guidance", "negative", "dtype", "tile", "pipeline",
 )
 BASE_ONLY = ("guidance", "negative")
-FEW_ONLY = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
-
-
-def refuse(args, names: Sequence[str], reason: str) -> None:
-    """Raises UserError where one of these arguments was given."""
-    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
-    if flags:
-        raise UserError(f"{', '.join(flags)} cannot be used: {reason}")
 
 
 def parse() -> argparse.Namespace:
@@ -189,14 +181,14 @@ def draw_prompts(args, run) -> int:
 
 def choose_few(args, pipeline, shape) -> tuple[Callable, dict, str]:
     """How to draw in a few steps: `(draw, settings, a label for file names)`."""
-    refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
+    arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
     grid = arguments.grid(args, 1 if args.steps is None else args.steps)
     return pipeline.few_step(grid), grid_settings(grid), f"{grid.style}{grid.nfe}nfe"
 
 
 def choose_base(args, pipeline, shape) -> tuple[Callable, dict, str]:
     """How to draw as the base model does: `(draw, settings, a label for file names)`."""
-    refuse(args, FEW_ONLY, "--base has its own time grid")
+    arguments.refuse(args, arguments.NAMES, "--base has its own time grid")
     steps = pipeline.family.base_steps if args.steps is None else args.steps
     guidance = pipeline.family.base_guidance if args.guidance is None else args.guidance
     if not math.isfinite(guidance):
@@ -204,7 +196,7 @@ def choose_base(args, pipeline, shape) -> tuple[Callable, dict, str]:
     schedule = pipeline.schedule(steps, shape)
     settings = {"base": True, "nfe": steps, "times": schedule.times, "guidance": guidance}
     if guidance == 1:
-        refuse(args, ("negative",), "guidance 1 takes no negative prompt")
+        arguments.refuse(args, ("negative",), "guidance 1 takes no negative prompt")
     else:
         given = args.negative
         negative = pipeline.family.negative_prompt if given is None else given

@@ -27,6 +27,34 @@ def squared_distances(
     return np.maximum(np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * products, 0)
 
 
+def kernel_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
+    """Squared maximum mean discrepancy with the kernel `(x y / D + 1)^3`, unbiased.
+
+    KID's formula; not KID: the features are the caller's. About 0, and as easily below it, for
+    two samples of one distribution.
+    """
+    def kernel(x, y):
+        return (np.asarray(x, np.float64) @ np.asarray(y, np.float64).T / x.shape[1] + 1) ** 3
+
+    def within(x):
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def retrieved(
+    found: Float[np.ndarray, "N D"], among: Float[np.ndarray, "C D"], owners: Int[np.ndarray, "N"]
+) -> float:
+    """Share of rows whose nearest neighbour by cosine in `among` is their owner."""
+    return float(((unit(found) @ unit(among).T).argmax(1) == owners).mean())
+
+
+def unit(x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+    """Rows of length 1; a row of zeros stays one."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
 def diversity(features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"]) -> float:
     """Mean distance between two samples of the same class in feature space, mean over classes."""
     means = []

@@ -10,28 +10,41 @@ from PIL import Image  # noqa: E402
 
 Row = dict[str, float | int | str]
 
+COLUMNS = {  # heading, decimals, and of what real pictures a share is given too
+    "accuracy": ("accuracy", 3, ""),
+    "retrieval": ("R@1", 3, ""),
+    "frechet": ("Frechet", 2, ""),
+    "kernel": ("kernel", 2, ""),
+    "diversity": ("diversity", 2, "real"),
+    "nearest": ("nearest", 3, "held-out"),
+}
+PLOTTED = ("accuracy", "retrieval", "frechet", "diversity")
+
 
 def table(rows: list[Row], real: dict[str, float]) -> str:
-    """A table for the terminal; diversity and nearest also as a share of real held-out images'."""
+    """A table for the terminal of the scores that `real` has; some also as a share of real ones."""
     width = max(len("real images"), *(len(str(row["run"])) for row in rows))
-    lines = [
-        f"{'run':{width}}  NFE  accuracy  Frechet  diversity (of real)  nearest (of held-out)",
-        f"{'real images':{width}}    -  {real['accuracy']:8.3f}  {real['frechet']:7.2f}  "
-        f"{real['diversity']:9.2f}  1.00      {real['nearest']:7.3f}  1.00",
-    ]
-    for row in rows:
-        lines.append(
-            f"{row['run']:{width}}  {row['nfe']:3d}  {row['accuracy']:8.3f}  "
-            f"{row['frechet']:7.2f}  {row['diversity']:9.2f}  "
-            f"{row['diversity'] / real['diversity']:4.2f}      {row['nearest']:7.3f}  "
-            f"{row['nearest'] / real['nearest']:4.2f}"
-        )
+    keys = [key for key in COLUMNS if key in real]
+    head = [f"{'run':{width}}  NFE"]
+    for key in keys:
+        name, _, share = COLUMNS[key]
+        head.append(f"{name:>9}" + (f"  (of {share})" if share else ""))
+    lines = ["  ".join(head)]
+    for row in ({"run": "real images", "nfe": "-"} | real, *rows):
+        cells = [f"{row['run']:{width}}  {row['nfe']:>3}"]
+        for key in keys:
+            _, decimals, share = COLUMNS[key]
+            cell = f"{row[key]:9.{decimals}f}"
+            if share:
+                cell += f"  {row[key] / real[key]:{len(share) + 5}.2f}"
+            cells.append(cell)
+        lines.append("  ".join(cells))
     return "\n".join(lines)
 
 
 def plot(rows: list[Row], real: dict[str, float]) -> Image.Image:
-    """Accuracy, Frechet distance and diversity over evaluations, one line per run."""
-    keys = ("accuracy", "frechet", "diversity")
+    """The main scores over evaluations, one line per run."""
+    keys = [key for key in PLOTTED if key in real]
     figure, axes = plt.subplots(1, len(keys), figsize=(12, 3.6), layout="constrained")
     for axis, key in zip(axes, keys, strict=True):
         for run in dict.fromkeys(row["run"] for row in rows):
@@ -39,7 +52,7 @@ def plot(rows: list[Row], real: dict[str, float]) -> Image.Image:
             axis.plot([r["nfe"] for r in mine], [r[key] for r in mine], "o-", label=run)
         label = "real train against held-out" if key == "frechet" else "real held-out"
         axis.axhline(real[key], color="grey", linestyle=":", label=label)
-        axis.set(xlabel="network evaluations", title=key, xscale="log")
+        axis.set(xlabel="network evaluations", title=COLUMNS[key][0], xscale="log")
         ticks = sorted({row["nfe"] for row in rows})
         axis.set_xticks(ticks, [str(n) for n in ticks], minor=False)
         axis.minorticks_off()

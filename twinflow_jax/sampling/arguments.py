@@ -1,9 +1,13 @@
 """The sampler's settings as command-line arguments, the same for every verb."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
+from twinflow_jax.errors import UserError
 from twinflow_jax.sampling.grids import STYLES, Grid, few_step
+
+NAMES = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,11 +25,17 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def grid(args: argparse.Namespace, steps: int) -> Grid:
     """The grid that parsed arguments ask for."""
-    names = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
-    given: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    if ("style" in given or "order" in given) and "stochastic" not in given:
-        given["stochastic"] = None  # the default that goes with that style
-    return few_step(steps, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    named: dict[str, Any] = {n: getattr(args, n) for n in NAMES if getattr(args, n) is not None}
+    if ("style" in named or "order" in named) and "stochastic" not in named:
+        named["stochastic"] = None  # the default that goes with that style
+    return few_step(steps, **{k: tuple(v) if isinstance(v, list) else v for k, v in named.items()})
+
+
+def refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Raises UserError where one of these arguments was given."""
+    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if flags:
+        raise UserError(f"{', '.join(flags)} cannot be used: {reason}")
 
 
 def _share(text: str) -> float | str:

@@ -1,0 +1,190 @@
+"""Text-to-image runs scored on the captions of held-out records, whose embeddings they hold."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from twinflow_jax import checkpoints, models, sampling, text_to_image
+from twinflow_jax.checkpoints import imported
+from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
+from twinflow_jax.errors import UserError
+from twinflow_jax.evaluation import captioned
+from twinflow_jax.text_to_image import Embeddings, Pipeline
+
+BATCH, CHUNK = 64, 256  # pictures drawn, and records read, at once
+Decode = Callable[[Float[np.ndarray, "N h w c"]], Float[np.ndarray, "N H W 3"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A run's networks, and the step that its weights are of."""
+
+    pipeline: Pipeline
+    step: int
+    text_tokens: int
+    learned_guidance: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Captions:
+    """Held-out captions, each with one real picture. cond: as networks take them."""
+
+    texts: tuple[str, ...]
+    cond: Embeddings
+    null: Embeddings
+    real: Float[np.ndarray, "C H W 3"]
+
+
+def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> Run:
+    """A run that draws pictures of the records' size from their embeddings.
+
+    pipeline: the imported checkpoint to use instead of the one that the run names.
+    Raises:
+      UserError: no such run, or one of another family, text encoder or size.
+    """
+    config, arrays, step = checkpoints.open_weights(folder, raw)
+    if models.FAMILIES[config.model.name].text_to_image is None:
+        raise UserError(f"{folder} draws no text: leave --records out")
+    if records.manifest.family != config.model.name:
+        raise UserError(
+            f"the records in {records.folder} are for {records.manifest.family!r}, but {folder} "
+            f"is of {config.model.name!r}"
+        )
+    settings = models.settings_of(config.model)[1]
+    checkpoint = imported.open_imported(pipeline or checkpoints.pipeline_of(folder, config))
+    mine, theirs = records.manifest.text_encoder, checkpoint.identity("text_encoder")
+    if mine != theirs:
+        raise UserError(
+            f"the records in {records.folder} were made with the text encoder {mine}, but "
+            f"{folder} takes {theirs}: encode them with its pipeline"
+        )
+    shape = records.sample_shape(split_of(records))
+    if shape != tuple(settings.sample_shape):
+        raise UserError(
+            f"the records in {records.folder} hold samples of {shape}, but {folder} draws "
+            f"{tuple(settings.sample_shape)}"
+        )
+    return Run(
+        Pipeline(checkpoint, settings.dtype, arrays, settings, progress=False), step,
+        config.data.text_tokens, config.objective.get("guidance", 0.0),
+    )
+
+
+def split_of(records: Records) -> str:
+    """The largest split with pictures."""
+    sizes = {name: count for name, count in records.splits.items() if name != PROMPTS}
+    if not sizes:
+        raise UserError(f"{records.folder} holds prompts alone: give records with pictures")
+    return max(sizes, key=sizes.get)
+
+
+def open_pair(held_out: epath.PathLike, train: epath.PathLike) -> tuple[Records, Records]:
+    """Held-out and training records that were made alike.
+
+    Raises:
+      UserError: they were not, or either cannot be read.
+    """
+    pair = open_records(held_out), open_records(train)
+    if pair[0].manifest != pair[1].manifest:
+        raise UserError(f"{held_out} and {train} were made with other networks: encode one again")
+    return pair
+
+
+def decoder(records: Records, pipeline: Pipeline) -> Decode:
+    """Samples of records, or drawn ones like them, as pictures in [-1, 1]."""
+    if not records.manifest.autoencoder:
+        return lambda x: np.clip(x, -1, 1)
+    return lambda x: np.stack(pipeline.decode(x, text_to_image.TILE))
+
+
+def hold_out(records: Records, count: int | None, decode: Decode) -> Captions:
+    """Different first captions of records, evenly spread where fewer are wanted."""
+    split, found = split_of(records), {}
+    for row in range(records.splits[split]):
+        example = records.read(split, row)
+        found.setdefault(example.captions[0], example)
+    keep = np.unique(np.linspace(0, len(found) - 1, count or len(found)).astype(int))
+    texts = list(found)
+    chosen = [found[texts[i]] for i in keep]
+    parts = [
+        Embeddings(
+            np.asarray(one.tokens[0][None], np.float32), np.ones((1, len(one.tokens[0])), bool)
+        )
+        for one in chosen
+    ]
+    null = Embeddings.read(records.folder / NULL, records.manifest.text_width)[1]
+    real = decode(np.stack([one.sample for one in chosen]))
+    return Captions(tuple(texts[i] for i in keep), Embeddings.join(parts), null, real)
+
+
+def create_judge(
+    network: Callable, train: Records, held_out: Captions, decode: Decode
+) -> captioned.CaptionJudge:
+    """A judge fitted to all pairs of the training records, each with its first caption."""
+    split, captions, embeddings = split_of(train), [], []
+
+    def batches() -> Iterator[Float[np.ndarray, "B H W 3"]]:
+        rows = range(train.splits[split])
+        for start in tqdm(rows[::CHUNK], unit_scale=CHUNK, unit=" pictures", desc="real pairs"):
+            examples = [train.read(split, row) for row in rows[start : start + CHUNK]]
+            captions.extend(one.captions[0] for one in examples)
+            embeddings.append(captioned.embedding([one.tokens[0] for one in examples]))
+            yield decode(np.stack([one.sample for one in examples]))
+
+    seen = captioned.Pictures.see(network, batches())
+    cond = held_out.cond
+    targets = [tokens[mask] for tokens, mask in zip(cond.tokens, cond.mask, strict=True)]
+    return captioned.CaptionJudge(
+        seen, captions, np.concatenate(embeddings),
+        captioned.Pictures.see(network, [held_out.real]), captioned.embedding(targets),
+    )
+
+
+def owners_of(captions: Captions, seeds: int) -> Int[np.ndarray, "N"]:
+    """The caption of each picture: all of one after the other."""
+    return np.repeat(np.arange(len(captions.texts)), seeds)
+
+
+def draw(
+    run: Run, captions: Captions, seeds: int, seed: int, sampler: Callable, decode: Decode
+) -> Float[np.ndarray, "N H W 3"]:
+    """`seeds` pictures of each caption. sampler: for `Pipeline.denoise`."""
+    owners = owners_of(captions, seeds)
+    cut = slice(None), slice(run.text_tokens)
+    cond, null = text_to_image.same_length(captions.cond[cut], captions.null[cut])
+    shape = tuple(run.pipeline.settings.sample_shape)
+    return decode(
+        run.pipeline.denoise(
+            sampler, cond, owners, np.arange(len(owners)), shape, seed, BATCH, null
+        )
+    )
+
+
+def plain(run: Run, evaluations: int, guidance: float) -> Callable:
+    """Euler steps of equal length with classifier-free guidance; 1 is none, and half as costly.
+
+    Raises:
+      UserError: evaluations that do not make whole steps, or a run that draws guided already.
+    """
+    each = 1 if guidance == 1 else 2
+    if evaluations % each:
+        raise UserError(
+            f"--guidance takes two evaluations a step: give even --steps, not {evaluations}"
+        )
+    if run.learned_guidance and guidance != 1:
+        raise UserError(
+            f"a run learned guided pictures (objective.guidance {run.learned_guidance}): "
+            "--guidance is for runs trained by flow matching"
+        )
+    times = tuple(np.linspace(1, 0, evaluations // each + 1).tolist())
+    return run.pipeline.base(sampling.Schedule(times, times[:-1], "euler"), guidance)
+
+
+def shown(captions: Captions, seeds: int, rows: int) -> tuple[Int[np.ndarray, "R"], Sequence[int]]:
+    """Captions of a sheet, spread over all, and the numbers of their pictures."""
+    some = np.unique(np.linspace(0, len(captions.texts) - 1, rows).astype(int))
+    return some, (some[:, None] * seeds + np.arange(seeds)).ravel()
