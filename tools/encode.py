@@ -3,6 +3,7 @@
     python tools/encode.py photos/ records/photos --pipeline checkpoints/sana06b --size 512
     python tools/encode.py photos.jsonl records/photos --pipeline checkpoints/sana06b --buckets 1024
     python tools/encode.py prompts.txt records/prompts --pipeline checkpoints/qwen_image
+    python tools/encode.py prompts.txt records/drawn --pipeline checkpoints/qwen_image --generate
 
 SOURCE is a folder of pictures with captions beside them (CAT.jpg and CAT.txt or CAT.json), a file
 of JSON lines, .parquet or WebDataset .tar files or a folder of them, a TFDS dataset (NAME:SPLIT or
@@ -12,6 +13,7 @@ command goes on; with --process K --processes N several do it together. docs/dat
 """
 
 import argparse
+import math
 import signal
 import sys
 
@@ -60,18 +62,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text-tokens", type=int,
                         help="that captions are padded or cut to (default: the family's lengths)")
     parser.add_argument("--shard-size", type=int, default=1024, help="records in a file")
-    parser.add_argument("--batch", type=int, default=text_to_image.IMAGE_BATCH,
-                        help="pictures of 512x512 encoded at once, of larger ones fewer")
+    parser.add_argument("--batch", type=int,
+                        help="pictures of 512x512 encoded at once, of larger ones fewer (default "
+                        f"{text_to_image.IMAGE_BATCH}); with --generate, drawn at once")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="of the computation (default: bfloat16, float32 on a CPU)")
     parser.add_argument("--process", type=int, default=0, help="which one this is, from 0")
     parser.add_argument("--processes", type=int, default=1, help="that share the work")
+    group = parser.add_argument_group("pictures drawn by the base model")
+    group.add_argument("--generate", action="store_true", help="from the source's captions")
+    group.add_argument("--steps", type=int, help="of the base sampling (default: as usual)")
+    group.add_argument("--guidance", type=float, help="1 is none (default: the model's own)")
+    group.add_argument("--count", type=int, help="pictures of each prompt (default 1)")
+    group.add_argument("--seed", type=int, help="of the noise (default 0)")
     return parser.parse_args()
 
 
 def check(args) -> None:
     """Raises UserError for numbers that cannot be, and flags that exclude each other."""
-    for name in ("min_side", "shard_size", "batch", "processes", "text_tokens"):
+    for name in ("min_side", "shard_size", "batch", "processes", "text_tokens", "steps", "count"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
@@ -82,22 +91,39 @@ def check(args) -> None:
     if args.prompts_only and (args.size or args.buckets or args.image_column):
         raise UserError("--prompts-only has no pictures: leave --size, --buckets and "
                         "--image-column out")
+    drawn = [name for name in ("steps", "guidance", "count", "seed") if given(args, name)]
+    if drawn and not args.generate:
+        raise UserError(f"--{drawn[0]} is for pictures that are drawn: add --generate")
+    if args.generate and (args.prompts_only or args.buckets or args.image_column):
+        raise UserError("--generate draws pictures of one --size: leave --prompts-only, --buckets "
+                        "and --image-column out")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise UserError(f"--guidance is {args.guidance}; give a number, 1 for none")
+
+
+def given(args, name: str) -> bool:
+    return getattr(args, name) is not None
 
 
 def run(args) -> int:
     pipeline = text_to_image.open_pipeline(args.pipeline, dtype=args.dtype)
     source = encoding.open_source(
-        args.source, not args.prompts_only, args.shard_size, args.image_column, args.caption_column
+        args.source, not args.prompts_only and not args.generate, args.shard_size,
+        args.image_column, args.caption_column,
     )
+    drawing = drawing_of(args, pipeline) if args.generate else None
     job = encoding.Job(
-        pipeline, source, sizes_of(args, pipeline) if source.pictures else (), args.min_side,
-        args.shard_size, args.text_tokens, args.batch,
+        pipeline, source, sizes_of(args, pipeline) if source.pictures or drawing else (),
+        args.min_side, args.shard_size, args.text_tokens,
+        args.batch if drawing else args.batch or text_to_image.IMAGE_BATCH, drawing,
     )
-    report = encoding.encode(job, Workspace(epath.Path(args.target), args.process, args.processes))
+    space = Workspace(epath.Path(args.target), args.process, args.processes)
+    report = encoding.encode(job, space)
+    if report is None and space.finished:
+        print(f"{args.target} is complete")
+        return 0
     if report is None:
-        print(f"{args.target} is complete" if (
-            epath.Path(args.target) / "records.json").exists() else
-            f"process {args.process} is done; process 0 completes {args.target}")
+        print(f"process {args.process} is done; process 0 completes {args.target}")
         return 0
     for split, count in report["records"].items():
         print(f"{split:>12} {count:>9,} records")
@@ -109,6 +135,13 @@ def run(args) -> int:
         print(f"{report['cut']:,} captions are too long for the text encoder: their ends are cut")
     print(f"{args.source} is in {args.target}")
     return 0
+
+
+def drawing_of(args, pipeline) -> encoding.Drawing:
+    """How the base model draws: as it usually does, where nothing else is asked for."""
+    usual = pipeline.family.base_steps, pipeline.family.base_guidance, 1, 0
+    asked = args.steps, args.guidance, args.count, args.seed
+    return encoding.Drawing(*(u if a is None else a for u, a in zip(usual, asked, strict=True)))
 
 
 def sizes_of(args, pipeline) -> tuple[sizes.Size, ...]:

@@ -1,6 +1,7 @@
 """From pictures and captions, in the forms that people have them, to training records."""
 
+from twinflow_jax.encoding.drawing import Drawing
 from twinflow_jax.encoding.encode import Job, encode
 from twinflow_jax.encoding.opening import open_source
 
-__all__ = ["Job", "encode", "open_source"]
+__all__ = ["Drawing", "Job", "encode", "open_source"]

@@ -202,20 +202,14 @@ class Tfds:
             raise UserError(f"{name} has no split {self.split!r}; it has {', '.join(splits)}")
         self.name = f"{builder.info.name}:{self.split}"
         features, where = builder.info.features, f"the dataset {name}"
-        wanted = {key_of(list(features), caption, CAPTIONS, "--caption-column", where): True}
-        self._caption = next(iter(wanted))
-        decoders = None
+        self._caption = key_of(list(features), caption, CAPTIONS, "--caption-column", where)
+        label, decoders = features[self._caption], {}
+        self._names = label.names if isinstance(label, tfds.features.ClassLabel) else None
         if pictures:
             self._image = key_of(list(features), image, IMAGES, "--image-column", where)
             if not isinstance(features[self._image], tfds.features.Image):
                 raise UserError(f"{where} has no pictures in {self._image!r}: give --image-column")
-            wanted[self._image] = tfds.decode.SkipDecoding()
-        label = features[self._caption]
-        self._names = label.names if isinstance(label, tfds.features.ClassLabel) else None
-        decoders = tfds.decode.PartialDecoding(
-            dict.fromkeys(wanted, True),
-            decoders={key: how for key, how in wanted.items() if how is not True},
-        )
+            decoders = {self._image: tfds.decode.SkipDecoding()}  # the file, as it was
         self._rows = builder.as_data_source(self.split, decoders=decoders)
         self._version = str(builder.info.version)
         starts = range(0, len(self._rows), chunk)

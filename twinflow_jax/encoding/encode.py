@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,8 @@ from twinflow_jax.checkpoints import store
 from twinflow_jax.data import records
 from twinflow_jax.data.records import Example, Manifest
 from twinflow_jax.encoding import index, sizes
+from twinflow_jax.encoding.captions import Captions, Tally
+from twinflow_jax.encoding.drawing import Drawing, drawing
 from twinflow_jax.encoding.index import Entry, Key, Shard, Skipped
 from twinflow_jax.encoding.sources import UNREADABLE, Source, cut
 from twinflow_jax.encoding.workspace import ShardReport, Workspace
@@ -45,7 +46,9 @@ def manifest_of(pipeline: Pipeline, pictures: bool) -> Manifest:
 class Job:
     """What to encode. sizes: that pictures go to, none for prompts. min_side: pixels that a
     picture has at least. text_tokens: that captions are padded or cut to, None for the family's
-    own. batch: pictures encoded at once, of 512x512; fewer of larger ones."""
+    own. batch: pictures encoded at once, of 512x512; fewer of larger ones. drawing: how pictures
+    are drawn, where the source has prompts and records are to have pictures; batch then is of
+    those drawn at once, None for the least that uses all devices."""
 
     pipeline: Pipeline
     source: Source
@@ -53,7 +56,8 @@ class Job:
     min_side: int
     shard_size: int
     text_tokens: int | None
-    batch: int
+    batch: int | None
+    drawing: Drawing | None = None
 
     def settings(self) -> dict[str, Any]:
         """All that the records depend on."""
@@ -62,6 +66,7 @@ class Job:
             "sizes": [sizes.name(size) for size in self.sizes], "min_side": self.min_side,
             "shard_size": self.shard_size, "text_tokens": self.text_tokens, "batch": self.batch,
             "dtype": self.pipeline.dtype,
+            "drawing": dataclasses.asdict(self.drawing) if self.drawing else None,
             **dataclasses.asdict(manifest_of(self.pipeline, bool(self.sizes))),
         }
 
@@ -87,10 +92,12 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
     mine = [shard for _, shard in space.mine(plan.shards)]
     left = [shard for shard in mine if not space.report_file(shard).exists()]
     if left:
-        done = sum(len(shard.keys) for shard in mine) - sum(len(shard.keys) for shard in left)
-        with encoders(job) as examples, tqdm(
-            total=done + sum(len(shard.keys) for shard in left), initial=done,
-            unit="image" if job.sizes else "prompt", desc="encoding",
+        each = job.drawing.count if job.drawing else 1
+        total, rest = (each * sum(len(shard.keys) for shard in of) for of in (mine, left))
+        maker = drawing(job, job.drawing) if job.drawing else encoders(job)
+        with maker as examples, tqdm(
+            total=total, initial=total - rest, unit="image" if job.sizes else "prompt",
+            desc="encoding",
         ) as bar:
             for shard in left:
                 write(space, shard, manifest, examples, bar)
@@ -101,14 +108,6 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
     null = job.pipeline.null()
     null.save(space.folder / records.NULL, [job.pipeline.family.null_prompt])
     return space.close(plan, manifest, settings)
-
-
-@dataclasses.dataclass
-class Tally:
-    """Of a shard being written: captions that lost their end, and pictures left out."""
-
-    cut: int = 0
-    skipped: dict[Key, Skipped] = dataclasses.field(default_factory=dict)
 
 
 def write(space: Workspace, shard: Shard, manifest: Manifest, examples: Callable, bar) -> None:
@@ -137,7 +136,7 @@ def encoders(job: Job):
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(index.THREADS))
         embed = stack.enter_context(pipeline.text_encoder(TEXT_BATCH))
         encode_images = stack.enter_context(pipeline.image_encoder()) if job.sizes else None
-        tokenizer = pipeline.tokenizer()
+        captions = Captions(pipeline, embed, job.text_tokens)
 
         def examples(space: Workspace, shard: Shard, tally: Tally) -> Iterator[Example]:
             blocks = cut(shard.keys, BLOCK)
@@ -147,10 +146,7 @@ def encoders(job: Job):
                 tally.skipped |= {key: found for key, _, found in block if type(found) is Skipped}
                 kept = [(entry, x) for _, entry, x in block if type(x) is not Skipped]
                 entries, pixels = [entry for entry, _ in kept], [x for _, x in kept]
-                tokens = embed_captions(
-                    pipeline, tokenizer, embed, [entry.captions for entry in entries],
-                    job.text_tokens, tally,
-                )
+                tokens = captions([entry.captions for entry in entries], tally)
                 samples = [None] * len(kept)
                 if shard.size:
                     samples = latents_of(encode_images, pixels, batch_of(job.batch, shard.size))
@@ -199,26 +195,3 @@ def latents_of(
     """What pictures of one size are encoded to, always `batch` at once."""
     parts = [np.stack(part).astype(np.float32) / 127.5 - 1 for part in cut(pixels, batch)]
     return [latent for part in parts for latent in encode(part, batch)]
-
-
-def embed_captions(
-    pipeline: Pipeline, tokenizer, embed: Callable, captions: Sequence[Sequence[str]],
-    text_tokens: int | None, tally: Tally,
-) -> list[list[Float[np.ndarray, "L D"]]]:
-    """The valid tokens of each item's captions.
-
-    A caption goes with others of its padded length, so that it does not matter which these are.
-    """
-    tokenized, groups = {}, {}
-    for caption in dict.fromkeys(caption for of_one in captions for caption in of_one):
-        with warnings.catch_warnings(record=True) as told:  # one that is cut is counted
-            warnings.simplefilter("always")
-            tokenized[caption] = pipeline.family.tokenize(tokenizer, [caption], text_tokens)
-        tally.cut += bool(told)
-        groups.setdefault(tokenized[caption][0].shape[1], []).append(caption)
-    tokens = {}
-    for _, group in sorted(groups.items()):
-        ids, mask = (np.concatenate(a) for a in zip(*(tokenized[c] for c in group), strict=True))
-        found = embed(ids, mask)
-        tokens |= {c: found.tokens[i][found.mask[i]] for i, c in enumerate(group)}
-    return [[tokens[caption] for caption in of_one] for of_one in captions]

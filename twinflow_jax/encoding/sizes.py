@@ -48,9 +48,11 @@ def buckets(text: str, step: int) -> tuple[Size, ...]:
 def of_area(side: int, step: int) -> tuple[Size, ...]:
     """Sizes of about side x side pixels, from 1:2 to 2:1, sides multiples of a 16th of it."""
     unit = max(side // 16 // step, 1) * step
-    widths = range(unit, math.ceil(side * WIDEST) + 1, unit)
-    sizes = [(width, max(round(side * side / width / unit), 1) * unit) for width in widths]
-    return tuple(size for size in sizes if 1 / WIDEST <= size[0] / size[1] <= WIDEST)
+    height = lambda width: max(round(side * side / width / unit), 1) * unit
+    longest = round(side * math.sqrt(WIDEST))
+    wide = [(width, height(width)) for width in range(unit, longest + 1, unit)]
+    wide = [size for size in wide if 1 <= size[0] / size[1] <= WIDEST]
+    return tuple(sorted({*wide, *(size[::-1] for size in wide)}))
 
 
 def nearest(size: Size, choices: Sequence[Size]) -> Size:
@@ -68,7 +70,9 @@ def measure(data: bytes) -> Size:
       Exception: of many kinds, where the bytes are no picture.
     """
     with Image.open(io.BytesIO(data)) as picture:
-        turned = picture.getexif().get(ORIENTATION, 1) >= 5
+        # Of a PNG without EXIF data before its pixels, getexif would decode all of these.
+        known = picture.format != "PNG" or "exif" in picture.info
+        turned = known and picture.getexif().get(ORIENTATION, 1) >= 5
         return picture.size[::-1] if turned else picture.size
 
 
