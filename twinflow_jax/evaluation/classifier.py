@@ -12,7 +12,7 @@ import optax
 import safetensors.numpy
 
 from twinflow_jax import files
-from twinflow_jax.data import Dataset, batches
+from twinflow_jax.data import Dataset, Stream, batches
 from twinflow_jax.models.classifier import Classifier
 
 STEPS, BATCH, RATE, SHIFT = 1500, 128, 3e-3, 2
@@ -54,7 +54,7 @@ def load_or_train(dataset: Dataset):
 
 def train(network: Classifier, dataset: Dataset):
     """Parameters after STEPS steps of Adam on randomly shifted real training images."""
-    schedule = optax.cosine_decay_schedule(RATE, STEPS)
+    split, schedule = dataset.train, optax.cosine_decay_schedule(RATE, STEPS)
     optimizer = optax.adam(schedule)
     params = network.init(jax.random.key(0), dataset.train.x[:1])["params"]
 
@@ -70,9 +70,10 @@ def train(network: Classifier, dataset: Dataset):
     opt_state = optimizer.init(params)
     reach = SHIFT if dataset.train.x.shape[1] > 16 else 0
     random = np.random.default_rng(0)
-    stream = batches(dataset.train, BATCH, seed=0)
+    read = lambda rows, seeds: {"x": split.x[rows], "label": split.label[rows]}
+    stream = batches([[Stream(len(split), read)]], BATCH, seed=0)
     for _ in range(STEPS):
-        batch = next(stream)
+        _, batch = next(stream)
         shift = tuple(random.integers(-reach, reach + 1, 2))
         x = jnp.roll(batch["x"], shift, axis=(1, 2))
         params, opt_state = step(params, opt_state, x, batch["label"])
