@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Something that the user can put right: one line saying what, where, and what to do."""
 
 
+class TextCut(UserWarning):
+    """A text is longer than a network takes: its end is left out."""
+
+
 def one_line(message: Warning | str, *_, **__) -> None:
     """Shows a warning to somebody who does not read our source."""
     print(f"warning: {message}", file=sys.stderr)

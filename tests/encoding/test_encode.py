@@ -236,11 +236,12 @@ def test_a_source_that_changes_stops_the_encoding(tmp_path, monkeypatch, capsys,
 
 
 def test_prompts_alone(tmp_path, monkeypatch, capsys, pixels):
-    (tmp_path / "prompts.txt").write_text("a fox\na hen\n\na fox\n")
+    (tmp_path / "prompts.txt").write_text(f"a fox\na hen\n\na fox\n{'word ' * 2000}\n")
     args = arguments(tmp_path / "prompts.txt", tmp_path / "records", pixels)
-    assert run(monkeypatch, capsys, args)[0] == 0
+    status, out, _ = run(monkeypatch, capsys, args)
+    assert status == 0 and "1 captions are too long" in out
     found = open_records(tmp_path / "records")
-    assert found.splits == {records.PROMPTS: 2} and found.manifest.channels == 0
+    assert found.splits == {records.PROMPTS: 3} and found.manifest.channels == 0
     assert found.read(records.PROMPTS, 1).captions == ("a hen",)
     null = Embeddings.read(tmp_path / "records" / records.NULL, found.manifest.text_width)[1]
     assert len(null.tokens) == 1

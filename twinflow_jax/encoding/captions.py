@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from twinflow_jax.encoding.index import Key, Skipped
+from twinflow_jax.errors import TextCut
 from twinflow_jax.text_to_image import Pipeline
 
 
@@ -48,7 +49,8 @@ class Captions:
                 tokenized[caption] = self.pipeline.family.tokenize(
                     self._tokenizer, [caption], self.tokens
                 )
-            tally.cut += bool(told)
+            # Threads that decode pictures may warn of other things meanwhile.
+            tally.cut += any(issubclass(warning.category, TextCut) for warning in told)
             groups.setdefault(tokenized[caption][0].shape[1], []).append(caption)
         for _, group in sorted(groups.items()):
             rows = [tokenized[caption] for caption in group]

@@ -68,6 +68,8 @@ class Workspace:
         if self.finished:
             report = records.open_records(self.folder).report
             self._compare(settings, report.get("settings", {}))
+            if self.process == 0 and self.work.exists():  # it was killed after the last file
+                self.work.rmtree()
             return True
         if begun:
             self._compare(settings, json.loads((self.work / SETTINGS).read_text()))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import TextCut, UserError
 
 MAX_TOKENS = 256  # that all-MiniLM-L6-v2 is meant for
 BUCKETS = (16, 32, 64, 128, MAX_TOKENS)
@@ -61,7 +61,7 @@ def tokenize(
         if len(row) > limit:
             warnings.warn(
                 f"prompt {number} of {count} makes {len(row)} tokens: only {limit} are used",
-                stacklevel=2,
+                TextCut, stacklevel=2,
             )
             row[limit - 1 :] = [tokenizer.sep_token_id]
     longest = max(map(len, rows))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import TextCut, UserError
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
@@ -79,7 +79,7 @@ def tokenize(
             warnings.warn(
                 f"prompt {number} of {count} makes {len(row) - PREFIX} tokens: only the first "
                 f"{limit} are used",
-                stacklevel=2,
+                TextCut, stacklevel=2,
             )
     rows = [row[: PREFIX + limit] for row in rows]
     longest = max(len(row) for row in rows)

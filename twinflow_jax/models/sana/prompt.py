@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import TextCut, UserError
 
 # The published text (complex_human_instruction), line by line.
 INSTRUCTION = "\n".join((
@@ -86,7 +86,7 @@ def tokenize(
             warnings.warn(
                 f"prompt {number} of {count} makes {len(row) - start} tokens: only the first "
                 f"{length - start} are used",
-                stacklevel=2,
+                TextCut, stacklevel=2,
             )
     ids = np.full((count, length), tokenizer.pad_token_id, np.int32)
     for padded, row in zip(ids, rows, strict=True):
