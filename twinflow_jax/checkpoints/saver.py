@@ -130,8 +130,9 @@ class Saver:
         """
         own = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        memory = ocp.options.MemoryOptions(read_concurrent_bytes=largest(abstract_parts) + 1)
         try:
-            with ocp.Context(multiprocessing_options=alone):
+            with ocp.Context(multiprocessing_options=alone, memory_options=memory):
                 return ocp.load_checkpointables(self.folder / str(step), abstract_parts)
         except Exception as error:
             raise UserError(
@@ -143,6 +144,11 @@ class Saver:
         """Lets go of the folder. A save that failed was reported by `save` or `wait`."""
         with contextlib.suppress(Exception):
             self._checkpointer.close()
+
+
+def largest(tree) -> int:
+    """Bytes of the largest array of a tree, as float32 where its numbers are smaller."""
+    return max(leaf.size * max(leaf.dtype.itemsize, 4) for leaf in jax.tree.leaves(tree))
 
 
 def abstract(tree):
