@@ -39,7 +39,7 @@ def get_config(variant: str = "twinflow") -> ml_collections.ConfigDict:
 def flow() -> ml_collections.ConfigDict:
     config = defaults.get()
     config.pipeline = "checkpoints/minilm"
-    config.data.update(records=("data/emoji32/train",), batch_size=128, text_tokens=16)
+    config.data.update(records=("data/emoji32/train",), batch_size=64, text_tokens=20)
     config.model = {
         "name": "minilm_dit", "sample_shape": (32, 32, 3), "patch": 8, "width": 256, "depth": 6,
         "heads": 8,
@@ -49,7 +49,7 @@ def flow() -> ml_collections.ConfigDict:
         name="adam", learning_rate=1e-3, clip_norm=1.0, warmup=100, decay_to=0.1
     )
     config.train.update(
-        steps=1500, ema_decay=0.995, condition_dropout=0.1, sample_every=500, checkpoint_every=250
+        steps=1500, ema_decay=0.995, condition_dropout=0.1, sample_every=500, checkpoint_every=500
     )
     config.sample.update(prompts=PROMPTS, steps=(1, 4, 32), columns=4, score_count=0)
     return config
