@@ -112,6 +112,17 @@ def test_records_are_the_pictures(photos, pixels, reference):
     assert reference["manifest"].autoencoder == "" and reference["manifest"].channels == 3
 
 
+def test_weights_have_names(tmp_path, pixels):
+    write_random("minilm_dit", tmp_path / "other", seed=4)
+    write_random("minilm_dit", tmp_path / "same", seed=3)
+    names = [
+        open_pipeline(folder).checkpoint.identity("text_encoder")
+        for folder in (pixels, tmp_path / "same", tmp_path / "other")
+    ]
+    assert names[0] == names[1] != names[2]
+    assert names[0].startswith("BertModel ") and names[0][:-6] == names[2][:-6]
+
+
 def killed_often(photos, pixels, target: pathlib.Path, processes: int, rounds: int, seed: int):
     """Starts processes, kills each at a random moment, and at last lets them come to the end."""
     rng = random.Random(seed)

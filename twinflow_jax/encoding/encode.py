@@ -23,7 +23,7 @@ from twinflow_jax.encoding import index, sizes
 from twinflow_jax.encoding.captions import Captions, Tally
 from twinflow_jax.encoding.drawing import Drawing, drawing
 from twinflow_jax.encoding.index import Entry, Key, Shard, Skipped
-from twinflow_jax.encoding.sources import UNREADABLE, Source, cut
+from twinflow_jax.encoding.sources import THREADS, UNREADABLE, Source, cut
 from twinflow_jax.encoding.workspace import ShardReport, Workspace
 from twinflow_jax.errors import UserError
 from twinflow_jax.text_to_image import TEXT_BATCH, Pipeline
@@ -133,7 +133,7 @@ def encoders(job: Job):
     """`(space, shard, tally) -> the shard's records`; the encoders stay loaded meanwhile."""
     pipeline = job.pipeline
     with contextlib.ExitStack() as stack:
-        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(index.THREADS))
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS))
         embed = stack.enter_context(pipeline.text_encoder(TEXT_BATCH))
         encode_images = stack.enter_context(pipeline.image_encoder()) if job.sizes else None
         captions = Captions(pipeline, embed, job.text_tokens)

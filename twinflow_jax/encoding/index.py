@@ -19,11 +19,10 @@ from etils import epath
 from twinflow_jax import files
 from twinflow_jax.data.records import PROMPTS
 from twinflow_jax.encoding import sizes
-from twinflow_jax.encoding.sources import NO_CAPTION, UNREADABLE, Item, Source, digest
+from twinflow_jax.encoding.sources import NO_CAPTION, THREADS, UNREADABLE, Item, Source, digest
 from twinflow_jax.errors import UserError
 
 TOO_SMALL, DUPLICATE = "too small", "duplicate"
-THREADS = 8  # that read and decode pictures
 LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, 0)
 
 Key = tuple[int, int]  # of an item: its chunk, and its place there

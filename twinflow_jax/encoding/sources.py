@@ -4,6 +4,7 @@ A source lists its items in an order that is always the same, in chunks that a p
 alone; archives.py has the sources that keep many pictures in a file.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ CAPTIONS = ("caption", "captions", "text", "prompt", "prompts")  # names of what
 IMAGES = ("image", "image_bytes", "file_name")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 NO_CAPTION, UNREADABLE = "no caption", "unreadable"
+THREADS = 8  # that read and decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,16 +148,18 @@ class Folder:
         self.chunks = cut(self._rows, chunk)
 
     def items(self, chunk) -> Iterator[Item]:
-        for name, text in chunk:
-            if name is None:
-                yield Item(clean(text), problem=(UNREADABLE, "a caption without a picture"))
-                continue
-            try:
-                caption = None if text is None else (self.folder / text).read_bytes()
-            except OSError as error:
-                yield Item(clean(name), problem=(UNREADABLE, f"{clean(text)}: {error.strerror}"))
-                continue
-            yield item(clean(name), name, caption, "" if text is None else text[text.rindex("."):])
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+            yield from threads.map(self._item, chunk)
+
+    def _item(self, row: tuple[str | None, str | None]) -> Item:
+        name, text = row
+        if name is None:
+            return Item(clean(text), problem=(UNREADABLE, "a caption without a picture"))
+        try:
+            caption = None if text is None else (self.folder / text).read_bytes()
+        except OSError as error:
+            return Item(clean(name), problem=(UNREADABLE, f"{clean(text)}: {error.strerror}"))
+        return item(clean(name), name, caption, "" if text is None else text[text.rindex(".") :])
 
     def read(self, place: str) -> bytes:
         return (self.folder / place).read_bytes()
