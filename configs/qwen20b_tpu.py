@@ -1,9 +1,10 @@
 """Qwen-Image 20B, all parameters, into a one-step generator: TwinFlow's settings for it.
 
     python tools/convert.py import Qwen/Qwen-Image checkpoints/qwen_image
+    python tools/encode.py photos/ records/train --pipeline checkpoints/qwen_image --size 512
     python -m twinflow_jax.train --config configs/qwen20b_tpu.py --workdir runs/qwen
 
-Variants, as `configs/qwen20b_tpu.py:NAME`:
+docs/data.md says which pictures, and in which forms. Variants, as `configs/qwen20b_tpu.py:NAME`:
   (none)    the paper's settings (Table 6): 3,000 steps of 32 images (10,000 for the longer run)
   released  the released qwenimage_full.yaml: teacher = student, no average of the weights
   bench     the fixed workload of docs/benchmarks.md: 512x512, batch 128, teacher = student
@@ -33,7 +34,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
 def paper() -> ml_collections.ConfigDict:
     config = defaults.get()
     config.pipeline = "checkpoints/qwen_image"
-    config.data.update(name="digits", batch_size=32, text_tokens=512)
+    config.data.update(records=("records/train",), batch_size=32, text_tokens=512)
     config.model = {
         "name": "qwen_image", "sample_shape": (64, 64, 16), "dtype": "bfloat16", "remat": "full",
     }

@@ -2,9 +2,10 @@
 
     python tools/convert.py import Efficient-Large-Model/Sana_600M_1024px_diffusers \\
         checkpoints/sana06b
+    python tools/encode.py photos/ records/train --pipeline checkpoints/sana06b --size 1024
     python -m twinflow_jax.train --config configs/sana06b_tpu.py --workdir runs/sana06b
 
-Variants, as `configs/sana06b_tpu.py:NAME`:
+docs/data.md says which pictures, and in which forms. Variants, as `configs/sana06b_tpu.py:NAME`:
   (none)  the paper's settings (Table 6): RAdam, 30,000 steps of 128 images, EMA .99
   bench   the fixed workload of docs/benchmarks.md: 512x512, batch 128, teacher = student
   tiny    the same code with small random networks, on handwritten digits with captions:
@@ -33,7 +34,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
 def paper() -> ml_collections.ConfigDict:
     config = defaults.get()
     config.pipeline = "checkpoints/sana06b"
-    config.data.update(name="digits", batch_size=128, text_tokens=300)
+    config.data.update(records=("records/train",), batch_size=128, text_tokens=300)
     config.model = {
         "name": "sana", "sample_shape": (32, 32, 32), "dtype": "bfloat16", "remat": "full",
     }

@@ -39,7 +39,7 @@ def shrink(
     published = networks.tiny["transformer"]
     settings = networks.networks["transformer"].config.from_published(published)
     config.pipeline = "random"
-    config.data.update(name="digits", batch_size=16, text_tokens=text_tokens)
+    config.data.update(name="digits", records=(), batch_size=16, text_tokens=text_tokens)
     config.model = dataclasses.asdict(settings) | {"sample_shape": sample_shape, "remat": "full"}
     config.optimizer.learning_rate = 1e-3
     config.train.update(
