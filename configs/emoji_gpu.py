@@ -1,4 +1,4 @@
-"""configs/emoji.py at 64x64 pixels, for one large GPU: about ten minutes, by arithmetic alone so far.
+"""configs/emoji.py at 64x64 pixels, for one large GPU: ten minutes by arithmetic, not yet measured.
 
 Data and commands are those of configs/emoji.py, with `--size 64` for tools/encode.py and
 
