@@ -17,6 +17,7 @@ A split holds pictures of one size ("768x512": width x height in pixels), or pro
     width, height   of the picture as it was found
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -110,21 +111,31 @@ def write_shard(path: epath.PathLike, examples: Iterable[Example], manifest: Man
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:
         # Any record is read alone, and float16 and PNG hardly get smaller.
-        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for example in examples:
+        with _room_for(path):
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        for example in examples:  # what fails in making these is not the disk's fault
             fields = features.encode_example(_fields(example, manifest))
-            writer.write(serializer.serialize_example(fields))
-        writer.close()
+            with _room_for(path):
+                writer.write(serializer.serialize_example(fields))
+        with _room_for(path):
+            writer.close()
         size = temporary.stat().length
         if folder == path.parent:
             temporary.replace(path)
         else:
             temporary.copy(path, overwrite=True)
-    except RuntimeError as error:  # ArrayRecord's, when it closes a file
-        raise UserError(f"{path.name} cannot be written ({error}): make room for it") from error
     finally:
         temporary.unlink(missing_ok=True)
     return size
+
+
+@contextlib.contextmanager
+def _room_for(path: epath.Path):
+    """Around what ArrayRecord writes."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"{path.name} cannot be written ({error}): make room for it") from error
 
 
 def _fields(example: Example, manifest: Manifest) -> dict[str, Any]:
@@ -190,7 +201,22 @@ class Records:
 
     @functools.cached_property
     def _builder(self):
-        return tfds.builder_from_directory(self.folder)
+        try:
+            builder = tfds.builder_from_directory(self.folder)
+        except Exception as error:  # TFDS raises many kinds
+            raise UserError(
+                f"{self.folder} cannot be read as a TFDS dataset ({_reason(error)}): copy it again "
+                "as it was written, or encode again"
+            ) from error
+        there = {entry.name for entry in self.folder.iterdir()}
+        files_ = (file.name for info in builder.info.splits.values() for file in info.filepaths)
+        missing = [name for name in files_ if name not in there]
+        if missing:
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} of its files, as {missing[0]}: copy it again "
+                "as it was written, or encode again"
+            )
+        return builder
 
     @functools.cached_property
     def splits(self) -> dict[str, int]:
@@ -209,8 +235,18 @@ class Records:
         return self._builder.as_data_source(split)
 
     def read(self, split: str, index: int) -> Example:
-        """One record."""
-        fields = self.source(split)[index]
+        """One record.
+
+        Raises:
+          UserError: its file is damaged or gone.
+        """
+        try:
+            fields = self.source(split)[index]
+        except Exception as error:  # ArrayRecord, TFDS and Pillow raise many kinds
+            raise UserError(
+                f"record {index} of {split} in {self.folder} cannot be read ({_reason(error)}): "
+                "copy the folder again as it was written, or encode again"
+            ) from error
         ends = np.cumsum(fields["lengths"])[:-1]
         sample = fields.get("latents")
         if "image" in fields:
@@ -220,6 +256,10 @@ class Records:
             np.split(fields["tokens"], ends), sample,
             (int(fields.get("width", 0)), int(fields.get("height", 0))),
         )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def open_records(folder: epath.PathLike) -> Records:
