@@ -183,6 +183,37 @@ def test_unfinished_records_are_refused(config, tmp_path):
         train(config(records=(str(tmp_path / "half"),)), str(tmp_path / "run"), progress=False)
 
 
+def damaged(folder):
+    """With some bytes gone."""
+    file = records.shard_file(folder, "8x8", 0, 1)
+    data = bytearray(file.read_bytes())
+    data[400:3000] = bytes(2600)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damaged, "record . of 8x8 in .* cannot be read"),  # raised in the threads that read ahead
+        (lambda folder: records.shard_file(folder, "8x8", 0, 1).unlink(), "lacks 1 of its files"),
+        (lambda folder: (folder / "dataset_info.json").unlink(), "cannot be read as a TFDS"),
+    ],
+)
+def test_damaged_records_end_in_one_line(write, config, tmp_path, damage, message):
+    folder = write("damaged", {"8x8": 9})
+    damage(folder)
+    made = config("sample.prompts=('a cat',)", records=(str(folder),))
+    with pytest.raises(UserError, match=message):
+        train(made, str(tmp_path / "run"), progress=False)
+
+
+def test_previews_show_captions_longer_than_a_step_takes(write, config, tmp_path):
+    made = config("data.text_tokens=4", records=(str(write("long", {"8x8": 9})),))
+    settings = inputs.models.settings_of(made.model)[1]
+    known = inputs.prepare(made, inputs.open_data(made, settings), tmp_path)
+    assert known.shown["tokens"].shape == (8, 4, 48) and known.shown["mask"].all()
+
+
 def test_other_encoders_do_not_mix(write, config, tmp_path):
     one, other = write("a", {"8x8": 9}), write("b", {"8x8": 9}, text_encoder="BertModel 1M 000000")
     made = config(records=(str(one), str(other)))

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -166,22 +167,22 @@ def where(holds: bool) -> list[int]:
     return np.flatnonzero(multihost_utils.process_allgather(np.array(holds))).tolist()
 
 
-def agree(config_json: str, folder: pathlib.Path) -> None:
-    """Compares config and code of all processes with those of the first.
+def agree(things: Mapping[str, bytes]) -> None:
+    """Compares what processes have, by its name to people, with what the first has.
 
     Raises:
       UserError: they differ; every process stops, and names those that differ.
     """
     if jax.process_count() == 1:
         return
-    mine = [_digest(config_json.encode()), _digest(_source(folder))]
+    mine = [_digest(data) for data in things.values()]
     found = multihost_utils.process_allgather(np.array(mine, np.uint32))
-    for column, what in enumerate(("config", "code")):
+    for column, what in enumerate(things):
         other = np.flatnonzero(found[:, column] != found[0, column])
         if len(other):
             raise (UserError if leads() else Elsewhere)(
                 f"processes {', '.join(map(str, other))} run with another {what} than process 0: "
-                "start the same command with the same version on every host"
+                "start the same command, with the same version and data, on every host"
             )
 
 
@@ -189,7 +190,8 @@ def _digest(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:4], "little")
 
 
-def _source(folder: pathlib.Path) -> bytes:
+def code(folder: pathlib.Path) -> bytes:
+    """The Python files in a folder, to `agree` on."""
     files = sorted(folder.rglob("*.py"))
     return json.dumps([(str(f.relative_to(folder)), f.read_text()) for f in files]).encode()
 

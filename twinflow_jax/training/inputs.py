@@ -121,6 +121,7 @@ def of_records(config, folders: Sequence[Records], workdir: epath.PathLike) -> I
         embeddings = pipeline.embed(prompts, tokens)
     else:
         prompts, embeddings = records.first_captions(folders[0])
+        embeddings = embeddings[:, :tokens]  # as a step sees them
     return Inputs(
         models.create(config.model),
         records.streams(folders, config.data.weights, settings, tokens),

@@ -48,7 +48,7 @@ def train(
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
     clock = Clock()
-    hosts.agree(configs.to_json(config), PACKAGE)
+    hosts.agree({"config": configs.to_json(config).encode(), "code": hosts.code(PACKAGE)})
     family, settings = models.settings_of(config.model)
     checks.check_values(config)
     prepared = setup.prepare(config)

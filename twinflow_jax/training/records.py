@@ -1,5 +1,7 @@
 """Training from what tools/encode.py wrote: the folders of a config as streams of rows."""
 
+import dataclasses
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 from twinflow_jax import data
 from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
 from twinflow_jax.errors import UserError
+from twinflow_jax.parallel import hosts
 from twinflow_jax.text_to_image import Embeddings
 
 SHOWN = 8  # captions that previews draw where the config has no prompts
@@ -17,7 +20,8 @@ def open_folders(config, settings) -> list[Records]:
 
     Raises:
       UserError: none or unfinished ones, weights that do not go with them, records of another
-        family or of pictures that the network does not take; names both sides.
+        family or of pictures that the network does not take; names both sides. Or hosts that
+        see other records than the first.
     """
     paths, weights = tuple(config.data.records), tuple(config.data.weights)
     if weights and len(weights) != len(paths):
@@ -40,6 +44,9 @@ def open_folders(config, settings) -> list[Records]:
             check_same(folder, first, "autoencoder", str(folders[0].folder))
         for split in folder.splits:
             check_split(folder, split, config, settings)
+    # Each host reads its own copy, or one that another has written again meanwhile.
+    contents = [(dataclasses.asdict(f.manifest), f.splits, f.report) for f in folders]
+    hosts.agree({"data.records": json.dumps(contents).encode()})
     return folders
 
 
