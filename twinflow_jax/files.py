@@ -17,7 +17,8 @@ def write(path: epath.PathLike, data: bytes) -> None:
     """Writes a file so that it appears complete or not at all; makes its folder."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    # Not the process's id, which another machine's process may have too.
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
