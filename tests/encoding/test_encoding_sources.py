@@ -111,6 +111,16 @@ def test_archives_that_are_cut_or_of_other_members(tmp_path):
     assert sum(not entry.problem for entry in entries) >= 4
 
 
+def test_rows_that_tfds_cannot_read(tmp_path):
+    folder = pictures.write_tfds(tmp_path / "own", 12)
+    file = folder / "own-train.array_record-00000-of-00001"
+    data = bytearray(file.read_bytes())
+    data[1000:2000] = bytes(1000)
+    file.write_bytes(data)
+    problems = [entry.problem for entry in listed(opened(folder)) if entry.problem]
+    assert 0 < len(problems) < 12 and {reason for reason, _ in problems} == {"unreadable"}
+
+
 def test_what_cannot_be_a_source(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("\n")
@@ -167,6 +177,8 @@ def test_kinds_of_pictures(tmp_path):
     found = decoded(turned, (128, 64), exif=exif)
     assert found[:, 64:].min() == 255 and found[:, :64].max() == 0
     assert sizes.measure((tmp_path / "p.png").read_bytes()) == (128, 64)
+    with pytest.raises(ValueError, match="64x100000, too long"):  # 4 GB to cover the size
+        decoded(Image.new("L", (64, 100_000)), (1024, 1024))
 
 
 def test_plans_depend_on_the_listing_alone(tmp_path):

@@ -217,13 +217,24 @@ class Tfds:
 
     def items(self, chunk) -> Iterator[Item]:
         for row in range(*chunk):
-            value = self._rows[row][self._caption]
+            try:
+                value = self._row(row)[self._caption]
+            except OSError as error:
+                yield Item(f"{self.name}:{row}", problem=(UNREADABLE, error.strerror))
+                continue
             value = value if self._names is None else self._names[int(value)]
             value = value.tolist() if isinstance(value, np.ndarray) else value
             yield Item(f"{self.name}:{row}", captions_of(value), row if self.pictures else None)
 
     def read(self, place: int) -> bytes:
-        return self._rows[place][self._image]
+        return self._row(place)[self._image]
+
+    def _row(self, row: int) -> dict:
+        try:
+            return self._rows[row]
+        except Exception as error:  # ArrayRecord and TFDS raise many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise OSError(0, f"{type(error).__name__}: {reason}") from error
 
     def fingerprint(self) -> str:
         return digest(self.name, self._version, str(len(self._rows)), self._caption)

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from twinflow_jax.errors import UserError
 
 Size = tuple[int, int]  # (width, height) in pixels
+LARGEST = 2**28  # pixels of a picture that is resized: 0.8 GB
 WIDEST = 2.0  # of the buckets that are made for an area
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
 
@@ -91,6 +92,8 @@ def decode(data: bytes, size: Size) -> UInt8[np.ndarray, "h w 3"]:
         covering = width, width * found_height // found_width
     else:
         covering = height * found_width // found_height, height
+    if covering[0] * covering[1] > LARGEST:
+        raise ValueError(f"it is {name(picture.size)}, too long and narrow for {name(size)}")
     if covering != picture.size:
         picture = picture.resize(covering, Image.Resampling.BILINEAR)
     left, top = (round((found - wanted) / 2) for found, wanted in zip(covering, size, strict=True))
