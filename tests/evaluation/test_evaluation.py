@@ -65,4 +65,5 @@ def test_labels_are_balanced_and_table_shows_shares():
     rows = [{"run": "r", "step": 1, "nfe": 1} | real | {"diversity": 3.0, "nearest": 1.0}]
     text = report.table(rows, real)
     assert "0.75" in text and "0.50" in text
+    assert report.table(rows, real | {"nearest": 0.0})  # pictures that were trained on
     assert report.plot(rows, real).size[0] > 500

@@ -102,12 +102,18 @@ def decoder(records: Records, pipeline: Pipeline) -> Decode:
 
 
 def hold_out(records: Records, count: int | None, decode: Decode) -> Captions:
-    """Different first captions of records, evenly spread where fewer are wanted."""
+    """Different first captions of records, evenly spread where fewer are wanted.
+
+    Raises:
+      UserError: there is but one, or no picture.
+    """
     split, found = split_of(records), {}
     for row in range(records.splits[split]):
         example = records.read(split, row)
         found.setdefault(example.captions[0], example)
     keep = np.unique(np.linspace(0, len(found) - 1, count or len(found)).astype(int))
+    if len(found) < 2:
+        raise UserError(f"{records.folder} holds one caption alone: scores need at least 2")
     texts = list(found)
     chosen = [found[texts[i]] for i in keep]
     parts = [

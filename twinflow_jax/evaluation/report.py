@@ -36,7 +36,9 @@ def table(rows: list[Row], real: dict[str, float]) -> str:
             _, decimals, share = COLUMNS[key]
             cell = f"{row[key]:9.{decimals}f}"
             if share:
-                cell += f"  {row[key] / real[key]:{len(share) + 5}.2f}"
+                # 0: the nearest to held-out pictures that were trained on
+                of_real = f"{row[key] / real[key]:.2f}" if real[key] else "-"
+                cell += f"  {of_real:>{len(share) + 5}}"
             cells.append(cell)
         lines.append("  ".join(cells))
     return "\n".join(lines)

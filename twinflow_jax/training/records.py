@@ -29,7 +29,7 @@ def open_folders(config, settings) -> list[Records]:
             f"data.weights has {len(weights)} numbers for {len(paths)} folders of data.records: "
             "give one for each, or none"
         )
-    if any(not weight > 0 for weight in weights):
+    if any(not 0 < weight < float("inf") for weight in weights):
         raise UserError(f"data.weights is {weights}; give numbers above 0")
     folders = [open_records(path) for path in paths]
     first = folders[0].manifest
