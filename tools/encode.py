@@ -33,7 +33,8 @@ def main() -> int:
         return run(args)
     except OSError as error:
         raise UserError(
-            f"{args.target} cannot be written ({error.strerror or error}); the same command goes on"
+            f"{error.filename or args.target} cannot be read or written "
+            f"({error.strerror or error}); the same command goes on"
         ) from error
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Every form of source gives the same pictures and captions, and says what cannot be used."""
 
 import dataclasses
+import errno
 import json
 import tarfile
 
@@ -109,6 +110,25 @@ def test_archives_that_are_cut_or_of_other_members(tmp_path):
     assert any("archive" in detail for _, detail in problems.values())
     assert problems["2.tar/away"][0] == "unreadable"
     assert sum(not entry.problem for entry in entries) >= 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "reads"),
+    [
+        ("parquet", (pyarrow.parquet.ParquetFile, "read_row_group")),
+        ("tars", (tarfile.TarFile, "next")),
+    ],
+)
+def test_what_may_pass_is_not_left_out(tmp_path, monkeypatch, kind, reads):
+    """A storage that is away for a while ends the listing, which goes on later."""
+    def away(*_):
+        raise OSError(errno.EIO, "the storage is away")
+
+    source = opened(pictures.WRITERS[kind](tmp_path / kind, COUNT))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="is away"):
+        patch.setattr(*reads, away)
+        list(source.items(source.chunks[0]))
+    assert not any(one.problem for one in source.items(source.chunks[0]))
 
 
 def test_rows_that_tfds_cannot_read(tmp_path):

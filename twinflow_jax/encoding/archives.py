@@ -1,5 +1,6 @@
 """Sources that keep many pictures in a file: Parquet, WebDataset tars and TFDS datasets."""
 
+import errno
 import functools
 import re
 import tarfile
@@ -79,8 +80,9 @@ class Parquet:
         with opened(file) as table:
             try:
                 return table.read_row_group(group, [column]).column(0).to_pylist()
-            except (pyarrow.ArrowException, OSError) as error:
-                raise OSError(0, f"row group {group} of {file.name}: {error}") from error
+            except (pyarrow.ArrowException, OSError) as error:  # a number: one that may pass
+                kind = getattr(error, "errno", None) or 0
+                raise OSError(kind, f"row group {group} of {file.name}: {error}") from error
 
     def items(self, chunk) -> Iterator[Item]:
         number, group = chunk
@@ -88,6 +90,8 @@ class Parquet:
         try:
             captions = self._column(number, group, self._columns[number][0])
         except OSError as error:
+            if error.errno:
+                raise
             yield Item(f"{stem}*", problem=(UNREADABLE, error.strerror))
             return
         for row, value in enumerate(captions):
@@ -140,6 +144,8 @@ class Tars:
                     group = groups.setdefault(f"{folder}/{stem}".lstrip("/"), {})
                     group.setdefault(kind, (member.offset_data, member.size))
             except (tarfile.TarError, OSError, ValueError) as error:
+                if getattr(error, "errno", None) not in (None, errno.EINVAL):  # it may pass
+                    raise
                 problem = f"the archive is damaged after {len(groups)} items: {error}"
             end = file.stat().length
             for name, members in groups.items():
@@ -151,7 +157,7 @@ class Tars:
         picture = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
         text = next((suffix for suffix in READERS if suffix in members), None)
         used = [part for part in (picture, members.get(text)) if part]
-        if any(offset + size > end for offset, size in used):
+        if any(size < 0 or offset + size > end for offset, size in used):
             return Item(name, problem=(UNREADABLE, "the archive ends before it does"))
         if text is None:
             return Item(name, problem=(NO_CAPTION, f"it has only {' '.join(members)}"))
