@@ -35,6 +35,7 @@ from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from twinflow_jax import files
+from twinflow_jax.data import features
 from twinflow_jax.errors import UserError
 
 RECORD, NULL = "records.json", "null.safetensors"
@@ -60,26 +61,26 @@ class Manifest:
 
     def features(self) -> tfds.features.FeaturesDict:
         """The documented features of a record."""
-        features = tfds.features
+        kinds = tfds.features
         fields = {
-            "id": features.Text(),
-            "captions": features.Sequence(features.Text()),
-            "lengths": features.Tensor(shape=(None,), dtype=np.int32),
-            "tokens": features.Tensor(
+            "id": kinds.Text(),
+            "captions": kinds.Sequence(kinds.Text()),
+            "lengths": kinds.Tensor(shape=(None,), dtype=np.int32),
+            "tokens": kinds.Tensor(
                 shape=(None, self.text_width), dtype=np.float16, encoding="bytes"
             ),
         }
         if self.channels:
-            fields |= {"width": features.Scalar(np.int32), "height": features.Scalar(np.int32)}
+            fields |= {"width": kinds.Scalar(np.int32), "height": kinds.Scalar(np.int32)}
         if self.autoencoder:
-            fields["latents"] = features.Tensor(
+            fields["latents"] = kinds.Tensor(
                 shape=(None, None, self.channels), dtype=np.float16, encoding="bytes"
             )
         elif self.channels:
-            fields["image"] = features.Image(
+            fields["image"] = kinds.Image(
                 shape=(None, None, self.channels), encoding_format="png"
             )
-        return features.FeaturesDict(fields)
+        return kinds.FeaturesDict(fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,8 @@ def write_shard(path: epath.PathLike, examples: Iterable[Example], manifest: Man
     Raises:
       UserError: a number that float16 does not hold, or no room on the disk.
     """
-    path, features = epath.Path(path), manifest.features()
-    serializer = ExampleSerializer(features.get_serialized_info())
+    path, written = epath.Path(path), manifest.features()
+    serializer = ExampleSerializer(written.get_serialized_info())
     # ArrayRecord writes local files only. Hidden: TFDS and a listing pass over it.
     folder = path.parent if "://" not in str(path) else epath.Path("/tmp")
     temporary = folder / f".{path.name}.{os.getpid()}"
@@ -114,7 +115,7 @@ def write_shard(path: epath.PathLike, examples: Iterable[Example], manifest: Man
         with _room_for(path):
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for example in examples:  # what fails in making these is not the disk's fault
-            fields = features.encode_example(_fields(example, manifest))
+            fields = written.encode_example(_fields(example, manifest))
             with _room_for(path):
                 writer.write(serializer.serialize_example(fields))
         with _room_for(path):
@@ -201,6 +202,7 @@ class Records:
 
     @functools.cached_property
     def _builder(self):
+        features.check(self.folder)
         try:
             builder = tfds.builder_from_directory(self.folder)
         except Exception as error:  # TFDS raises many kinds

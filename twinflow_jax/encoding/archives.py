@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from etils import epath
 
+from twinflow_jax.data import features
 from twinflow_jax.encoding.sources import (
     CAPTIONS,
     IMAGES,
@@ -188,6 +189,8 @@ class Tfds:
         import tensorflow_datasets as tfds  # takes seconds to import
 
         self.pictures = pictures
+        if epath.Path(name).is_dir():
+            features.check(name)
         try:
             if epath.Path(name).is_dir():
                 builder = tfds.builder_from_directory(name)
@@ -207,13 +210,13 @@ class Tfds:
         if re.split(r"[\[+]", self.split)[0] not in splits:
             raise UserError(f"{name} has no split {self.split!r}; it has {', '.join(splits)}")
         self.name = f"{builder.info.name}:{self.split}"
-        features, where = builder.info.features, f"the dataset {name}"
-        self._caption = key_of(list(features), caption, CAPTIONS, "--caption-column", where)
-        label, decoders = features[self._caption], {}
+        found, where = builder.info.features, f"the dataset {name}"
+        self._caption = key_of(list(found), caption, CAPTIONS, "--caption-column", where)
+        label, decoders = found[self._caption], {}
         self._names = label.names if isinstance(label, tfds.features.ClassLabel) else None
         if pictures:
-            self._image = key_of(list(features), image, IMAGES, "--image-column", where)
-            if not isinstance(features[self._image], tfds.features.Image):
+            self._image = key_of(list(found), image, IMAGES, "--image-column", where)
+            if not isinstance(found[self._image], tfds.features.Image):
                 raise UserError(f"{where} has no pictures in {self._image!r}: give --image-column")
             decoders = {self._image: tfds.decode.SkipDecoding()}  # the file, as it was
         self._rows = builder.as_data_source(self.split, decoders=decoders)
