@@ -109,13 +109,12 @@ def hold_out(records: Records, count: int | None, decode: Decode) -> Captions:
     """
     split, found = split_of(records), {}
     for row in range(records.splits[split]):
-        example = records.read(split, row)
-        found.setdefault(example.captions[0], example)
+        found.setdefault(records.read(split, row).captions[0], row)  # not its picture: few are kept
     keep = np.unique(np.linspace(0, len(found) - 1, count or len(found)).astype(int))
     if len(found) < 2:
         raise UserError(f"{records.folder} holds one caption alone: scores need at least 2")
     texts = list(found)
-    chosen = [found[texts[i]] for i in keep]
+    chosen = [records.read(split, found[texts[i]]) for i in keep]
     parts = [
         Embeddings(
             np.asarray(one.tokens[0][None], np.float32), np.ones((1, len(one.tokens[0])), bool)
