@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from twinflow_jax import checkpoints, text_to_image
 from twinflow_jax import config as configs
@@ -90,6 +91,12 @@ def config(pipeline):
     return make
 
 
+def write_again(folder: str):
+    """As if the records had been made again, of something else."""
+    file = epath.Path(folder) / records.RECORD
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"settings": "others"}))
+
+
 def test_rows_are_what_was_written(write, config):
     folder = write("a", SIZES)
     made = config(records=(str(folder),))
@@ -130,6 +137,9 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(write, config, tmp_path, monke
     again = train(made, str(tmp_path / "parts"), progress=False)
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(again.params), strict=True):
         np.testing.assert_array_equal(a, b)
+    write_again(folders[1])
+    with pytest.raises(UserError, match="started on other records"):
+        train(made, str(tmp_path / "parts"), progress=False)
     logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "parts")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 6
     assert (tmp_path / "whole/samples/step_000006.png").exists()

@@ -26,10 +26,11 @@ FREE = (
 )
 
 
-def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
+def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict, rows: str = "") -> None:
     """Makes a folder this config's run, or finds that it already is.
 
-    A record without checkpoints is of a start that came to nothing, and is replaced.
+    rows: a digest of what is trained on, where that may change. A record without checkpoints is of
+    a start that came to nothing, and is replaced.
     Raises:
       UserError: the folder holds another run, or files that are no run; or it is not local
         (metrics.jsonl and TensorBoard are appended to, which object storage cannot do).
@@ -55,12 +56,17 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
                 f"{folder} holds another run ({'; '.join(differing[:3])}{more}): "
                 "choose another --workdir, or the config that it was started with"
             )
+        if json.loads(record.read_text()).get("rows", rows) != rows:
+            raise UserError(
+                f"{folder} was started on other records than data.records now holds: choose "
+                "another --workdir, or encode again what it was started on"
+            )
     elif not record.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"{folder} is not empty and holds no run: choose another --workdir"
         )
     try:
-        fields = {"format": FORMAT} | json.loads(configs.to_json(config))
+        fields = {"format": FORMAT, "rows": rows} | json.loads(configs.to_json(config))
         files.write(record, json.dumps(fields, indent=2).encode())
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
@@ -79,6 +85,7 @@ def read_config(run: epath.PathLike) -> ml_collections.ConfigDict:
     try:
         fields = json.loads(record.read_text())
         written = int(fields.pop("format", 1))
+        fields.pop("rows", None)
         config = configs.from_json(json.dumps(fields))
         config.model.name, config.train.ema_decay  # noqa: B018 - a record of ours has both
     except (ValueError, AttributeError, TypeError, OSError) as error:

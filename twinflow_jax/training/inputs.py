@@ -60,6 +60,11 @@ def shapes(source: data.Dataset | list[Records], settings) -> list[tuple[int, ..
     return list(records.by_shape(source, settings))
 
 
+def digest(source: data.Dataset | list[Records]) -> str:
+    """Of rows that may be others the next time, records; "" for the named datasets."""
+    return "" if isinstance(source, data.Dataset) else records.digest(source)
+
+
 def prepare(config, source: data.Dataset | list[Records], workdir: epath.PathLike) -> Inputs:
     """The inputs of a run whose config and folder have been checked."""
     if not isinstance(source, data.Dataset):

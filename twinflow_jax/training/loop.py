@@ -55,7 +55,7 @@ def train(
     source = inputs.open_data(config, settings)
     shapes = inputs.shapes(source, settings)
     checks.check_fit(config, family, settings, source)
-    hosts.first(lambda: checkpoints.claim(workdir, config))
+    hosts.first(lambda: checkpoints.claim(workdir, config, inputs.digest(source)))
     keep_compiled(workdir)
     try:
         with contextlib.closing(checkpoints.Saver(workdir, config.train.keep)) as saver:

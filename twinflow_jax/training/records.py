@@ -1,6 +1,7 @@
 """Training from what tools/encode.py wrote: the folders of a config as streams of rows."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 
@@ -45,9 +46,14 @@ def open_folders(config, settings) -> list[Records]:
         for split in folder.splits:
             check_split(folder, split, config, settings)
     # Each host reads its own copy, or one that another has written again meanwhile.
-    contents = [(dataclasses.asdict(f.manifest), f.splits, f.report) for f in folders]
-    hosts.agree({"data.records": json.dumps(contents).encode()})
+    hosts.agree({"data.records": digest(folders).encode()})
     return folders
+
+
+def digest(folders: Sequence[Records]) -> str:
+    """Of what the folders hold: another one where they were encoded from something else."""
+    contents = [(dataclasses.asdict(f.manifest), f.splits, f.report) for f in folders]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def check_same(folder: Records, other, field: str, where: str) -> None:
