@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, reason
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -49,8 +49,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     except Exception as error:  # the file is the user's, and its mistakes are too
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f.lineno for f in reversed(frames) if f.filename == str(file)), "?")
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name} line {line}: {type(error).__name__}: {reason}") from error
+        kind = type(error).__name__
+        raise UserError(f"{name} line {line}: {kind}: {reason(error)}") from error
     return override(config, overrides)
 
 

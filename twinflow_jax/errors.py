@@ -14,6 +14,12 @@ class TextCut(UserWarning):
     """A text is longer than a network takes: its end is left out."""
 
 
+def reason(error: BaseException, length: int = 300) -> str:
+    """What an exception says, on one line of at most so many characters; its kind, if nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def one_line(message: Warning | str, *_, **__) -> None:
     """Shows a warning to somebody who does not read our source."""
     print(f"warning: {message}", file=sys.stderr)

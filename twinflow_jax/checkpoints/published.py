@@ -14,7 +14,7 @@ from etils import epath
 
 from twinflow_jax import files, models
 from twinflow_jax.checkpoints import imported, tensors
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, reason
 from twinflow_jax.models import names
 from twinflow_jax.models.family import Network
 
@@ -176,8 +176,8 @@ def _open_part(network: Network, folder: epath.Path) -> tuple[Part | None, list[
     except UserError as error:
         return None, [str(error), *problems]
     except Exception as error:  # values of the wrong kind: what fails, and how, depends on which
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return None, [f"config.json holds values that make no network ({reason})", *problems]
+        why = f"{type(error).__name__}: {reason(error)}"
+        return None, [f"config.json holds values that make no network ({why})", *problems]
     leaves = {path: leaf.shape for path, leaf in abstract.items()}
     by_key: dict[str, tensors.Tensor] = {}
     for key, tensor in found.items():

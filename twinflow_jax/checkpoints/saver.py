@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, reason
 from twinflow_jax.parallel import hosts
 
 
@@ -157,8 +157,7 @@ def abstract(tree):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters."""
+    """What the exception behind an exception says."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    return reason(error)

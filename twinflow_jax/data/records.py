@@ -36,7 +36,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from twinflow_jax import files
 from twinflow_jax.data import features
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, reason
 
 RECORD, NULL = "records.json", "null.safetensors"
 NAME, VERSION, FORMAT = "records", "1.0.0", 1
@@ -207,7 +207,7 @@ class Records:
             builder = tfds.builder_from_directory(self.folder)
         except Exception as error:  # TFDS raises many kinds
             raise UserError(
-                f"{self.folder} cannot be read as a TFDS dataset ({_reason(error)}): copy it again "
+                f"{self.folder} cannot be read as a TFDS dataset ({reason(error)}): copy it again "
                 "as it was written, or encode again"
             ) from error
         there = {entry.name for entry in self.folder.iterdir()}
@@ -246,7 +246,7 @@ class Records:
             fields = self.source(split)[index]
         except Exception as error:  # ArrayRecord, TFDS and Pillow raise many kinds
             raise UserError(
-                f"record {index} of {split} in {self.folder} cannot be read ({_reason(error)}): "
+                f"record {index} of {split} in {self.folder} cannot be read ({reason(error)}): "
                 "copy the folder again as it was written, or encode again"
             ) from error
         ends = np.cumsum(fields["lengths"])[:-1]
@@ -258,10 +258,6 @@ class Records:
             np.split(fields["tokens"], ends), sample,
             (int(fields.get("width", 0)), int(fields.get("height", 0))),
         )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def open_records(folder: epath.PathLike) -> Records:

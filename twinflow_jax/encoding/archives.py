@@ -26,7 +26,7 @@ from twinflow_jax.encoding.sources import (
     digest,
     item,
 )
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, reason
 
 COLUMNS = ("image_bytes", "image")  # usual names of Parquet's, the reference's first
 
@@ -242,8 +242,7 @@ class Tfds:
         try:
             return self._rows[row]
         except Exception as error:  # ArrayRecord and TFDS raise many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise OSError(0, f"{type(error).__name__}: {reason}") from error
+            raise OSError(0, f"{type(error).__name__}: {reason(error)}") from error
 
     def fingerprint(self) -> str:
         return digest(self.name, self._version, str(len(self._rows)), self._caption)

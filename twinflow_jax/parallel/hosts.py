@@ -17,7 +17,7 @@ import numpy as np
 from jax._src import distributed  # the only way to the coordinator's key-value store
 from jax.experimental import multihost_utils
 
-from twinflow_jax.errors import UserError, report
+from twinflow_jax.errors import UserError, reason, report
 
 
 class Elsewhere(UserError):
@@ -57,13 +57,13 @@ def join(coordinator: str, processes: int, process: int) -> None:
         )
     except ValueError as error:
         raise UserError(
-            f"--coordinator {coordinator}: {' '.join(str(error).split())[:200]}; give HOST:PORT of "
+            f"--coordinator {coordinator}: {reason(error)}; give HOST:PORT of "
             "process 0, --processes and --process"
         ) from error
     except RuntimeError as error:
         raise ConnectionError(
             f"this process did not find the others at {coordinator} "
-            f"({' '.join(str(error).split())[:200]}): start the same command on every host"
+            f"({reason(error)}): start the same command on every host"
         ) from error
 
 
@@ -109,8 +109,7 @@ def _listen(over: threading.Event) -> None:
 
 def _leave_note(status: int, error: BaseException) -> None:
     """Tells the coordinator of this process's error, unless another was first."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    note = json.dumps([status, f"process {jax.process_index()}: {text}"])
+    note = json.dumps([status, f"process {jax.process_index()}: {reason(error, 2000)}"])
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         distributed.global_state.client.key_value_set(FAILED, note)
 

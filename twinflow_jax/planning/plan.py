@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from twinflow_jax import parallel, sampling
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, reason
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo
 from twinflow_jax.planning.collectives import collectives
@@ -164,7 +164,7 @@ def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
         compiled = lower().compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"{base.topology}: the compiler refused: {_first(error)}") from error
+            raise UserError(f"{base.topology}: the compiler refused: {reason(error)}") from error
         return dataclasses.replace(
             plan, refused=_exceeded(str(error), plan),
             compile_seconds=time.perf_counter() - begin,
@@ -223,7 +223,3 @@ def _exceeded(message: str, base: Plan) -> str:
         levers.append("train.micro_steps")
     levers += ["fewer rows", "more chips"]
     return f"{how}; what would help: {', '.join(levers)}"
-
-
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

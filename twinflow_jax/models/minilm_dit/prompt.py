@@ -1,7 +1,6 @@
 """From prompts to the text encoder's tokens: [CLS], the words in pieces, [SEP]."""
 
 import os
-import pathlib
 import warnings
 from collections.abc import Sequence
 
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from twinflow_jax.errors import TextCut, UserError
+from twinflow_jax.models import tokenizers
 
 MAX_TOKENS = 256  # that all-MiniLM-L6-v2 is meant for
 BUCKETS = (16, 32, 64, 128, MAX_TOKENS)
@@ -20,19 +20,7 @@ def load_tokenizer(folder: str | os.PathLike):
     Reads files only: no name is looked up elsewhere, no code of the folder is run. Raises
     UserError where there is no tokenizer, or it cannot be read, or is not like BERT's.
     """
-    folder = pathlib.Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{folder} holds no tokenizer (tokenizer.json): give the folder of all-MiniLM-L6-v2"
-        )
-    from transformers import PreTrainedTokenizerFast  # takes seconds to import
-
-    try:  # a relative path could also be the name of a repository
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder.resolve(), local_files_only=True)
-        empty = tokenizer("")["input_ids"]
-    except Exception as error:  # of whatever kind: the parser's are plain Exceptions
-        reason = " ".join(str(error).split())
-        raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    tokenizer, empty = tokenizers.from_json(folder, "the folder of all-MiniLM-L6-v2")
     ends = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     if tokenizer.pad_token_id is None or None in ends or empty != ends:
         raise UserError(

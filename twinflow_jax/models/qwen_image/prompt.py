@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from twinflow_jax.errors import TextCut, UserError
+from twinflow_jax.errors import TextCut, UserError, reason
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
@@ -47,8 +47,7 @@ def load_tokenizer(folder: str | os.PathLike):
     try:  # a relative path could also be the name of a repository
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder.resolve(), local_files_only=True)
     except Exception as error:  # of whatever kind: the parser's are plain Exceptions
-        reason = " ".join(str(error).split())
-        raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+        raise UserError(f"the tokenizer in {folder} cannot be read: {reason(error)}") from error
     start = len(tokenizer(TEMPLATE.split("{}")[0])["input_ids"])
     if start != PREFIX:
         warnings.warn(

@@ -5,7 +5,6 @@ of its states only the first and the last stay. A negative prompt stands alone.
 """
 
 import os
-import pathlib
 import warnings
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.errors import TextCut, UserError
+from twinflow_jax.models import tokenizers
 
 # The published text (complex_human_instruction), line by line.
 INSTRUCTION = "\n".join((
@@ -43,20 +43,7 @@ def load_tokenizer(folder: str | os.PathLike):
     Reads files only: no name is looked up elsewhere, no code of the folder is run. Raises
     UserError where there is no tokenizer, or it cannot be read, or is not like Gemma's.
     """
-    folder = pathlib.Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{folder} holds no tokenizer (tokenizer.json): give the local folder 'tokenizer' of "
-            "SANA"
-        )
-    from transformers import PreTrainedTokenizerFast  # takes seconds to import
-
-    try:  # a relative path could also be the name of a repository
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder.resolve(), local_files_only=True)
-        empty = tokenizer("")["input_ids"]
-    except Exception as error:  # of whatever kind: the parser's are plain Exceptions
-        reason = " ".join(str(error).split())
-        raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    tokenizer, empty = tokenizers.from_json(folder, "the local folder 'tokenizer' of SANA")
     if tokenizer.pad_token_id is None or empty != [tokenizer.bos_token_id]:
         raise UserError(
             f"the tokenizer in {folder} is not SANA's: it has no padding token, or does not begin "
