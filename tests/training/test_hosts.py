@@ -156,11 +156,11 @@ def test_twenty_rounds_of_signals(tmp_path):
             wait_for_steps(run, min(steps_done(run) + random.randint(1, 8), STEPS - 1), alive)
             random.choice(alive).send_signal(how)
             for process in alive:
-                process.wait(timeout=300)
+                process.wait(timeout=400)
             rounds += 1
         while steps_done(run) < STEPS or any(p.returncode for p in alive):
             alive = start(run, processes)
             for process in alive:
-                process.wait(timeout=300)
+                process.wait(timeout=400)
         same(run, undisturbed, 0)
     assert rounds == 20
