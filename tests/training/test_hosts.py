@@ -143,7 +143,10 @@ def test_text_to_image_trains_on_two_processes(tmp_path):
 @pytest.mark.slow
 def test_twenty_rounds_of_signals(tmp_path):
     """SIGTERM and SIGKILL of any of two or four processes at random times, restarted with as
-    many: bitwise what an undisturbed run gives, which is the same for two and for four."""
+    many: bitwise what an undisturbed run gives, which is the same for two and for four.
+
+    Killed before they met, one leaves the others looking for it for 300 seconds.
+    """
     undisturbed, quiet = tmp_path / "undisturbed", tmp_path / "quiet"
     finish(undisturbed, start(undisturbed, 2))
     finish(quiet, start(quiet, 4))
