@@ -141,8 +141,8 @@ def test_one_step_of_a_long_prompt(made, tmp_path, capsys):
     printed = capsys.readouterr()
     warnings = [line for line in re.split(r"[\r\n]+", printed.err) if "warning: " in line]
     assert [re.sub(".*warning: ", "", line) for line in warnings] == [
-        "prompt 1 of 1 makes 1209 tokens: only the first 1024 are used",
         f"{made.checkpoint} is a base model, not trained to draw in a few steps: try --base",
+        "prompt 1 of 1 makes 1209 tokens: only the first 1024 are used",
     ]
     first, *times = printed.out.strip().splitlines()
     assert first == f"picture in {next(tmp_path.iterdir())}"
