@@ -38,11 +38,11 @@ GROUPS = {
          ("--config.objective.teacher_decay=0.99", "--config.train.ema_decay=0.99")),
         ("1024x1024, batch 64", BENCH, "v5p:4x4x4", WIDE),
         ("1024x1024, batch 64, gather_once", BENCH, "v5p:4x4x4", (*WIDE, *ONCE)),
-        ("256 chips", BENCH, "v5e:16x16", ("--scale", "2")),
-        ("256 chips", BENCH, "v6e:16x16", ("--scale", "2")),
-        ("64 chips", BENCH, "tpu7x:4x4x4", ()),
-        ("2 slices", BENCH, "2*v5p:4x4x4", ()),
-        ("2 slices, gather_once", BENCH, "2*v5p:4x4x4", ONCE),
+        ("batch 256 on 256 chips", BENCH, "v5e:16x16", ("--scale", "2")),
+        ("batch 256 on 256 chips", BENCH, "v6e:16x16", ("--scale", "2")),
+        ("batch 128 on 64 chips (128 devices)", BENCH, "tpu7x:4x4x4", ()),
+        ("batch 128 on 2 slices", BENCH, "2*v5p:4x4x4", ()),
+        ("batch 128 on 2 slices, gather_once", BENCH, "2*v5p:4x4x4", ONCE),
     ],
     "fits": [
         (f"{name}, batch {rows}", config, topology, (f"--config.data.batch_size={rows}",))
