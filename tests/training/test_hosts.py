@@ -17,11 +17,11 @@ import pytest
 from twinflow_jax import checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS = 30
+STEPS = 30  # of a tenth of a second or more: JAX looks for signals once a second
 COMMAND = [
     sys.executable, "-X", "faulthandler", "-m", "twinflow_jax.train",
     "--config", "configs/digits.py",
-    "--config.model.width=32", "--config.model.depth=2", "--config.data.batch_size=32",
+    "--config.model.width=512", "--config.model.depth=2", "--config.data.batch_size=128",
     f"--config.train.steps={STEPS}", "--config.train.log_every=1",
     "--config.train.checkpoint_every=5", "--config.train.sample_every=1000",
     "--config.sample.score_count=0",
