@@ -46,10 +46,10 @@ def flow() -> ml_collections.ConfigDict:
     }
     config.objective = objectives.preset("flow_matching")
     config.optimizer.update(
-        name="adam", learning_rate=1e-3, clip_norm=1.0, warmup=100, decay_to=0.1
+        name="adam", learning_rate=2e-3, clip_norm=1.0, warmup=100, decay_to=0.05
     )
     config.train.update(
-        steps=1500, ema_decay=0.995, condition_dropout=0.1, sample_every=500, checkpoint_every=500
+        steps=2500, ema_decay=0.995, condition_dropout=0.1, sample_every=500, checkpoint_every=500
     )
     config.sample.update(prompts=PROMPTS, steps=(1, 4, 32), columns=4, score_count=0)
     return config

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from twinflow_jax import data
-from twinflow_jax.errors import UserError
 
 BATCH = 16
 
@@ -85,8 +84,3 @@ def test_seeds_differ_between_rows_and_epochs():
     batches = take(((stream(0, 16),),), 40)
     drawn = np.concatenate([batch["cond"]["label"] for _, batch in batches])
     assert len(np.unique(drawn)) > 300
-
-
-def test_too_few_rows_are_refused():
-    with pytest.raises(UserError, match="200 rows to train on, too few for a batch of 500"):
-        data.batches(((stream(0, 200),),), 500, seed=0)

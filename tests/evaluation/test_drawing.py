@@ -28,11 +28,11 @@ def write_records(folder, pipeline, captions, size="8x8", **fields):
         "text_width": 48, "autoencoder": "", "channels": 3, "downscale": 1, **fields,
     })
     embedded, examples = pipeline.embed(captions, 16), []
-    width, height = map(int, size.split("x"))
+    width, height = (0, 0) if size == records.PROMPTS else map(int, size.split("x"))
     for row, caption in enumerate(captions):
         tokens = embedded.tokens[row][embedded.mask[row]]
         colour = np.random.default_rng(list(caption.encode())).uniform(-1, 1, 3)
-        sample = np.broadcast_to(colour, (height, width, 3))
+        sample = np.broadcast_to(colour, (height, width, 3)) if width else None
         examples.append(records.Example(str(row), [caption], [tokens], sample, (width, height)))
     folder.mkdir()
     size_of = records.write_shard(records.shard_file(folder, size, 0, 1), examples, manifest)
@@ -50,6 +50,7 @@ def made(tmp_path_factory):
     # One caption twice: it is drawn once.
     write_records(root / "held_out", pipeline, [f"other {i}" for i in range(12)] + ["other 3"])
     write_records(root / "large", pipeline, ["one", "two"], size="16x8")
+    write_records(root / "prompts", pipeline, ["one", "two"], size=records.PROMPTS, channels=0)
     write_records(root / "else", pipeline, ["one", "two"], text_encoder="BertModel 1M abcdef")
     config = defaults.get()
     config.unlock()
@@ -114,6 +115,7 @@ def test_bad_input_is_one_line(made, capsys):
         ({"--records": made / "large", "--train-records": made / "large"}, "hold samples of"),
         ({"--records": made / "else", "--train-records": made / "else"}, "with the text encoder"),
         ({"--records": made / "else"}, "made with other networks"),
+        ({"--records": made / "prompts"}, "prompts alone: give records with pictures"),
         ({"--features": made / "run" / "config.json"}, "no safetensors file"),
         ({"--guidance": 2.0, "--steps": "1"}, "even --steps"),
         ({"--guidance": 2.0, "--style": "any"}, "--style cannot be used"),

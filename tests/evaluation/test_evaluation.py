@@ -61,9 +61,9 @@ def test_judge_is_the_same_from_its_cache(tmp_path, monkeypatch):
 
 def test_labels_are_balanced_and_table_shows_shares():
     assert np.bincount(sample_labels(1000, 10)).tolist() == [100] * 10
-    real = {"accuracy": 1.0, "frechet": 1.0, "diversity": 4.0, "nearest": 2.0}
+    real = {"accuracy": 1.0, "frechet": 1.0, "kernel": -1e-4, "diversity": 4.0, "nearest": 2.0}
     rows = [{"run": "r", "step": 1, "nfe": 1} | real | {"diversity": 3.0, "nearest": 1.0}]
     text = report.table(rows, real)
-    assert "0.75" in text and "0.50" in text
+    assert "0.75" in text and "0.50" in text and "-0" not in text
     assert report.table(rows, real | {"nearest": 0.0})  # pictures that were trained on
     assert report.plot(rows, real).size[0] > 500

@@ -204,8 +204,8 @@ def standardised(x):
     return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
 
 
-def block_by_hand(layer, h, context, keep):
-    """One transformer block written out; keep (B, S): which tokens may be attended."""
+def block_by_hand(layer, h, context, text, keep):
+    """One transformer block written out; keep (B, L + S): which of text and h may be attended."""
     modulation = dense(layer["Dense_0"], context)[:, None]
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, -1)
     weights = layer["MultiHeadDotProductAttention_0"]
@@ -213,7 +213,9 @@ def block_by_hand(layer, h, context, keep):
         jnp.einsum("bsd,dhk->bhsk", x, weights[name]["kernel"]) + weights[name]["bias"][:, None]
     )
     inner = standardised(h) * (1 + scale_1) + shift_1
-    query, key, value = (project(name, inner) for name in ("query", "key", "value"))
+    query, (key, value) = project("query", inner), (
+        project(name, jnp.concatenate([text, inner], axis=1)) for name in ("key", "value")
+    )
     scores = jnp.einsum("bhsk,bhuk->bhsu", query, key) / jnp.sqrt(query.shape[-1])
     scores = jax.nn.softmax(jnp.where(keep[:, None, None], scores, -jnp.inf), -1)
     mixed = jnp.einsum("bhsu,bhuk->bshk", scores, value)
@@ -256,18 +258,20 @@ def test_scanned_layers_equal_a_loop_over_their_parameters(text):
             kept = cond["mask"][..., None]
             mean = jnp.where(kept, cond["tokens"], 0).sum(1) / kept.sum(1)
             context = times + dense(params["Condition_0"]["Dense_0"], mean)
-            h = jnp.concatenate([dense(params["Dense_1"], cond["tokens"]), h], axis=1)
+            norm = params["text_norm"]
+            tokens = standardised(dense(params["text"], cond["tokens"]))
+            tokens = tokens * norm["scale"] + norm["bias"]
             keep = jnp.concatenate([cond["mask"], jnp.ones((ROWS, side**2), bool)], axis=1)
         else:
             context = times + params["Condition_0"]["Embed_0"]["embedding"][cond["label"]]
-            keep = jnp.ones((ROWS, side**2), bool)
+            tokens, keep = jnp.zeros((ROWS, 0, width)), jnp.ones((ROWS, side**2), bool)
         stacked = scanned(params, c.depth)[1]
         for i in range(c.depth):
             layer = jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
-            h = block_by_hand(layer, h, jax.nn.silu(context), keep)
+            h = block_by_hand(layer, h, jax.nn.silu(context), tokens, keep)
         norm = params["LayerNorm_0"]
-        h = standardised(h[:, -(side**2) :]) * norm["scale"] + norm["bias"]
-        out = dense(params["Dense_2" if text else "Dense_1"], h).reshape(ROWS, side, side, -1)
+        h = standardised(h) * norm["scale"] + norm["bias"]
+        out = dense(params["Dense_1"], h).reshape(ROWS, side, side, -1)
         image = jnp.zeros_like(x)
         for i in range(side):
             for j in range(side):

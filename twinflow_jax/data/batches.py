@@ -6,14 +6,13 @@ the streams of its shape, take turns by weight; every stream is permuted anew in
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int
-
-from twinflow_jax.errors import UserError
 
 THREADS, AHEAD = 4, 8  # that read, and batches that are read before they are asked for
 FOREVER = np.iinfo(np.int32).max
@@ -44,19 +43,11 @@ def batches(
     that holds a part of it (default: all).
     What does not fill a batch at the end of a stream's epoch is left out of that epoch, other
     rows each time; a stream smaller than a batch comes again within one.
-
-    Raises:
-      UserError: all streams together have fewer rows than a batch.
     """
-    total = sum(stream.count for streams in shapes for stream in streams)
-    if total < batch_size:
-        raise UserError(
-            f"data has {total} rows to train on, too few for a batch of {batch_size}"
-        )
     rows = np.arange(batch_size) if rows is None else rows
     turn_of_shape = turns([sum(stream.weight for stream in streams) for streams in shapes])
     turn_of_stream = [turns([stream.weight for stream in streams]) for streams in shapes]
-    numbers = iter(range(total))
+    numbers = itertools.count()
     orders = [
         [order(stream.count, batch_size, seed, next(numbers)) for stream in streams]
         for streams in shapes

@@ -118,8 +118,9 @@ def opened(file: epath.Path) -> pyarrow.parquet.ParquetFile:
     try:
         return pyarrow.parquet.ParquetFile(file.open("rb"))
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} cannot be read ({reason}): is it a whole Parquet file?") from error
+        raise UserError(
+            f"{file} cannot be read ({reason(error)}): is it a whole Parquet file?"
+        ) from error
 
 
 class Tars:
@@ -198,10 +199,9 @@ class Tfds:
                 builder = tfds.builder(name, file_format="array_record")
                 builder.download_and_prepare()
         except Exception as error:  # TFDS raises many kinds where a download fails
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{name} cannot be read as a TFDS dataset ({reason}): give a path that exists, or "
-                "a name of TFDS's catalogue"
+                f"{name} cannot be read as a TFDS dataset ({reason(error)}): give a path that "
+                "exists, or a name of TFDS's catalogue"
             ) from error
         splits = list(builder.info.splits)
         if not split and len(splits) > 1:

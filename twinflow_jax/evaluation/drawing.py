@@ -86,9 +86,11 @@ def open_pair(held_out: epath.PathLike, train: epath.PathLike) -> tuple[Records,
     """Held-out and training records that were made alike.
 
     Raises:
-      UserError: they were not, or either cannot be read.
+      UserError: they were not, or either cannot be read or holds prompts alone.
     """
     pair = open_records(held_out), open_records(train)
+    for records in pair:
+        split_of(records)
     if pair[0].manifest != pair[1].manifest:
         raise UserError(f"{held_out} and {train} were made with other networks: encode one again")
     return pair

@@ -34,7 +34,7 @@ def table(rows: list[Row], real: dict[str, float]) -> str:
         cells = [f"{row['run']:{width}}  {row['nfe']:>3}"]
         for key in keys:
             _, decimals, share = COLUMNS[key]
-            cell = f"{row[key]:9.{decimals}f}"
+            cell = f"{round(row[key], decimals) + 0.0:9.{decimals}f}"  # no -0.00
             if share:
                 # 0: the nearest to held-out pictures that were trained on
                 of_real = f"{row[key] / real[key]:.2f}" if real[key] else "-"

@@ -1,9 +1,9 @@
 """A small diffusion transformer with stacked, scanned layers.
 
-Patches and, where there are any, text tokens share one sequence (joint attention), the text last,
-so that its padding ends the sequence; times and
-the class (or mean text token) modulate every block (AdaLN-zero). Layers are one set of
-parameters with a leading `layers` axis, so that compile time does not grow with depth.
+Patches attend to each other and, where there is any, to the text, whose tokens are further keys
+and values in every block: layers do not change them, so that text costs little. Times and the
+class (or mean text token) modulate every block (AdaLN-zero). Layers are one set of parameters
+with a leading `layers` axis, so that compile time does not grow with depth.
 """
 
 import dataclasses
@@ -96,19 +96,23 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention within one sequence; lengths: keys from this one on are padding."""
+    """Patches attend to each other and to the text, `lengths` of whose tokens count."""
 
     config: Config
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], lengths: Int[Array, "B"] | None
+        self, x: Float[Array, "B S D"], text: Float[Array, "B L D"] | None,
+        lengths: Int[Array, "B"] | None,
     ) -> Float[Array, "B S D"]:
         c = self.config
         heads = (c.heads, c.width // c.heads)
+        seen = x
+        if text is not None:
+            seen, lengths = jnp.concatenate([x, text], axis=1), x.shape[1] + lengths
         parts = [
-            Projection((c.width, *heads), 1, ("embed", "heads", None), c.dtype, name=name)(x)
-            for name in ("query", "key", "value")
+            Projection((c.width, *heads), 1, ("embed", "heads", None), c.dtype, name=name)(tokens)
+            for name, tokens in (("query", x), ("key", seen), ("value", seen))
         ]
         attended = checkpoint_name(attention(*parts, lengths), "attention_output")
         out = Projection((*heads, c.width), 2, ("heads", None, "embed"), c.dtype, name="out")
@@ -123,7 +127,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, h: Float[Array, "B S D"], context: Float[Array, "B D"],
-        lengths: Int[Array, "B"] | None,
+        text: Float[Array, "B L D"] | None, lengths: Int[Array, "B"] | None,
     ):
         c = self.config
         h = checkpoint_name(axes.rows(h), "block_input")
@@ -134,7 +138,7 @@ class Block(nn.Module):
         )
         # Flax's name, so that weights of earlier versions are found.
         attended = Attention(c, name="MultiHeadDotProductAttention_0")(
-            norm(h) * (1 + scale_1) + shift_1, lengths
+            norm(h) * (1 + scale_1) + shift_1, text, lengths
         )
         h = h + gate_1 * attended
         inner = norm(h) * (1 + scale_2) + shift_2
@@ -159,14 +163,15 @@ class DiT(nn.Module):
 
         times = conditioning.SinusoidTime(c.width)(t) + conditioning.SinusoidTime(c.width)(t - r)
         context = times + conditioning.Condition(c.width, c.num_classes)(cond, rows)
-        lengths = None
+        text = lengths = None
         if "tokens" in cond:
-            text = nn.Dense(c.width, dtype=c.dtype)(cond["tokens"])
-            h = jnp.concatenate([h, text], axis=1)
-            lengths = grid[0] * grid[1] + cond["mask"].sum(axis=-1)
+            # Normalised, as patches are before attention: both share its projections.
+            text = nn.Dense(c.width, dtype=c.dtype, name="text")(cond["tokens"])
+            text = nn.LayerNorm(dtype=c.dtype, name="text_norm")(text)
+            lengths = cond["mask"].sum(axis=-1)
 
-        h = run_layers(self, Block, c.depth, c.remat, h, per_row=(nn.silu(context), lengths))
-        h = nn.LayerNorm(dtype=c.dtype)(h[:, : grid[0] * grid[1]])
+        h = run_layers(self, Block, c.depth, c.remat, h, per_row=(nn.silu(context), text, lengths))
+        h = nn.LayerNorm(dtype=c.dtype)(h)
         out = nn.Dense(p * p * channels, dtype=c.dtype, kernel_init=nn.initializers.zeros)(h)
         out = out.reshape(rows, *grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         return x_t - out.reshape(x_t.shape)

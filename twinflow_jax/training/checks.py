@@ -58,12 +58,22 @@ def check_values(config) -> None:
 def check_fit(
     config, family: models.Family, settings, source: data.Dataset | list[Records]
 ) -> None:
-    """Refuses a network that does not take this data, or a pipeline that does not fit it.
+    """Refuses data of less than a batch, a network that does not take it, or a pipeline that
+    does not fit it.
 
     settings: the network's. source: a named dataset, or folders of records.
     Raises:
       UserError: says what differs.
     """
+    if isinstance(source, data.Dataset):
+        total = len(source.train)
+    else:
+        total = sum(sum(folder.splits.values()) for folder in source)
+    if total < config.data.batch_size:
+        raise UserError(
+            f"data has {total} rows to train on, too few for a batch of {config.data.batch_size}: "
+            "give more, or a smaller data.batch_size"
+        )
     if family.text_to_image is not None:
         check_pipeline(config, settings)
         if config.data.records:
