@@ -58,8 +58,8 @@ def flow() -> ml_collections.ConfigDict:
 def twinflow() -> ml_collections.ConfigDict:
     config = flow()
     config.objective = objectives.preset("released", distance="l2", guidance=0.5)
-    config.optimizer.update(learning_rate=5e-4)
-    config.train.update(steps=1200, init_from="runs/emoji_flow")
+    config.optimizer.update(learning_rate=1e-3)
+    config.train.update(steps=1500, init_from="runs/emoji_flow")
     config.sample.steps = (1, 2, 4)
     return config
 

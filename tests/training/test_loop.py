@@ -80,6 +80,9 @@ def test_starts_from_another_run(small_config, tmp_path):
             small_config("model.width=16", f"train.init_from={tmp_path / 'first'}"),
             tmp_path / "third",
         )
+    with pytest.raises(UserError, match="nothing is no run"):
+        trained(small_config(f"train.init_from={tmp_path / 'nothing'}"), tmp_path / "third")
+    assert not (tmp_path / "third").exists()
 
 
 def test_nan_stops_with_step_and_term(small_config, tmp_path):

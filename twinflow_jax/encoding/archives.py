@@ -199,9 +199,10 @@ class Tfds:
                 builder = tfds.builder(name, file_format="array_record")
                 builder.download_and_prepare()
         except Exception as error:  # TFDS raises many kinds where a download fails
+            said = (str(error).splitlines() or [type(error).__name__])[0]  # a catalogue follows
             raise UserError(
-                f"{name} cannot be read as a TFDS dataset ({reason(error)}): give a path that "
-                "exists, or a name of TFDS's catalogue"
+                f"{name} cannot be read as a TFDS dataset ({said}): give a path that exists, or "
+                "a name of TFDS's catalogue"
             ) from error
         splits = list(builder.info.splits)
         if not split and len(splits) > 1:

@@ -1,5 +1,7 @@
 """What no run can be trained with, refused before anything is written."""
 
+import dataclasses
+
 from twinflow_jax import checkpoints, data, models, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import imported
@@ -92,6 +94,26 @@ def check_fit(
         raise UserError(
             f"model.num_classes is {settings.num_classes}, but data {source.name!r} has "
             f"{source.num_classes} classes (0 for none)"
+        )
+
+
+def check_start(config, settings) -> None:
+    """Refuses to start from what is no run, or from another network. settings: the network's.
+
+    Raises:
+      UserError: says what is missing or differs.
+    """
+    source = config.train.init_from
+    if not source or imported.is_imported(source):
+        return
+    other = models.settings_of(checkpoints.open_weights(source)[0].model)[1]
+    theirs, ours = (dataclasses.asdict(one) for one in (other, settings))
+    free = {"remat", "dtype"}  # of computing, not of the weights
+    differing = [k for k in (theirs.keys() | ours) - free if theirs.get(k) != ours.get(k)]
+    if differing:
+        raise UserError(
+            f"train.init_from {source} is another network: it differs in "
+            + ", ".join(f"model.{k} ({theirs.get(k)!r})" for k in sorted(differing))
         )
 
 

@@ -1,7 +1,6 @@
 """The training loop: step, watch, save, and leave cleanly whatever happens."""
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import signal
@@ -55,6 +54,8 @@ def train(
     source = inputs.open_data(config, settings)
     shapes = inputs.shapes(source, settings)
     checks.check_fit(config, family, settings, source)
+    if not (pathlib.Path(workdir) / "checkpoints").exists():
+        checks.check_start(config, settings)
     hosts.first(lambda: checkpoints.claim(workdir, config, inputs.digest(source)))
     keep_compiled(workdir)
     try:
@@ -214,22 +215,8 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
         arrays = imported.open_imported(source).arrays("transformer")
         params = store.load(arrays, abstract, f"{source}: transformer")
     else:
-        refuse_other_networks(source, model)
         params = checkpoints.load_weights(source, abstract=abstract)[2]
     return prepared.place(prepared.fresh, params)
-
-
-def refuse_other_networks(run: str, model: models.Model) -> None:
-    """Raises UserError where a run trained another network than `model`."""
-    other = models.settings_of(checkpoints.read_config(run).model)[1]
-    theirs, ours = (dataclasses.asdict(config) for config in (other, model.config))
-    free = {"remat", "dtype"}  # of computing, not of the weights
-    differing = [k for k in (theirs.keys() | ours) - free if theirs.get(k) != ours.get(k)]
-    if differing:
-        raise UserError(
-            f"train.init_from {run} is another network: it differs in "
-            + ", ".join(f"model.{k} ({theirs.get(k)!r})" for k in sorted(differing))
-        )
 
 
 class Stopper:
