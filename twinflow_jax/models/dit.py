@@ -19,6 +19,8 @@ from twinflow_jax.models.attention import attention
 from twinflow_jax.models.decoder import init_of
 from twinflow_jax.models.stack import run_layers
 
+SMALLEST_TIME = 0.3  # that the output is divided by
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -174,4 +176,7 @@ class DiT(nn.Module):
         h = nn.LayerNorm(dtype=c.dtype)(h)
         out = nn.Dense(p * p * channels, dtype=c.dtype, kernel_init=nn.initializers.zeros)(h)
         out = out.reshape(rows, *grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
-        return x_t - out.reshape(x_t.shape)
+        # An estimate of the picture, as a velocity: noise, which fills a patch, then need not pass
+        # through the width. Bounded, since a small t would blow up the estimate's error.
+        scale = jnp.maximum(jnp.abs(t), SMALLEST_TIME)[:, None, None, None]
+        return (x_t - out.reshape(x_t.shape)) / scale
