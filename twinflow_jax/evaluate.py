@@ -155,7 +155,7 @@ def by_caption(args, steps: list[int]) -> Scores:
     network = features.load(args.features)
     decode = drawing.decoder(held_out, next(iter(runs.values())).pipeline)
     captions = drawing.hold_out(held_out, args.count, decode)
-    judge = drawing.create_judge(network, train, captions, decode)
+    judge = drawing.create_judge(network.remembered, train, captions, decode)
     owners = drawing.owners_of(captions, seeds)
     some, pictures = drawing.shown(captions, seeds, ROWS)
     rows, blocks = [], {"real": captions.real[some]}

@@ -75,8 +75,15 @@ def arguments(made, **other):
 
 def test_evaluate_scores_a_run_on_held_out_captions(made, tmp_path, capsys, monkeypatch):
     """By features that are the pixels of a copy of 4 x 4."""
-    see = lambda x: np.asarray(features.scaled(x, 4)).reshape(len(x), -1).astype(np.float64)
-    monkeypatch.setattr(features, "load", lambda file: see)
+    seen = []
+
+    def see(self, x):
+        seen.append(len(x))
+        return np.asarray(features.scaled(x, 4)).reshape(len(x), -1).astype(np.float64)
+
+    monkeypatch.setattr(features.Network, "__call__", see)
+    monkeypatch.setattr(features, "load", lambda file: features.Network({}, b"pixels"))
+    monkeypatch.setenv("TWINFLOW_CACHE", str(tmp_path / "cache"))
     files = {f"--{name}": tmp_path / name for name in ("json", "plot", "sheet")}
     assert call(evaluate, *arguments(made, **{"--steps": "1,4"}, **files)) == 0
     table = capsys.readouterr().out
@@ -90,6 +97,10 @@ def test_evaluate_scores_a_run_on_held_out_captions(made, tmp_path, capsys, monk
     assert "R@1" in table and "accuracy" not in table
     with Image.open(tmp_path / "sheet") as sheet:
         assert sheet.text["rows"].splitlines()[0] == "other 0"
+    # Real pictures are seen once, drawn ones each time.
+    assert sorted(seen) == [12, 24, 24, 90]
+    assert call(evaluate, *arguments(made, **{"--steps": "1,4"})) == 0
+    assert capsys.readouterr().out == table and seen[4:] == [24, 24]
 
 
 def test_what_is_drawn_depends_on_the_caption_and_seed_alone(made):

@@ -5,6 +5,7 @@ Its weights come from a file that tools/features.py writes.
 
 import dataclasses
 import functools
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 
 from twinflow_jax.checkpoints import tensors
 from twinflow_jax.errors import UserError
+from twinflow_jax.evaluation import cache
 from twinflow_jax.models import efficientnet, names
 
 SIDE = 128  # pixels that images are scaled to; at 224 it takes three times as long
@@ -27,9 +29,10 @@ def scaled(x: Float[Array, "B H W 3"], side: int) -> Float[Array, "B side side 3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """The feature network with its weights."""
+    """The feature network with its weights. digest: of those."""
 
     params: dict
+    digest: bytes
 
     @functools.cached_property
     def _apply(self):
@@ -44,6 +47,14 @@ class Network:
             parts.append(np.asarray(self._apply(self.params, np.asarray(x[rows], np.float32))))
         return np.concatenate(parts)[: len(x)].astype(np.float64)
 
+    def remembered(self, x: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N D"]:
+        """The same, kept for the next time: of real images, which are seen again and again."""
+        x = np.ascontiguousarray(x, np.float32)
+        key = self.digest, repr((SIDE, x.shape)).encode(), x.tobytes()
+        # Nothing is lost in float32, which the network computes in.
+        found = cache.kept("features", key, lambda: {"features": self(x).astype(np.float32)})
+        return found["features"].astype(np.float64)
+
 
 def load(file: epath.PathLike) -> Network:
     """The network with weights from a file of tools/features.py.
@@ -55,7 +66,10 @@ def load(file: epath.PathLike) -> Network:
     table = efficientnet.table(efficientnet.Config())
     check(file, {key: tensor.shape for key, tensor in found.items()})
     flat = {rule.path: rule.ours(found[rule.key].read()) for rule in table.rules}
-    return Network(names.unflatten(jax.tree.map(jnp.asarray, flat)))
+    digest = hashlib.sha256()
+    for path in sorted(flat):
+        digest.update(path.encode() + np.ascontiguousarray(flat[path]).tobytes())
+    return Network(names.unflatten(jax.tree.map(jnp.asarray, flat)), digest.digest())
 
 
 def check(file: epath.PathLike, shapes: dict[str, tuple[int, ...]]) -> list[str]:
