@@ -79,4 +79,5 @@ def longer() -> ml_collections.ConfigDict:
 def image_free() -> ml_collections.ConfigDict:
     config = twinflow()
     config.objective = objectives.preset("image_free", distance="l2", guidance=2.0)
+    config.train.steps = 750
     return config

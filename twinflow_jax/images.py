@@ -39,12 +39,16 @@ def sheet(
     rows: what the rows show, written before them; a block may then have fewer columns.
     """
     tiles = [tile(x, len(x) // len(rows) if rows else columns) for x in blocks.values()]
-    scale = max(1, 220 // max(t.shape[1] for t in tiles))
+    scale = max(1, round(220 / max(t.shape[1] for t in tiles)))
     tiles = [np.kron(t, np.ones((scale, scale, 1), np.uint8)) for t in tiles]
     font = ImageFont.load_default(14)
     head = 22 + (22 if title else 0)
     left = MARGIN + max((int(font.getlength(row)) + 2 * MARGIN for row in rows), default=0)
-    width = sum(t.shape[1] + MARGIN for t in tiles) + left
+    widths = [  # a caption may be wider than its block
+        max(t.shape[1], int(font.getlength(caption)) + 2 * MARGIN) + MARGIN
+        for caption, t in zip(blocks, tiles, strict=True)
+    ]
+    width = sum(widths) + left
     picture = Image.new("RGB", (width, head + max(t.shape[0] for t in tiles) + MARGIN), "white")
     draw = ImageDraw.Draw(picture)
     if title:
@@ -52,10 +56,10 @@ def sheet(
     for i, row in enumerate(rows):
         middle = head + (2 * i + 1) * tiles[0].shape[0] // (2 * len(rows))
         draw.text((MARGIN + 2, middle), row, fill="black", font=font, anchor="lm")
-    for caption, pixels in zip(blocks, tiles, strict=True):
+    for caption, pixels, step in zip(blocks, tiles, widths, strict=True):
         draw.text((left + 2, head - 19), caption, fill="black", font=font)
         picture.paste(Image.fromarray(pixels), (left, head))
-        left += pixels.shape[1] + MARGIN
+        left += step
     return picture
 
 
