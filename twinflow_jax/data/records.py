@@ -226,6 +226,10 @@ class Records:
         found = {name: info.num_examples for name, info in self._builder.info.splits.items()}
         return {name: count for name, count in sorted(found.items()) if count}
 
+    def __len__(self) -> int:
+        """Records of all splits."""
+        return sum(self.splits.values())
+
     def sample_shape(self, split: str) -> tuple[int, int, int]:
         """(h, w, c) of a split's samples."""
         width, height = (int(side) // self.manifest.downscale for side in split.split("x"))

@@ -67,10 +67,7 @@ def check_fit(
     Raises:
       UserError: says what differs.
     """
-    if isinstance(source, data.Dataset):
-        total = len(source.train)
-    else:
-        total = sum(sum(folder.splits.values()) for folder in source)
+    total = len(source.train) if isinstance(source, data.Dataset) else sum(map(len, source))
     if total < config.data.batch_size:
         raise UserError(
             f"data has {total} rows to train on, too few for a batch of {config.data.batch_size}: "

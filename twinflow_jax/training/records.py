@@ -109,12 +109,11 @@ def streams(
     weights: each folder's share of all rows (none: that of its records); within a folder every
     record counts alike.
     """
-    sizes = [sum(folder.splits.values()) for folder in folders]
-    each = dict(zip(folders, (weights or sizes), strict=True))
+    each = dict(zip(folders, weights or map(len, folders), strict=True))
 
     def stream(shape, folder: Records, split: str) -> data.Stream:
         count = folder.splits[split]
-        share = each[folder] * count / sum(folder.splits.values())
+        share = each[folder] * count / len(folder)
 
         def read(rows, seeds):
             return batch(folder, split, rows, seeds, shape, settings, tokens)
