@@ -108,11 +108,15 @@ fi
 # A signal goes to the processes once each: with job control each is in a group of its own, which
 # the terminal's Ctrl-C does not reach. A second one would end them before they have saved.
 set -m
-running=() stopping=''
+running=() stopping='' starting='' pending=''
 # shellcheck disable=SC2329 # called by the traps
 forward() {
   stopping=yes
-  ((${#running[@]})) && kill "-$1" "${running[@]}" 2>/dev/null
+  if [[ $starting ]]; then
+    pending=$1 # until all processes are known
+  elif ((${#running[@]})); then
+    kill "-$1" "${running[@]}" 2>/dev/null
+  fi
 }
 trap 'forward INT' INT
 trap 'forward TERM' TERM HUP
@@ -125,7 +129,7 @@ pause() { # interrupted by signals, unlike a sleep in the foreground
 # Starts all processes, waits until all have ended, and sets `status` to the first failure's.
 attempt() {
   local i pid deadline='' alive
-  status=0 running=()
+  status=0 running=() starting=yes
   find_port
   for ((i = 0; i < processes; i++)); do
     build "$i"
@@ -138,6 +142,8 @@ attempt() {
     fi
     running+=($!)
   done
+  starting=''
+  [[ $pending ]] && forward "$pending" && pending=''
   while ((${#running[@]})); do
     alive=()
     for pid in "${running[@]}"; do
