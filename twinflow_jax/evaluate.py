@@ -108,11 +108,11 @@ def by_class(args, steps: list[int]) -> Scores:
     count = 1000 if args.count is None else args.count
     if count < 200:
         raise UserError(f"--count is {count}; scores need at least 200 samples")
-    configs = {run: checkpoints.read_config(run) for run in args.checkpoint}
-    if any(config.get("pipeline") for config in configs.values()):
+    runs = [checkpoints.read_run(folder) for folder in args.checkpoint]
+    if any(run.pipeline for run in runs):
         raise UserError("a run draws from text: give --records, --train-records and --features")
     loaded = {run: checkpoints.load_weights(run, args.raw) for run in args.checkpoint}
-    names = {config.data.name for config in configs.values()}
+    names = {run.data.name for run in runs}
     if len(names) > 1:
         raise UserError(f"the runs were trained on different data ({', '.join(sorted(names))})")
     dataset = data.load(names.pop())

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from twinflow_jax import checkpoints, images, models, text_to_image
+from twinflow_jax import checkpoints, images, text_to_image
 from twinflow_jax.checkpoints import imported, tensors
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.sampling import arguments, generate
@@ -36,8 +36,8 @@ def main() -> int:
             f"{folder} is no run and no imported checkpoint: give the --workdir of training, or "
             "what `tools/convert.py import` wrote"
         )
-    run = None if imported.is_imported(folder) else checkpoints.read_config(folder)
-    if run is None or models.settings_of(run.model)[0].text_to_image:
+    run = None if imported.is_imported(folder) else checkpoints.read_run(folder)
+    if run is None or run.family.text_to_image:
         arguments.refuse(args, CLASS_ONLY, f"{folder} draws from prompts")
         draw = draw_prompts
     else:
@@ -104,15 +104,15 @@ def draw_classes(args, run) -> int:
     count = 8 if args.count is None else args.count
     if count < 1:
         raise UserError(f"--count is {count}; draw at least one sample per class")
-    config, model, params, step = checkpoints.load_weights(args.checkpoint, args.raw, args.at_step)
-    classes = parse_classes(args.classes, config.model.num_classes)
+    run, model, params, step = checkpoints.load_weights(args.checkpoint, args.raw, args.at_step)
+    classes = parse_classes(args.classes, run.model.num_classes)
     labels = np.repeat(classes, count)
     x = generate(model, params, labels, grid, args.seed)
 
     text = describe(args, at_step=step, raw=args.raw, **grid_settings(grid))
     weights = f"step{step}{'_raw' if args.raw else ''}"
-    run = epath.Path(args.checkpoint).name
-    name = f"{run}_{weights}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
+    folder = epath.Path(args.checkpoint).name
+    name = f"{folder}_{weights}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
     out = epath.Path(args.out)
     if args.sheet:
         file = out / f"sheet_{name}.png"

@@ -40,13 +40,13 @@ def main() -> int:
     elif args.processes > 1:
         raise UserError(f"--processes is {args.processes}: give --coordinator HOST:PORT too")
     with hosts.together():
-        return trained(configs.load(args.config, overrides), args.workdir)
+        return trained(configs.parse(args.config, overrides), args.workdir)
 
 
-def trained(config, workdir: str) -> int:
+def trained(run: configs.Run, workdir: str) -> int:
     """Trains; returns the exit status, which is of a signal where one stopped it."""
     try:
-        train(config, workdir, progress=hosts.leads())
+        train(run, workdir, progress=hosts.leads())
     except Interrupted as stop:
         name = signal.Signals(stop.signal).name
         done = f"saved step {stop.step}" if stop.saved else "no step was taken, nothing is lost"

@@ -10,6 +10,7 @@ from PIL import Image
 from tests.test_verbs import call
 from twinflow_jax import evaluate, objectives, text_to_image
 from twinflow_jax.checkpoints import random
+from twinflow_jax.config import Run
 from twinflow_jax.data import records
 from twinflow_jax.evaluation import drawing, features
 from twinflow_jax.training import defaults
@@ -60,7 +61,7 @@ def made(tmp_path_factory):
     config.train.update(steps=2, condition_dropout=0.1, sample_every=100, ema_decay=0.0)
     config.optimizer.learning_rate = 0.03  # far from the velocity 0 of a new network
     config.sample.update(prompts=("a cat",), steps=(1,), columns=1, score_count=0)
-    train(config, str(root / "run"), progress=False)
+    train(Run.of(config.to_dict()), str(root / "run"), progress=False)
     return root
 
 

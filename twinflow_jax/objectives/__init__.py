@@ -11,6 +11,7 @@ from typing import Any
 from twinflow_jax.errors import UserError
 from twinflow_jax.objectives import paper, tutorial, twinflow
 from twinflow_jax.objectives.batch import Batch
+from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import Counts, Draws, cut
 
 FORMS = {"twinflow": twinflow, "tutorial": tutorial, "paper": paper}
@@ -90,20 +91,21 @@ class Objective:
         return cut(draws, self.form.ROLES, start, stop)
 
 
+def config_of(form: str) -> type[Shared]:
+    """The Config class of a form.
+
+    Raises:
+      UserError: no such form.
+    """
+    if form not in FORMS:
+        raise UserError(f"objective.form is {form!r}; choose from {', '.join(FORMS)}")
+    return FORMS[form].Config
+
+
 def build(fields: dict[str, Any]) -> Objective:
     """An objective from a config's fields (`preset(...)`, perhaps overridden).
 
     Raises:
       UserError: unknown form or field, or a value that cannot be trained with.
     """
-    fields = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(fields).items()}
-    if fields.get("form") not in FORMS:
-        raise UserError(
-            f"objective.form is {fields.get('form')!r}; choose from {', '.join(FORMS)}"
-        )
-    config_class = FORMS[fields["form"]].Config
-    known = [field.name for field in dataclasses.fields(config_class)]
-    for field in fields:
-        if field not in known:
-            raise UserError(f"objective has no field {field!r}; it has {', '.join(known)}")
-    return Objective(config_class(**fields))
+    return Objective(config_of(fields.get("form")).of(fields))
