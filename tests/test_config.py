@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 from twinflow_jax import config as configs
-from twinflow_jax import models, objectives
+from twinflow_jax import models, objectives, train
+from twinflow_jax.config import reference
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import optimizers
 
@@ -62,6 +63,23 @@ def test_a_record_without_some_keys_has_their_defaults():
     fields["train"]["speed"] = 3
     with pytest.raises(UserError, match="train has no key 'speed'"):
         configs.from_json(json.dumps(fields))
+
+
+def test_the_reference_of_all_keys_is_current():
+    """Make it again: python -m twinflow_jax.config.reference > docs/configs.md"""
+    assert pathlib.Path("docs/configs.md").read_text() == reference.reference()
+
+
+def test_help_config_prints_every_key_with_its_present_value(capsys, monkeypatch):
+    command = ["train", "--config", "configs/digits.py", "--config.train.steps=7", "--help-config"]
+    monkeypatch.setattr("sys.argv", command)
+    assert train.main() == 0
+    told = capsys.readouterr().out
+    assert "train.steps = 7  (default 1000)\n    int: optimizer steps in all; 1 or more\n" in told
+    fields = configs.parse("configs/digits.py").fields()
+    assert {line.split(" = ")[0] for line in told.splitlines() if " = " in line} == (
+        configs.flatten(fields).keys()
+    )
 
 
 @pytest.mark.parametrize(

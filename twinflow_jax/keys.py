@@ -26,28 +26,24 @@ class Bounds:
     below: float | None = None
     choices: tuple[str, ...] = ()
 
-    def refuses(self, value: Any) -> str:
-        """What to give instead of a value; "" where it is well."""
+    def __str__(self) -> str:
+        """In words; "" where there are none."""
         if self.choices:
-            return "" if value in self.choices else f"choose from {', '.join(self.choices)}"
-        if self.holds(value):
+            return f"one of {', '.join(self.choices)}"
+        low = self.least if self.above is None else self.above
+        high = self.most if self.below is None else self.below
+        if low is None:
             return ""
-        low, high = self.low, self.high
         if high is None:
-            return f"give more than {low:g}" if self.least is None else f"give {low:g} or more"
-        opening = "(" if self.above is not None else "["
-        closing = ")" if self.below is not None else "]"
-        return f"it lies in {opening}{low:g}, {high:g}{closing}"
+            return f"more than {low:g}" if self.least is None else f"{low:g} or more"
+        opening = "(" if self.least is None else "["
+        closing = ")" if self.most is None else "]"
+        return f"a number in {opening}{low:g}, {high:g}{closing}"
 
-    @property
-    def low(self) -> float | None:
-        return self.least if self.above is None else self.above
-
-    @property
-    def high(self) -> float | None:
-        return self.most if self.below is None else self.below
-
-    def holds(self, value: Any) -> bool:
+    def hold(self, value: Any) -> bool:
+        """Whether a value lies within."""
+        if self.choices:
+            return value in self.choices
         return (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -86,11 +82,14 @@ class Key:
             raise TypeError
         return tuple(_fit(each, one) for one in value)
 
-    def problem(self, value: Any) -> str:
-        """What is wrong with a value of the right type; "" where all is well."""
-        values = value if isinstance(value, tuple) else (value,)
-        advice = next(filter(None, map(self.bounds.refuses, values)), "")
-        return f"{value!r}; {advice}" if advice else ""
+    def takes(self, value: Any) -> bool:
+        """Whether a value of the right type lies within the bounds."""
+        return all(map(self.bounds.hold, value if isinstance(value, tuple) else (value,)))
+
+    @property
+    def told(self) -> str:
+        """Its meaning and bounds in words."""
+        return f"{self.meaning}; {self.bounds}" if str(self.bounds) else self.meaning
 
 
 def option(default: Any, meaning: str, **bounds: Any) -> Any:
@@ -135,8 +134,8 @@ class Part:
                 )
                 continue
             object.__setattr__(self, name, value)  # a frozen dataclass, being made
-            if problem := one.problem(value):
-                problems.append(f"{self.section}.{name} is {problem}")
+            if not one.takes(value):
+                problems.append(f"{self.section}.{name} is {value!r}; give {one.bounds}")
         if problems:
             raise UserError("; ".join(problems))
 

@@ -9,6 +9,7 @@ import signal
 import sys
 
 from twinflow_jax import config as configs
+from twinflow_jax.config import reference
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.parallel import hosts
 from twinflow_jax.training.loop import Interrupted, train
@@ -22,7 +23,10 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
-    parser.add_argument("--workdir", required=True, help="folder of the run, seen by every host")
+    parser.add_argument("--workdir", help="folder of the run, seen by every host")
+    parser.add_argument(
+        "--help-config", action="store_true", help="print the config's keys and exit"
+    )
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT",
         help="of process 0, on several hosts; auto on a TPU pod, GKE or Slurm",
@@ -31,6 +35,11 @@ def main() -> int:
     parser.add_argument("--process", type=int, default=0, help="number of this one, from 0")
     args, rest = parser.parse_known_args()
     overrides = configs.overrides(rest)
+    if args.help_config:
+        print(reference.describe(configs.parse(args.config, overrides)))
+        return 0
+    if args.workdir is None:
+        parser.error("the following arguments are required: --workdir")
     if args.coordinator:
         try:
             hosts.join(args.coordinator, args.processes, args.process)
