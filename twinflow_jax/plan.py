@@ -15,16 +15,10 @@ import json
 import os
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU would only be in the way
-
-from etils import epath
-from tqdm import tqdm
-
-from twinflow_jax import config as configs
-from twinflow_jax import files
+from twinflow_jax import arguments
 from twinflow_jax.errors import UserError, run_verb
-from twinflow_jax.planning import plan, report, topology
-from twinflow_jax.training import setup
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU would only be in the way
 
 SEARCHED = {
     "strategy": ("gather_layers", "gather_once"), "remat": ("full", "dots"), "scale": (1, 2),
@@ -33,6 +27,14 @@ SEARCHED = {
 
 def main() -> int:
     args, overrides = parse()
+    from etils import epath
+    from tqdm import tqdm
+
+    from twinflow_jax import config as configs
+    from twinflow_jax import files
+    from twinflow_jax.planning import plan, report, topology
+    from twinflow_jax.training import setup
+
     topologies = [topology.resolve(name) for name in args.topology]
     if args.parameters:
         for where in topologies:
@@ -61,7 +63,8 @@ def main() -> int:
             plans.append(plan.impossible(run, where, str(error)))
         bar.write(report.line(plans[-1])) if len(variants) > 1 else None
         if args.json:  # what is done so far, since each takes minutes
-            files.write(epath.Path(args.json), as_json(plans))
+            record = json.dumps([one.to_json() for one in plans], indent=2)
+            files.write(epath.Path(args.json), record.encode())
     if len(plans) == 1:
         print(report.details(plans[0]))
     elif any(not p.refused for p in plans):
@@ -73,10 +76,7 @@ def main() -> int:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m twinflow_jax.plan", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
+    parser = arguments.parser("plan", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
     parser.add_argument(
         "--topology", required=True, nargs="+", metavar="NAME",
@@ -95,7 +95,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--hlo", metavar="FILE", help="write the compiled program")
     args, rest = parser.parse_known_args()
-    return args, configs.overrides(rest)
+    return args, arguments.overrides(rest)
 
 
 def choices(args, name: str) -> tuple:
@@ -106,15 +106,13 @@ def choices(args, name: str) -> tuple:
 
 def varied(file: str, overrides: list[str], strategy, remat, scale):
     """The run with another strategy, rematerialisation and multiple of its batch."""
+    from twinflow_jax import config as configs
+
     more = [f"mesh.strategy={strategy}"] if strategy else []
     more += [f"model.remat={remat}"] if remat else []
     run = configs.parse(file, [*overrides, *more])
     rows = run.data.batch_size * (scale or 1)
     return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=rows))
-
-
-def as_json(plans: list[plan.Plan]) -> bytes:
-    return json.dumps([p.to_json() for p in plans], indent=2).encode()
 
 
 if __name__ == "__main__":

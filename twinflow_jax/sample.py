@@ -21,10 +21,10 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from twinflow_jax import checkpoints, images, text_to_image
+from twinflow_jax import arguments, checkpoints, images, text_to_image
 from twinflow_jax.checkpoints import imported, tensors
 from twinflow_jax.errors import UserError, run_verb
-from twinflow_jax.sampling import arguments, generate
+from twinflow_jax.sampling import few_step, generate
 from twinflow_jax.text_to_image import Embeddings
 
 
@@ -60,10 +60,7 @@ BASE_ONLY = ("guidance", "negative")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m twinflow_jax.sample", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
+    parser = arguments.parser("sample", __doc__)
     parser.add_argument("--checkpoint", required=True, help="a run's --workdir, or imported")
     parser.add_argument("--out", required=True, help="folder for the pictures")
     parser.add_argument("--steps", type=int, help="of the sampler (default 1, --base: as usual)")
@@ -94,13 +91,13 @@ def parse() -> argparse.Namespace:
                        help="of the computation (default: bfloat16, float32 on a CPU)")
     group.add_argument("--tile", type=int, help="decode larger pictures in tiles of these pixels")
     group.add_argument("--pipeline", help="the imported checkpoint of a run (default: as it says)")
-    arguments.add(parser)
+    arguments.add_sampler(parser)
     return parser.parse_args()
 
 
 def draw_classes(args, run) -> int:
     """Samples of a class-conditional run."""
-    grid = arguments.grid(args, 1 if args.steps is None else args.steps)
+    grid = few_step(1 if args.steps is None else args.steps, **arguments.sampler(args))
     count = 8 if args.count is None else args.count
     if count < 1:
         raise UserError(f"--count is {count}; draw at least one sample per class")
@@ -182,13 +179,13 @@ def draw_prompts(args, run) -> int:
 def choose_few(args, pipeline, shape) -> tuple[Callable, dict, str]:
     """How to draw in a few steps: `(draw, settings, a label for file names)`."""
     arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
-    grid = arguments.grid(args, 1 if args.steps is None else args.steps)
+    grid = few_step(1 if args.steps is None else args.steps, **arguments.sampler(args))
     return pipeline.few_step(grid), grid_settings(grid), f"{grid.style}{grid.nfe}nfe"
 
 
 def choose_base(args, pipeline, shape) -> tuple[Callable, dict, str]:
     """How to draw as the base model does: `(draw, settings, a label for file names)`."""
-    arguments.refuse(args, arguments.NAMES, "--base has its own time grid")
+    arguments.refuse(args, arguments.SAMPLER, "--base has its own time grid")
     steps = pipeline.family.base_steps if args.steps is None else args.steps
     guidance = pipeline.family.base_guidance if args.guidance is None else args.guidance
     if not math.isfinite(guidance):

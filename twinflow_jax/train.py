@@ -4,10 +4,10 @@ Any config key can be overridden: `--config.train.steps=500`. The same command a
 where a stopped run left off. On several hosts, start it on each with --coordinator (docs/pods.md).
 """
 
-import argparse
 import signal
 import sys
 
+from twinflow_jax import arguments
 from twinflow_jax import config as configs
 from twinflow_jax.config import reference
 from twinflow_jax.errors import UserError, run_verb
@@ -18,10 +18,7 @@ UNREACHED = 75  # exit status where the processes did not find each other: worth
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m twinflow_jax.train", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
+    parser = arguments.parser("train", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
     parser.add_argument("--workdir", help="folder of the run, seen by every host")
     parser.add_argument(
@@ -34,7 +31,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="of the run, unless auto")
     parser.add_argument("--process", type=int, default=0, help="number of this one, from 0")
     args, rest = parser.parse_known_args()
-    overrides = configs.overrides(rest)
+    overrides = arguments.overrides(rest)
     if args.help_config:
         print(reference.describe(configs.parse(args.config, overrides)))
         return 0

@@ -67,18 +67,6 @@ def load(path: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def overrides(arguments: Sequence[str]) -> list[str]:
-    """`["KEY=VALUE"]` of a command line's `--config.KEY=VALUE`.
-
-    Raises:
-      UserError: an argument is something else.
-    """
-    for flag in arguments:
-        if not flag.startswith("--config."):
-            raise UserError(f"unknown argument {flag!r}; config keys are --config.KEY=VALUE")
-    return [flag.removeprefix("--config.") for flag in arguments]
-
-
 def overridden(fields: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Nested fields with "section.key=value" overrides applied.
 
