@@ -50,7 +50,7 @@ class Bench:
 
     described: Run
     dataset: data.Dataset
-    judge: evaluation.Judge
+    judge: evaluation.ClassJudge
     steps: int
 
     def run(self, objective: dict, seed: int, nfe: tuple[int, ...], marks: int) -> Curve:
@@ -131,7 +131,7 @@ def main() -> None:
 
     described = configs.parse(str(pathlib.Path(__file__).parents[1] / "configs" / "digits.py"))
     dataset = data.load("digits")
-    bench = Bench(described, dataset, evaluation.Judge.create(dataset), args.steps)
+    bench = Bench(described, dataset, evaluation.ClassJudge.create(dataset), args.steps)
     runs = {
         f"{form} {share:.2f}": (make(share), (1,), 1)
         for form, make in FORMS.items()

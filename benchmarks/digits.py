@@ -142,7 +142,7 @@ class Result:
 
 
 def compare(
-    objective_name: str, seed: int, steps: int, dataset: data.Dataset, judge: evaluation.Judge
+    objective_name: str, seed: int, steps: int, dataset: data.Dataset, judge: evaluation.ClassJudge
 ) -> list[Result]:
     """Trains both sides in alternating blocks, and scores both."""
     model = models.create(MODEL)
@@ -256,7 +256,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     dataset = data.load("digits")
-    judge = evaluation.Judge.create(dataset)
+    judge = evaluation.ClassJudge.create(dataset)
     results = []
     for seed in range(arguments.seeds):
         for objective in OBJECTIVES:

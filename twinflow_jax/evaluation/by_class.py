@@ -7,7 +7,7 @@ import numpy as np
 
 from twinflow_jax import checkpoints, data
 from twinflow_jax.errors import UserError
-from twinflow_jax.evaluation.judge import Judge, sample_labels
+from twinflow_jax.evaluation.judge import ClassJudge, sample_labels
 from twinflow_jax.evaluation.report import Scores
 from twinflow_jax.sampling import few_step, generate
 
@@ -36,7 +36,7 @@ def score(
         raise UserError("scores are of class-conditional samples, and a run has no classes")
     loaded = {folder: checkpoints.load_weights(folder, raw) for folder in folders}
     dataset = data.load(names.pop())
-    judge = Judge.create(dataset)
+    judge = ClassJudge.create(dataset)
     labels = sample_labels(count, dataset.num_classes)
     shown = np.concatenate(  # rows are classes
         [np.flatnonzero(labels == c)[:COLUMNS] for c in range(dataset.num_classes)]

@@ -1,6 +1,6 @@
 """What is minimised. Pure functions of `apply(params, x_t, t, r, cond) -> velocity`.
 
-Three forms, one module each with the same four names (Config, counts, draw, loss):
+Three forms, one module each (`form.Form` says what one is):
 `twinflow` (as released: roles), `tutorial` (five full-batch losses) and `paper` (equations).
 A preset is a name for one Config; `build` binds a Config to its form.
 """
@@ -13,8 +13,9 @@ from twinflow_jax.objectives import paper, tutorial, twinflow
 from twinflow_jax.objectives.batch import Batch
 from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import Counts, Draws, cut
+from twinflow_jax.objectives.form import Form
 
-FORMS = {"twinflow": twinflow, "tutorial": tutorial, "paper": paper}
+FORMS: dict[str, Form] = {"twinflow": twinflow, "tutorial": tutorial, "paper": paper}
 
 PRESETS = {
     "released": twinflow.Config(),
@@ -52,10 +53,10 @@ def preset(name: str, **fields: Any) -> dict[str, Any]:
 class Objective:
     """A form bound to its Config. Hashable, so that it can be a static argument of jit."""
 
-    config: Any
+    config: Shared
 
     @property
-    def form(self):
+    def form(self) -> Form:
         return FORMS[self.config.form]
 
     def counts(self, batch_size: int) -> Counts:

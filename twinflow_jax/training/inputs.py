@@ -40,7 +40,7 @@ class Inputs:
     shown: Conditions
     names: tuple[str, ...]
     decode: Callable[[Float[np.ndarray, "N ..."]], Float[np.ndarray, "N H W C"]]
-    judge: evaluation.Judge | None
+    judge: evaluation.ClassJudge | None
 
 
 def take(conditions: Conditions, index) -> Conditions:
@@ -98,7 +98,7 @@ def of_classes(settings: Settings, dataset: data.Dataset, scored: bool) -> Input
     return Inputs(
         model, labelled(dataset.train, table), dict(model.null), shown=table,
         names=tuple(map(str, classes)), decode=lambda x: np.clip(x, -1, 1),
-        judge=evaluation.Judge.create(dataset) if scored and table else None,
+        judge=evaluation.ClassJudge.create(dataset) if scored and table else None,
     )
 
 
