@@ -180,8 +180,8 @@ def test_the_tpus_attention_is_the_others():
         loss = lambda *a: (attend(*a) ** 2).sum()
         return attend(query, key, value), *jax.grad(loss, (0, 1, 2))(query, key, value)
 
-    theirs = both(lambda q, k, v: splash(q, k, v, lengths, interpret=True))
-    ours = both(lambda q, k, v: attention(q, k, v, lengths))
+    theirs = both(lambda q, k, v: splash(q, k, v, lengths, 0.07, interpret=True))
+    ours = both(lambda q, k, v: attention(q, k, v, lengths, scale=0.07))
     for a, b in zip(theirs, ours, strict=True):
         assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
     assert not np.asarray(theirs[2])[1, 17:].any()  # padded keys have no gradient
