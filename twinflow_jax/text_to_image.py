@@ -389,7 +389,7 @@ class Pipeline:
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} cannot be read ({error}): import again") from error
         tokens = shape[0] * shape[1] // self.config("transformer").patch ** 2
-        return sampling.published(scheduler, steps, tokens)
+        return sampling.published(scheduler, steps, tokens, self.family.shifted_twice)
 
     def few_step(self, grid: sampling.Grid) -> Callable:
         """For `denoise`: the any-step sampler along a grid."""
@@ -398,14 +398,15 @@ class Pipeline:
         )
 
     def base(self, schedule: sampling.Schedule, guidance: float) -> Callable:
-        """For `denoise`: the base model's own multi-step sampling."""
-        rule = self.family.base_guide or sampling.guide
+        """For `denoise`: the base model's own multi-step sampling, guided as its users count."""
+        rule, scale = self.family.base_guide or sampling.guide, guidance
+        scale += 1 - self.family.no_guidance
 
         def draw(apply, params, noise, cond, null, keys):
             inputs = (apply, params, noise, cond, null, schedule.times)
             if schedule.solver == "dpm":
-                return sampling.dpm_solve(*inputs, schedule.told, guidance, rule)
-            return sampling.solve(*inputs, guidance, rule=rule)
+                return sampling.dpm_solve(*inputs, schedule.told, scale, rule)
+            return sampling.solve(*inputs, scale, rule=rule)
 
         return draw
 

@@ -29,8 +29,8 @@ def attention(
     lengths: keys from this one on are padding and get no weight (default: all count); a row
     needs at least one. Fewer key heads than query heads are shared among them (N a multiple
     of K). causal: a query sees the keys up to its own place. softcap: bounds the scores s, as
-    softcap tanh(s / softcap). bias: added to the scores, which no kernel takes: they are then held
-    whole. scale: of the scores (default: 1/sqrt(D)).
+    softcap tanh(s / softcap). bias: added to the scores, which are then held whole. scale: of the
+    scores (default: 1/sqrt(D)).
     """
     platform, width = _platform.get() or jax.default_backend(), query.shape[-1]
     scale = width**-0.5 if scale is None else scale

@@ -94,7 +94,9 @@ class TextToImage:
     the last with the methods `encode`, from images (B, H, W, 3) in [-1, 1] to normalised latents
     (B, h, w, c), and `decode`, back.
     null_prompt: stands for no prompt in training. negative_prompt, base_steps, base_guidance: of
-    the base model's own sampling.
+    the base model's own sampling. no_guidance: the guidance that is none, 1 or, where its pipeline
+    counts what goes beyond that, 0. shifted_twice: how its pipeline uses a scheduler with static
+    shifting (`sampling.schedules.static_shift`).
     export_note: what somebody who loads an export elsewhere must know about r. tiny: published
     configs of networks of a few megabytes, which with random weights try everything.
     """
@@ -115,7 +117,9 @@ class TextToImage:
     """(config, params, ids, mask) -> tokens and their mask, as the transformer takes them."""
     base_guide: Callable[..., Float[Array, "B h w c"]] | None = None
     """(velocity with the prompt, without, scale) -> the base model's guided velocity, where it is
-    not plain guidance."""
+    not plain guidance; scale: 1 for none."""
+    no_guidance: float = 1.0
+    shifted_twice: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
