@@ -56,7 +56,7 @@ def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> 
         )
     settings = models.settings_of(config.model)[1]
     checkpoint = imported.open_imported(pipeline or checkpoints.pipeline_of(folder, config))
-    mine, theirs = records.manifest.text_encoder, checkpoint.identity("text_encoder")
+    mine, theirs = records.manifest.text_encoder, checkpoint.text_identity
     if mine != theirs:
         raise UserError(
             f"the records in {records.folder} were made with the text encoder {mine}, but "

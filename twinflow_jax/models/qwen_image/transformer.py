@@ -452,7 +452,8 @@ def table(config: Config) -> names.NameTable:
         *names.linear("proj_out", "out"),
     )
     copies = tuple(
-        names.Rule(*rule, copy_of=source[0]) for rule, source in zip(second, first, strict=True)
+        names.Rule(*rule, copy_of=source[0], group=names.KNOWS_R)
+        for rule, source in zip(second, first, strict=True)
     )
     modulation = names.linear("img_mod.1", "image") + names.linear("txt_mod.1", "text")
     rotated = re.compile("/(query|key)(_norm)?/")
