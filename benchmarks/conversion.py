@@ -58,7 +58,8 @@ def write_folder(folder: pathlib.Path, name: str, layers: int) -> dict[str, int]
     leaves = {k: v.shape for k, v in names.flatten(network.abstract(config)[0]).items()}
     table = network.table(config)
     shapes = table.shapes(leaves) | BARE[name]
-    shapes = {k: (BF16, shape) for k, shape in shapes.items() if k not in table.optional()}
+    added = table.group(names.KNOWS_R)
+    shapes = {k: (BF16, shape) for k, shape in shapes.items() if k not in added}
     sizes = {key: int(np.prod(shape)) * 2 for key, (_, shape) in shapes.items()}
     shards: list[dict] = [{}]
     for key, entry in shapes.items():

@@ -1,6 +1,7 @@
 """Text to image from the command line against diffusers' own modules and pipeline."""
 
 import copy
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from PIL import Image
 
 from tests import qwen_folder
 from tests.test_verbs import call
-from twinflow_jax import files, images, sample, text_to_image
+from twinflow_jax import files, images, models, sample, sampling, text_to_image
 from twinflow_jax.checkpoints import importing, store
 
 PROMPTS = [
@@ -173,6 +174,18 @@ def test_base_sampling_is_the_published_pipeline(made, tmp_path, size, negative)
         output_type="pt",
     ).images
     assert_close(ours, np.stack([pixels(2 * image - 1) for image in theirs]))
+
+
+@pytest.mark.parametrize(("none", "guidance"), [(1.0, 4.0), (0.0, 3.0), (0.0, 0.0)])
+def test_guidance_is_counted_as_the_family_does(none, guidance):
+    """pos + w (pos - neg), w from 0, is neg + (1 + w) (pos - neg)."""
+    family = dataclasses.replace(models.FAMILIES["sana"].text_to_image, no_guidance=none)
+    pipeline = text_to_image.Pipeline(types.SimpleNamespace(text_to_image=family), "float32")
+    apply = lambda params, x, t, r, cond: cond
+    draw = pipeline.base(sampling.Schedule((1.0, 0.0), (1.0,), "euler"), guidance)
+    positive, negative = np.float32([[2.0]]), None if guidance == none else np.float32([[0.5]])
+    x = draw(apply, {}, np.zeros((1, 1), np.float32), positive, negative, None)
+    assert x == -(2.0 + (guidance - none) * (2.0 - (negative or 0.0)))
 
 
 def test_pictures_do_not_depend_on_what_is_drawn_beside_them(made, tmp_path):

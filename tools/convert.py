@@ -44,6 +44,10 @@ def parse() -> argparse.Namespace:
     verb.add_argument("target", metavar="DST")
     verb.add_argument("--dtype", choices=importing.DTYPES, help="default: the source's")
     verb.add_argument(
+        "--family", choices=[k for k, family in models.FAMILIES.items() if family.text_to_image],
+        help="whose SRC is, where its networks are of several families",
+    )
+    verb.add_argument(
         "--shards", type=int, default=1, metavar="N",
         help="lay weights out for N devices, each of which reads only its part",
     )
@@ -71,7 +75,9 @@ def _weights(verb: argparse.ArgumentParser) -> None:
 def run_import(args) -> int:
     if args.shards < 1:
         raise UserError(f"--shards is {args.shards}; give the number of devices, 1 or more")
-    checkpoint = importing.import_folder(args.source, args.target, args.dtype, args.shards)
+    checkpoint = importing.import_folder(
+        args.source, args.target, args.dtype, args.shards, family=args.family
+    )
     for name, network in checkpoint.record["networks"].items():
         added = f", {len(network['added'])} tensors added" if network["added"] else ""
         print(f"{name}: imported{added}")
@@ -81,12 +87,12 @@ def run_import(args) -> int:
 
 def run_export(args) -> int:
     checkpoint, trained, text = open_weights(args)
-    transformer = checkpoint.record["networks"].get("transformer")
-    second = transformer and (trained or not transformer["added"])  # it has the embedder of r
+    family = checkpoint.text_to_image
+    knows_r = "transformer" in checkpoint.parts and (trained or checkpoint.knows_r)
     readme = README.format(
-        library="transformers" if checkpoint.parts == ("text_encoder",) else "diffusers",
+        library="transformers" if set(checkpoint.parts) <= {*family.encoders} else "diffusers",
         name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
-        note=models.FAMILIES[checkpoint.family].text_to_image.export_note if second else "",
+        note=family.export_note if knows_r else "",
     ).strip() + "\n"
     exporting.export_folder(checkpoint, args.target, args.dtype, trained, readme)
     print(f"{args.source} is in {args.target}")

@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     group = parser.add_argument_group("pictures drawn by the base model")
     group.add_argument("--generate", action="store_true", help="from the source's captions")
     group.add_argument("--steps", type=int, help="of the base sampling (default: as usual)")
-    group.add_argument("--guidance", type=float, help="1 is none (default: the model's own)")
+    group.add_argument("--guidance", type=float, help="default: the model's own")
     group.add_argument("--count", type=int, help="pictures of each prompt (default 1)")
     group.add_argument("--seed", type=int, help="of the noise (default 0)")
     return parser.parse_args()
@@ -99,7 +99,7 @@ def check(args) -> None:
         raise UserError("--generate draws pictures of one --size: leave --prompts-only, --buckets "
                         "and --image-column out")
     if args.guidance is not None and not math.isfinite(args.guidance):
-        raise UserError(f"--guidance is {args.guidance}; give a number, 1 for none")
+        raise UserError(f"--guidance is {args.guidance}; give a number")
 
 
 def given(args, name: str) -> bool:

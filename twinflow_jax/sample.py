@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
         help="the base model's own sampling: many steps, its time grid and guidance",
     )
     group.add_argument("--guidance", type=float,
-                       help="of --base; 1 is none (default: the model's own)")
+                       help="of --base, as the base model's users count it (default: its own)")
     group.add_argument("--negative", help="negative prompt of --base (default: the model's own)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"),
                        help="of the computation (default: bfloat16, float32 on a CPU)")
@@ -188,12 +188,13 @@ def choose_base(args, pipeline, shape) -> tuple[Callable, dict, str]:
     arguments.refuse(args, arguments.SAMPLER, "--base has its own time grid")
     steps = pipeline.family.base_steps if args.steps is None else args.steps
     guidance = pipeline.family.base_guidance if args.guidance is None else args.guidance
+    none = pipeline.family.no_guidance
     if not math.isfinite(guidance):
-        raise UserError(f"--guidance is {guidance}; give a number, 1 for none")
+        raise UserError(f"--guidance is {guidance}; give a number, {none:g} for none")
     schedule = pipeline.schedule(steps, shape)
     settings = {"base": True, "nfe": steps, "times": schedule.times, "guidance": guidance}
-    if guidance == 1:
-        arguments.refuse(args, ("negative",), "guidance 1 takes no negative prompt")
+    if guidance == none:
+        arguments.refuse(args, ("negative",), f"guidance {none:g} takes no negative prompt")
     else:
         given = args.negative
         negative = pipeline.family.negative_prompt if given is None else given

@@ -6,6 +6,7 @@ and let go before the next: the largest decides how much memory it takes.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import tempfile
 import time
@@ -16,16 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, models, parallel, sampling
+from twinflow_jax import checkpoints, parallel, sampling
 from twinflow_jax.checkpoints import imported, store, tensors
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import tiling
-from twinflow_jax.models.family import TextToImage
+from twinflow_jax.models.family import Prompts, TextToImage, lengths
 from twinflow_jax.parallel import hosts
 
 TEXT_BATCH = 8  # prompts encoded at once
@@ -141,7 +142,7 @@ class Pipeline:
 
     @property
     def family(self) -> TextToImage:
-        return models.FAMILIES[self.checkpoint.family].text_to_image
+        return self.checkpoint.text_to_image
 
     @property
     def knows_r(self) -> bool:
@@ -150,9 +151,7 @@ class Pipeline:
         Raises:
           UserError: there is no transformer.
         """
-        if self.trained is not None:
-            return True
-        return not self.checkpoint.recorded("transformer")["added"]
+        return self.trained is not None or self.checkpoint.knows_r
 
     def config(self, name: str):
         """Our config of a network, computing in this pipeline's dtype."""
@@ -197,42 +196,50 @@ class Pipeline:
         Raises:
           UserError: no tokenizer, or an empty prompt.
         """
-        tokenizer = self.tokenizer()
-        groups = [self.family.tokenize(tokenizer, prompts, tokens)] if prompts else []
+        tokenizers = self.tokenizers()
+        groups = [self.family.tokenize(tokenizers, prompts, tokens)] if prompts else []
         if negative is not None:  # apart: its template, and so its length, may be another
-            groups.append(self.family.tokenize(tokenizer, [negative], tokens, negative=True))
+            groups.append(self.family.tokenize(tokenizers, [negative], tokens, negative=True))
         with self.text_encoder() as encode:
-            return Embeddings.join([encode(*group) for group in groups])
+            return Embeddings.join([encode(group) for group in groups])
 
-    def tokenizer(self):
-        """Raises UserError where the checkpoint has none."""
-        with local_copy(self.checkpoint.tokenizer) as folder:
-            return self.family.load_tokenizer(folder)
+    def tokenizers(self) -> dict[str, Any]:
+        """By text encoder. Raises UserError where the checkpoint lacks one."""
+        found = {}
+        for name, network in self.family.encoders.items():
+            with local_copy(self.checkpoint.tokenizer(name)) as folder:
+                found[name] = network.load_tokenizer(folder)
+        return found
 
     @contextlib.contextmanager
     def text_encoder(self, batch: int | None = None):
-        """`(ids, mask) -> Embeddings` of any number of rows, for as long as it stays loaded.
+        """`(Prompts) -> Embeddings` of any number of rows, for as long as the family's text
+        encoders stay loaded.
 
         batch: rows at once, always (default: up to TEXT_BATCH).
         """
         stage = "text encoding"
-        with self.loaded("text_encoder", stage) as (config, params):
-            embed, compiled = jax.jit(self.family.embed, static_argnums=0), {}
+        with contextlib.ExitStack() as stack:
+            configs, params = {}, {}
+            for name in self.family.encoders:
+                configs[name], params[name] = stack.enter_context(self.loaded(name, stage))
+            embed, compiled = jax.jit(functools.partial(self.family.embed, configs)), {}
 
-            def encode(ids: Int[np.ndarray, "N L"], mask: Bool[np.ndarray, "N L"]) -> Embeddings:
-                size, done = batch or min(TEXT_BATCH, len(ids)), []
-                for start in range(0, len(ids), size):
-                    rows = np.arange(start, start + size) % len(ids)  # the last batch wraps
-                    shape = (size, ids.shape[1])
+            def encode(prompts: Prompts) -> Embeddings:
+                count = len(next(iter(prompts.values()))[0])
+                size, done = batch or min(TEXT_BATCH, count), []
+                for start in range(0, count, size):
+                    rows = np.arange(start, start + size) % count  # the last batch wraps
+                    part = jax.tree.map(lambda a: a[rows], prompts)  # noqa: B023
+                    shape = (size, *lengths(prompts))
                     if shape not in compiled:
                         with self.clock.measure(stage, "compile"), parallel.applied(self.mesh()):
-                            lowered = embed.lower(config, params, ids[rows], mask[rows])
-                            compiled[shape] = lowered.compile()
+                            compiled[shape] = embed.lower(params, part).compile()
                     with self.clock.measure(stage, "run"):
-                        states, valid = compiled[shape](params, ids[rows], mask[rows])
+                        states, valid = compiled[shape](params, part)
                         states = np.asarray(states.astype(jnp.float32))
                         done.append(Embeddings(states, np.asarray(valid)))
-                return Embeddings.join(done)[: len(ids)]
+                return Embeddings.join(done)[:count]
 
             yield encode
 
@@ -240,7 +247,7 @@ class Pipeline:
         """The prompt that stands for none in training: encoded once, then kept beside the rest."""
         file = self.checkpoint.folder / f"null_prompt_{self.dtype}.safetensors"
         if file.exists():
-            return Embeddings.read(file, self.config("text_encoder").width)[1]
+            return Embeddings.read(file, self.checkpoint.text_width)[1]
         prompts = [self.family.null_prompt]
         embeddings = self.embed([], negative=self.family.null_prompt)
         if hosts.leads():
@@ -390,7 +397,7 @@ class Pipeline:
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} cannot be read ({error}): import again") from error
         tokens = shape[0] * shape[1] // self.config("transformer").patch ** 2
-        return sampling.published(scheduler, steps, tokens)
+        return sampling.published(scheduler, steps, tokens, self.family.shifted_twice)
 
     def few_step(self, grid: sampling.Grid) -> Callable:
         """For `denoise`: the any-step sampler along a grid."""
@@ -399,14 +406,15 @@ class Pipeline:
         )
 
     def base(self, schedule: sampling.Schedule, guidance: float) -> Callable:
-        """For `denoise`: the base model's own multi-step sampling."""
-        rule = self.family.base_guide or sampling.guide
+        """For `denoise`: the base model's own multi-step sampling, guided as its users count."""
+        rule, scale = self.family.base_guide or sampling.guide, guidance
+        scale += 1 - self.family.no_guidance
 
         def draw(apply, params, noise, cond, null, keys):
             inputs = (apply, params, noise, cond, null, schedule.times)
             if schedule.solver == "dpm":
-                return sampling.dpm_solve(*inputs, schedule.told, guidance, rule)
-            return sampling.solve(*inputs, guidance, rule=rule)
+                return sampling.dpm_solve(*inputs, schedule.told, scale, rule)
+            return sampling.solve(*inputs, scale, rule=rule)
 
         return draw
 

@@ -24,7 +24,10 @@ from tests.checkpoints.folders import (
     sharded,
     to_bfloat16,
 )
+from twinflow_jax import models
 from twinflow_jax.checkpoints import imported, importing, published, tensors
+from twinflow_jax.models import sana
+from twinflow_jax.models.names import KNOWS_R
 
 
 def twinflow(source):
@@ -229,3 +232,13 @@ def test_what_no_file_holds_is_drawn(base):
     assert kernel.shape == (64, 64) and abs(kernel.std() - 0.5) < 0.05 and not bias.any()
     [again] = plans["second_time_embedder/out/kernel"].blocks()
     np.testing.assert_array_equal(kernel, again)
+
+
+def test_other_added_tensors_say_nothing_of_r(tmp_path):
+    """A group of its own, as the twin's sign would be, may be added to a network that knows r."""
+    tiny = models.FAMILIES["sana"].text_to_image.tiny["transformer"]
+    table = sana.transformer.table(sana.transformer.Config.from_published(tiny))
+    for added, knows_r in (([], True), (["sign"], True), (sorted(table.group(KNOWS_R)), False)):
+        network = {"published": tiny, "added": added}
+        record = {"family": "sana", "networks": {"transformer": network}}
+        assert imported.Imported(tmp_path, record).knows_r == knows_r

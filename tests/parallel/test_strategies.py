@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 
 from twinflow_jax import models, parallel
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import minilm_dit, qwen_image, sana
+from twinflow_jax.models import dit, family, minilm_dit, qwen_image, sana
+from twinflow_jax.models.stack import run_layers
 from twinflow_jax.parallel import MeshConfig
 
 QWEN = qwen_image.transformer.Config(
@@ -26,6 +28,7 @@ SANA = sana.transformer.Config(
 DIT = minilm_dit.transformer.Config(
     sample_shape=(8, 8, 3), patch=2, width=64, depth=2, heads=8, text_width=24, remat="full",
 )
+TWO = dit.Config(name="two", sample_shape=(8, 8, 3), width=32, num_classes=0, remat="full")
 PLANS = (  # mesh, strategy, rows: twelve rows do not divide among eight devices
     (MeshConfig(), "partitioner", 8),
     (MeshConfig(), "gather_layers", 8),
@@ -41,20 +44,57 @@ PLANS = (  # mesh, strategy, rows: twelve rows do not divide among eight devices
 FEW = (PLANS[0], PLANS[2], PLANS[-1])
 
 
+class TwoStacks(nn.Module):
+    """Two stacks of other lengths and of other weights."""
+
+    config: dit.Config
+
+    @nn.compact
+    def __call__(self, x_t, t, r, cond):
+        c = self.config
+        h = nn.Dense(c.width)(x_t.reshape(x_t.shape[0], -1, 12))
+        h = run_layers(self, Plain, 2, c.remat, h, per_row=(t,), name="coarse")
+        h = run_layers(self, Dual, 3, c.remat, h, per_row=(r,), name="fine")
+        return nn.Dense(12)(h).reshape(x_t.shape)
+
+
+class Plain(nn.Module):
+    """`(h, times) -> (h, None)`."""
+
+    config: dit.Config
+    branches: int = 1
+
+    @nn.compact
+    def __call__(self, h, times):
+        c = self.config
+        for _ in range(self.branches):
+            inner = dit._dense(c, 2 * c.width, ("embed", "mlp"))(h) + times[:, None, None]
+            h = h + dit._dense(c, c.width, ("mlp", "embed"))(nn.silu(inner))
+        return h, None
+
+
+class Dual(Plain):
+    branches: int = 2
+
+
+MODULES = {"two": TwoStacks} | {name: family.module for name, family in models.FAMILIES.items()}
+
+
 def inputs(config, rows: int) -> tuple:
     """Rows with texts of several lengths."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     times = rng.uniform(-1, 1, (2, rows)).astype(np.float32)
     mask = np.arange(8) <= (np.arange(rows) % 8)[:, None]
-    cond = {"tokens": normal(rows, 8, config.text_width), "mask": mask}
+    cond = {} if config is TWO else {"tokens": normal(rows, 8, config.text_width), "mask": mask}
     return normal(rows, *config.sample_shape), *times, cond
 
 
 def compare(config, plans=PLANS) -> None:
     """Run in a process with eight devices; fails where a velocity or gradient differs."""
-    family = models.FAMILIES[config.name]
-    abstract, axes = family.text_to_image.networks["transformer"].abstract(config)
+    module = MODULES[config.name](config)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs(config, 1))["params"]
+    abstract, axes = nn.meta.unbox(boxed), family.logical_axes(boxed)
     leaves, tree = jax.tree.flatten(abstract)
     rng = np.random.default_rng(1)
     random = lambda leaf: (rng.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5).astype(np.float32)
@@ -66,7 +106,7 @@ def compare(config, plans=PLANS) -> None:
 
         def loss(params):
             weights = strategy.weights(params, held) if strategy else params
-            velocity = family.module(config).apply({"params": weights}, *inputs)
+            velocity = module.apply({"params": weights}, *inputs)
             return (velocity**2).mean(), velocity
 
         return jax.grad(loss, has_aux=True)(params)
@@ -77,6 +117,7 @@ def compare(config, plans=PLANS) -> None:
         expected = jax.tree.leaves(plain.lower(params, *given).compile(quick)(params, *given))
         mesh = parallel.make_mesh(mesh_config)
         strategy = parallel.create(name, mesh, abstract, axes, "float32")
+        assert set(strategy.stacks) == ({"coarse", "fine"} if config is TWO else {"layers"})
         over = parallel.over_rows(mesh, rows)
         args = jax.device_put(params, strategy.layouts), *jax.device_put(given, over)
         run = jax.jit(
@@ -102,7 +143,7 @@ def check_collectives(hlo: str, config, name: str, mesh, where) -> None:
     assert name == "partitioner" or "reduce-scatter(" in hlo, where
 
 
-@pytest.mark.parametrize("name", ["QWEN", "SANA", "DIT, FEW"])
+@pytest.mark.parametrize("name", ["QWEN", "SANA", "DIT, FEW", "TWO"])
 def test_eight_devices_compute_what_one_does(name):
     program = f"from tests.parallel.test_strategies import *; compare({name})"
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
@@ -117,7 +158,7 @@ def test_eight_devices_compute_what_one_does(name):
 def test_strategies_that_are_none():
     message = "mesh.strategy is 'gather'; choose from partitioner, gather_layers"
     with pytest.raises(UserError, match=message):
-        parallel.create("gather", parallel.make_mesh(), {"layers": {}}, {"layers": {}}, "float32")
+        parallel.create("gather", parallel.make_mesh(), {"a": 1}, {"a": ()}, "float32")
 
 
 def test_networks_without_layers_are_left_to_the_partitioner():
@@ -139,8 +180,8 @@ def test_the_tpus_attention_is_the_others():
         loss = lambda *a: (attend(*a) ** 2).sum()
         return attend(query, key, value), *jax.grad(loss, (0, 1, 2))(query, key, value)
 
-    theirs = both(lambda q, k, v: splash(q, k, v, lengths, interpret=True))
-    ours = both(lambda q, k, v: attention(q, k, v, lengths))
+    theirs = both(lambda q, k, v: splash(q, k, v, lengths, 0.07, interpret=True))
+    ours = both(lambda q, k, v: attention(q, k, v, lengths, scale=0.07))
     for a, b in zip(theirs, ours, strict=True):
         assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
     assert not np.asarray(theirs[2])[1, 17:].any()  # padded keys have no gradient

@@ -48,6 +48,21 @@ def test_times_are_the_published_ones(config):
     assert one_step == pytest.approx((1.0, 0.0))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 8, 40])
+@pytest.mark.parametrize("config", [{"shift": 3.0}, {"shift": 6.0, "use_dynamic_shifting": False}])
+def test_static_times_are_the_published_ones(config, steps):
+    """Of pipelines that give the times themselves, as Z-Image's, and that do not, as SD3's."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    for twice in (False, True):
+        given = {} if twice else {"sigmas": np.linspace(1, 0, steps + 1)[:-1]}
+        scheduler.set_timesteps(steps, **given)
+        schedule = published(config, steps, 4096, twice)
+        np.testing.assert_allclose(schedule.times, scheduler.sigmas.numpy(), rtol=0, atol=1e-6)
+        assert schedule.told == schedule.times[:-1] and schedule.solver == "euler"
+    np.testing.assert_allclose(1000 * np.array(schedule.told), scheduler.timesteps, atol=1e-3)
+    assert published({}, steps, 4096).times == tuple(np.linspace(1, 0, steps + 1))
+
+
 def test_defaults_are_qwen_images():
     assert dynamic_shift(50, 4096) == published(QWEN, 50, 4096)
 
@@ -71,10 +86,10 @@ def test_other_schedulers_are_refused():
         published(other, 4, 256)
     problems = str(error.value).removeprefix("scheduler_config.json: ").split("; ")
     assert [problem.split(" is ")[0] for problem in problems] == [
-        "num_train_timesteps", "time_shift_type", "use_karras_sigmas", "max_shift",
+        "num_train_timesteps", "use_karras_sigmas", "time_shift_type", "max_shift",
     ]
-    with pytest.raises(UserError, match="use_dynamic_shifting is False, only True"):
-        published({"_class_name": QWEN["_class_name"]}, 4, 256)  # the class's default
+    with pytest.raises(UserError, match="shift_terminal is 0.02, only None.*shift is '3', not a"):
+        published(QWEN | {"use_dynamic_shifting": False, "shift": "3"}, 4, 256)
     with pytest.raises(UserError, match="steps is 0"):
         published(QWEN, 0, 256)
     with pytest.raises(UserError, match="of class 'SCMScheduler'"):

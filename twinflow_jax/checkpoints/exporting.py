@@ -192,9 +192,9 @@ def compare(
     Raises:
       UserError: the folder has problems, or shares no network with the checkpoint.
     """
-    folder = published.open_folder(source)
+    folder = published.open_folder(source, checkpoint.family)
     shared = [name for name in checkpoint.parts if name in folder.parts]
-    if folder.family != checkpoint.family or not shared:
+    if not shared:
         raise UserError(
             f"{source} holds {folder.family}'s {', '.join(folder.parts)}, {checkpoint.folder} "
             f"{checkpoint.family}'s {', '.join(checkpoint.parts)}: nothing to compare"

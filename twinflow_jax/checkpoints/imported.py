@@ -20,7 +20,7 @@ from twinflow_jax import files, models
 from twinflow_jax.checkpoints import store, tensors
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
-from twinflow_jax.models.family import Network
+from twinflow_jax.models.family import Network, TextToImage
 
 RECORD = "checkpoint.json"
 FORMAT = 2  # 1 had the channels of Qwen-Image's queries and keys in another order
@@ -60,14 +60,30 @@ class Imported:
         return tuple(self.record["networks"])
 
     @property
-    def tokenizer(self) -> epath.Path:
+    def text_to_image(self) -> TextToImage:
+        """What its family offers."""
+        return models.FAMILIES[self.family].text_to_image
+
+    @property
+    def text_identity(self) -> str:
+        """The identity of all text encoders."""
+        return " + ".join(map(self.identity, self.text_to_image.encoders))
+
+    @functools.cached_property
+    def text_width(self) -> int:
+        """Of the tokens that the text encoders make."""
+        encoders = self.text_to_image.encoders
+        return self.text_to_image.text_width({name: self.config(name) for name in encoders})
+
+    def tokenizer(self, encoder: str) -> epath.Path:
         """The folder of its files: one of its own, or beside those of the only network."""
         kept = self.folder / "files"
-        return kept / "tokenizer" if (kept / "tokenizer").exists() else kept
+        own = kept / self.text_to_image.encoders[encoder].tokenizer
+        return own if own.exists() else kept
 
     def network(self, name: str) -> Network:
         """Raises UserError where the checkpoint should hold that network, and does not."""
-        network = models.FAMILIES[self.family].text_to_image.networks[name]
+        network = self.text_to_image.networks[name]
         if network.published:
             self.recorded(name)
         return network
@@ -79,7 +95,7 @@ class Imported:
           UserError: the checkpoint does not hold it.
         """
         if name not in self.parts:
-            published = models.FAMILIES[self.family].text_to_image.networks[name].published
+            published = self.text_to_image.networks[name].published
             cure = "import the whole pipeline folder" if published else (
                 f"{self.family} has none to import, train one and give the run"
             )
@@ -92,6 +108,17 @@ class Imported:
         if not network.published:
             return network.config()
         return network.config.from_published(self.recorded(name)["published"])
+
+    @property
+    def knows_r(self) -> bool:
+        """Whether its transformer was trained with a target time, which base models are not.
+
+        Raises:
+          UserError: there is no transformer.
+        """
+        added = set(self.recorded("transformer")["added"])
+        table = self.network("transformer").table(self.config("transformer"))
+        return added.isdisjoint(table.group(names.KNOWS_R))
 
     def arrays(self, name: str) -> store.Arrays:
         """The arrays of a network by path, open and not yet read.

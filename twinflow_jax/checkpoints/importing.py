@@ -24,19 +24,21 @@ FILE = 64 << 20  # bytes of an array that share a file; a layer of a larger one 
 
 
 def import_folder(
-    source: str, target: str, dtype: str | None = None, pieces: int = 1, progress: bool = True
+    source: str, target: str, dtype: str | None = None, pieces: int = 1, progress: bool = True,
+    family: str | None = None,
 ) -> Imported:
     """Writes a published folder as an imported checkpoint.
 
     dtype: of what the networks compute with (default: the source's, tensor by tensor); what is
     only carried along keeps its own. pieces: parts of each weight along its input dimension
-    that can be read alone: the number of devices that will share it.
+    that can be read alone: the number of devices that will share it. family: whose the folder is,
+    where its networks are of several.
 
     Raises:
       UserError: the folder has problems (all are listed), the target is taken, or there is no
         room; nothing is left behind.
     """
-    folder = published.open_folder(source)
+    folder = published.open_folder(source, family)
     target = epath.Path(target)
     wanted = DTYPES[dtype] if dtype else None
     plans = {name: _plans(part, wanted) for name, part in folder.parts.items()}

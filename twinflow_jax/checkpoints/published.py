@@ -8,6 +8,7 @@ are safetensors, everything else is JSON or kept as bytes.
 import dataclasses
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
@@ -16,7 +17,7 @@ from twinflow_jax import files, models
 from twinflow_jax.checkpoints import imported, tensors
 from twinflow_jax.errors import UserError, reason
 from twinflow_jax.models import names
-from twinflow_jax.models.family import Network
+from twinflow_jax.models.family import Network, TextToImage
 
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 FLOATS = ("float32", "float16", "bfloat16")
@@ -85,26 +86,29 @@ def find(source: str) -> epath.Path:
     return folder
 
 
-def open_folder(source: str) -> Folder:
+def open_folder(source: str, family: str | None = None) -> Folder:
     """Everything that a folder holds, checked.
 
+    family: whose it is, where its networks are of several.
     Raises:
       UserError: it is no pipeline of a family we know, or has problems; all of them are listed.
     """
     path = find(source)
     if (path / files.UNFINISHED).exists():
         raise UserError(f"{path} was not written to its end: write it again")
-    family, places = _networks(path)
+    family, places = _networks(path, family)
     parts, problems = {}, []
+    text_to_image = models.FAMILIES[family].text_to_image
     for name, place in places.items():
-        network = models.FAMILIES[family].text_to_image.networks[name]
+        network = text_to_image.networks[name]
         part, found = _open_part(network, place)
         problems += [f"{place.name}: {problem}" for problem in found]
         parts[name] = part
-    if path not in places.values() and not any(
-        (path / "tokenizer" / name).exists() for name in VOCABULARIES
-    ):
-        problems.append(f"tokenizer: holds none of {', '.join(VOCABULARIES)}; prompts need it")
+    for encoder in text_to_image.encoders.values() if path not in places.values() else ():
+        folder = path / encoder.tokenizer
+        if not any((folder / name).exists() for name in VOCABULARIES):
+            problems.append(f"{folder.name}: holds none of {', '.join(VOCABULARIES)}; prompts "
+                            "need it")
     if (path / "model_index.json").exists():
         try:
             _json(path / "model_index.json")
@@ -116,27 +120,41 @@ def open_folder(source: str) -> Folder:
     return Folder(path, family, parts, tuple(_other_files(path, set(places.values()))))
 
 
-def _networks(path: epath.Path) -> tuple[str, dict[str, epath.Path]]:
-    """The family's name and where each of its networks lies."""
+def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epath.Path]]:
+    """The family's name and where each of its networks lies; wanted: as `open_folder` takes it."""
     known = {
-        name: family.text_to_image.networks
+        name: family.text_to_image
         for name, family in models.FAMILIES.items()
-        if family.text_to_image
+        if family.text_to_image and wanted in (None, name)
     }
+    if not known:
+        raise UserError(f"{wanted!r} is no family that draws from text")
     if (path / "config.json").exists() and not (path / "transformer").exists():
         given = class_name(_json(path / "config.json"))
-        for family, networks in known.items():
-            for name, network in networks.items():
-                if network.accepts(given):
-                    return family, {name: path}
-        raise UserError(f"{path / 'config.json'} {_unknown_class(given, known)}")
+        found = {
+            family: names
+            for family, one in known.items()
+            if (names := [name for name, n in one.networks.items() if n.accepts(given)])
+        }
+        if not found:
+            raise UserError(f"{path / 'config.json'} {_unknown_class(given, known)}")
+        family = _only(found, path)
+        if len(found[family]) > 1:
+            raise UserError(
+                f"{path} may be {' or '.join(found[family])} of {family}: give the whole pipeline"
+            )
+        return family, {found[family][0]: path}
 
-    def accepted(family: str) -> int:
-        return sum(n.accepts(_class_in(path / n.folder)) for n in known[family].values())
+    def accepted(networks: dict[str, Network]) -> int:
+        return sum(n.accepts(_class_in(path / n.folder)) for n in networks.values())
 
-    family = max(known, key=accepted)
-    if accepted(family):
-        return family, {name: path / n.folder for name, n in known[family].items() if n.published}
+    # Families may share networks, and differ in what encodes their text.
+    counts = {k: (accepted(one.networks), accepted(one.encoders)) for k, one in known.items()}
+    best = max(counts.values())
+    if best > (0, 0):
+        family = _only([family for family, count in counts.items() if count == best], path)
+        networks = known[family].networks
+        return family, {name: path / n.folder for name, n in networks.items() if n.published}
     if given := _class_in(path / "transformer"):
         raise UserError(f"{path / 'transformer/config.json'} {_unknown_class(given, known)}")
     raise UserError(
@@ -144,8 +162,17 @@ def _networks(path: epath.Path) -> tuple[str, dict[str, epath.Path]]:
     )
 
 
-def _unknown_class(given: str, known: dict[str, dict[str, Network]]) -> str:
-    classes = {c for networks in known.values() for n in networks.values() for c in n.classes}
+def _only(families: Collection[str], path: epath.Path) -> str:
+    """Raises UserError where there are several."""
+    if len(families) > 1:
+        raise UserError(
+            f"{path} holds what {', '.join(families)} share: say which with --family NAME"
+        )
+    return next(iter(families))
+
+
+def _unknown_class(given: str, known: dict[str, TextToImage]) -> str:
+    classes = {c for one in known.values() for n in one.networks.values() for c in n.classes}
     return f"is of class {given!r}; known are {', '.join(sorted(classes))}"
 
 
@@ -186,11 +213,10 @@ def _open_part(network: Network, folder: epath.Path) -> tuple[Part | None, list[
             problems.append(f"{key}: a second tensor for {name}")
         by_key[name] = tensor
     unread = {table.published(key) for key in unread}
-    shapes, optional = table.shapes(leaves), table.optional()
-    added = () if optional & (by_key.keys() | unread) else tuple(sorted(optional))
+    shapes, given = table.shapes(leaves), by_key.keys() | unread
+    added = table.added(given)
     if found:
-        given = by_key.keys() | unread | set(added)
-        problems += grouped("missing", [key for key in shapes if key not in given])
+        problems += grouped("missing", [k for k in shapes if k not in given and k not in added])
     problems += _wrong(table, shapes, by_key)
     return Part(network, published, config, table, leaves, by_key, added), problems
 

@@ -26,11 +26,15 @@ def write_random(family: str, target: epath.PathLike, seed: int) -> imported.Imp
             for path, leaf in names.flatten(params).items():
                 place = imported.array_folder(target, name, path)
                 store.write(store.create(place, leaf.shape, leaf.dtype), np.asarray(leaf))
-        text_to_image.save_tiny_tokenizer(target / "files" / "tokenizer")
-        tokenizer = sorted(f"tokenizer/{f.name}" for f in (target / "files/tokenizer").iterdir())
+        kept = target / "files"
+        for encoder in text_to_image.encoders.values():
+            encoder.save_tiny_tokenizer(kept / encoder.tokenizer)
         record = {
             "format": imported.FORMAT, "family": family, "source": f"random weights, seed {seed}",
-            "files": tokenizer,
+            "files": sorted(
+                f"{folder.name}/{file.name}" for folder in kept.iterdir()
+                for file in folder.iterdir()
+            ),
             "networks": {
                 name: {"published": text_to_image.tiny[name], "carried": [], "added": []}
                 for name in networks

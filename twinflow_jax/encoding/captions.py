@@ -5,11 +5,13 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
 from twinflow_jax.encoding.index import Key, Skipped
 from twinflow_jax.errors import TextCut
+from twinflow_jax.models.family import lengths
 from twinflow_jax.text_to_image import Pipeline
 
 
@@ -31,8 +33,8 @@ class Captions:
     tokens: int | None
 
     @functools.cached_property
-    def _tokenizer(self):
-        return self.pipeline.tokenizer()
+    def _tokenizers(self):
+        return self.pipeline.tokenizers()
 
     def __call__(
         self, captions: Sequence[Sequence[str]], tally: Tally
@@ -47,15 +49,14 @@ class Captions:
             with warnings.catch_warnings(record=True) as told:  # one that is cut is counted
                 warnings.simplefilter("always")
                 tokenized[caption] = self.pipeline.family.tokenize(
-                    self._tokenizer, [caption], self.tokens
+                    self._tokenizers, [caption], self.tokens
                 )
             # Threads that decode pictures may warn of other things meanwhile.
             tally.cut += any(issubclass(warning.category, TextCut) for warning in told)
-            groups.setdefault(tokenized[caption][0].shape[1], []).append(caption)
+            groups.setdefault(lengths(tokenized[caption]), []).append(caption)
         for _, group in sorted(groups.items()):
             rows = [tokenized[caption] for caption in group]
-            ids, mask = (np.concatenate(arrays) for arrays in zip(*rows, strict=True))
-            embedded = self.embed(ids, mask)
+            embedded = self.embed(jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows))
             valid = (t[m] for t, m in zip(embedded.tokens, embedded.mask, strict=True))
             found |= dict(zip(group, valid, strict=True))
         return [[found[caption] for caption in of_one] for of_one in captions]

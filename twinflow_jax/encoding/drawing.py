@@ -35,8 +35,9 @@ def drawing(job, how: Drawing):
     width, height = job.sizes[0]
     shape = pipeline.latent_shape((height, width))
     draw = pipeline.base(pipeline.schedule(how.steps, shape), how.guidance)
-    negative = pipeline.family.negative_prompt
-    null = pipeline.embed([], negative=negative) if how.guidance != 1 else None
+    family = pipeline.family
+    guided = how.guidance != family.no_guidance
+    null = pipeline.embed([], negative=family.negative_prompt) if guided else None
 
     def examples(space, shard: Shard, tally) -> Iterator[Example]:
         entries = [index.read_chunk(space.work, chunk)[row] for chunk, row in shard.keys]

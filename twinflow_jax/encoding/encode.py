@@ -35,8 +35,7 @@ def manifest_of(pipeline: Pipeline, pictures: bool) -> Manifest:
     """What a pipeline's records are made with. pictures: False for prompts alone."""
     checkpoint, vae = pipeline.checkpoint, pipeline.config("vae")
     return Manifest(
-        checkpoint.family, checkpoint.identity("text_encoder"),
-        pipeline.config("text_encoder").width,
+        checkpoint.family, checkpoint.text_identity, checkpoint.text_width,
         checkpoint.identity("vae") if pictures else "",
         vae.latent_channels if pictures else 0, vae.downscale,
     )

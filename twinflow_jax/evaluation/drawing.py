@@ -56,7 +56,7 @@ def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> 
             f"is of {settings.name!r}"
         )
     checkpoint = imported.open_imported(pipeline or checkpoints.pipeline_of(folder, run))
-    mine, theirs = records.manifest.text_encoder, checkpoint.identity("text_encoder")
+    mine, theirs = records.manifest.text_encoder, checkpoint.text_identity
     if mine != theirs:
         raise UserError(
             f"the records in {records.folder} were made with the text encoder {mine}, but "
@@ -172,17 +172,18 @@ def draw(
 
 
 def plain(run: Run, evaluations: int, guidance: float) -> Callable:
-    """Euler steps of equal length with classifier-free guidance; 1 is none, and half as costly.
+    """Euler steps of equal length with classifier-free guidance, or none at half the cost.
 
     Raises:
       UserError: evaluations that do not make whole steps, or a run that draws guided already.
     """
-    each = 1 if guidance == 1 else 2
+    guided = guidance != run.pipeline.family.no_guidance
+    each = 2 if guided else 1
     if evaluations % each:
         raise UserError(
             f"--guidance takes two evaluations a step: give even --steps, not {evaluations}"
         )
-    if run.learned_guidance and guidance != 1:
+    if run.learned_guidance and guided:
         raise UserError(
             f"a run learned guided pictures (objective.guidance {run.learned_guidance}): "
             "--guidance is for runs trained by flow matching"

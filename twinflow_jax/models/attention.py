@@ -1,6 +1,7 @@
 """Attention over a batch of sequences, on whatever device there is."""
 
 import contextvars
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,36 +22,44 @@ def compiled_for(platform: str):
 def attention(
     query: Float[Array, "B T N D"], key: Float[Array, "B S K D"], value: Float[Array, "B S K D"],
     lengths: Int[Array, "B"] | None = None, causal: bool = False, softcap: float | None = None,
+    bias: Float[Array, "#B #N T S"] | None = None, scale: float | None = None,
 ) -> Float[Array, "B T N D"]:
-    """Softmax attention, scaled by 1/sqrt(D), with float32 scores.
+    """Softmax attention with float32 scores.
 
     lengths: keys from this one on are padding and get no weight (default: all count); a row
     needs at least one. Fewer key heads than query heads are shared among them (N a multiple
     of K). causal: a query sees the keys up to its own place. softcap: bounds the scores s, as
-    softcap tanh(s / softcap).
+    softcap tanh(s / softcap). bias: added to the scores, which are then held whole. scale: of the
+    scores (default: 1/sqrt(D)).
     """
-    if softcap is not None:
-        return _softcapped(query, key, value, lengths, causal, softcap)
     platform, width = _platform.get() or jax.default_backend(), query.shape[-1]
-    if platform == "tpu" and width % 128 == 0 and key.shape[2] == query.shape[2] and not causal:
+    scale = width**-0.5 if scale is None else scale
+    if softcap is not None:
+        if bias is not None:
+            raise ValueError("softcap bounds scores without a bias")
+        return _softcapped(query, key, value, lengths, causal, softcap, scale)
+    alike = key.shape[2] == query.shape[2] and not causal and bias is None
+    if platform == "tpu" and width % 128 == 0 and alike:
         if lengths is None:
             lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32)
         whole = ("rows", None, "heads", None)
         return axes.locally(
-            splash, (query, ("rows", "tokens", "heads", None)), (key, whole), (value, whole),
-            (lengths, ("rows",)),
+            functools.partial(splash, scale=scale), (query, ("rows", "tokens", "heads", None)),
+            (key, whole), (value, whole), (lengths, ("rows",)),
         )
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and width <= 128 and width % 8 == 0  # what every cuDNN kernel takes
+    # What every cuDNN kernel takes.
+    fits = half and width <= 128 and width % 8 == 0 and bias is None
     flash = "cudnn" if fits and platform == "gpu" else "xla"
     return jax.nn.dot_product_attention(
-        query, key, value, key_value_seq_lengths=lengths, is_causal=causal, implementation=flash
+        query, key, value, bias, scale=scale, key_value_seq_lengths=lengths, is_causal=causal,
+        implementation=flash,
     )
 
 
 def splash(
     query: Float[Array, "B T N D"], key: Float[Array, "B S N D"], value: Float[Array, "B S N D"],
-    lengths: Int[Array, "B"], interpret: bool = False,
+    lengths: Int[Array, "B"], scale: float, interpret: bool = False,
 ) -> Float[Array, "B T N D"]:
     """The TPU's kernel, which never holds the scores. interpret: on any device, slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (  # half a second to import
@@ -58,7 +67,7 @@ def splash(
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    tokens, (keys, heads, width) = query.shape[1], key.shape[1:]
+    tokens, (keys, heads) = query.shape[1], key.shape[1:3]
     (query, block_q), (key, block_kv), (value, _) = map(_blocks, (query, key, value))
     shape = query.shape[1], key.shape[1]
     attend = kernels.make_splash_mha(
@@ -73,7 +82,7 @@ def splash(
     own = jnp.zeros((shape[0],), jnp.int32)
     padding = (np.arange(shape[1]) >= jnp.minimum(lengths, keys)[:, None]).astype(jnp.int32)
     segments = jax.vmap(lambda kv: kernels.SegmentIds(own, kv))(padding)
-    scaled = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
+    scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
     heads_first = [jnp.swapaxes(a, 1, 2) for a in (scaled, key, value)]
     return jnp.swapaxes(jax.vmap(attend)(*heads_first, segments), 1, 2)[:, :tokens]
 
@@ -85,11 +94,11 @@ def _blocks(x: Float[Array, "B S N D"]) -> tuple[Float[Array, "B P N D"], int]:
     return jnp.pad(x, ((0, 0), (0, blocks * size - x.shape[1]), (0, 0), (0, 0))), size
 
 
-def _softcapped(query, key, value, lengths, causal: bool, softcap: float):
+def _softcapped(query, key, value, lengths, causal: bool, softcap: float, scale: float):
     """By hand: jax.nn.dot_product_attention has no softcap."""
     groups = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
     scores = jnp.einsum("BTKGD,BSKD->BKGTS", groups, key, preferred_element_type=jnp.float32)
-    scores = softcap * jnp.tanh(scores / (softcap * query.shape[3] ** 0.5))
+    scores = softcap * jnp.tanh(scores / (softcap / scale))
     places = jnp.arange(key.shape[1])
     lengths = jnp.array([len(places)]) if lengths is None else lengths
     seen = places < lengths[:, None, None]

@@ -5,7 +5,8 @@ text, a TextToImage: the published networks with their name tables, prompts and 
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -61,6 +62,23 @@ class Network:
         return nn.meta.unbox(boxed), logical_axes(boxed)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextNetwork(Network):
+    """A text encoder, with the tokenizer beside it.
+
+    load_tokenizer: of a local folder. save_tiny_tokenizer: writes a small one to a folder.
+    """
+
+    load_tokenizer: Callable[[str], Any]
+    save_tiny_tokenizer: Callable[[str], None]
+    stem: str = "model"
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the pipeline keeps it."""
+        return self.folder.replace("text_encoder", "tokenizer")
+
+
 def logical_axes(boxed):
     """The names of each leaf's axes, for `parallel` to lay them out; () where there are none."""
     is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
@@ -86,15 +104,43 @@ def image_inputs(config) -> tuple:
     return (jax.ShapeDtypeStruct((1, config.downscale, config.downscale, 3), "float32"),)
 
 
+Prompts = dict[str, tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]]
+"""Ids and their mask, of the same prompts, by text encoder."""
+
+
+def lengths(prompts: Prompts) -> tuple[int, ...]:
+    """Of the rows of each text encoder."""
+    return tuple(ids.shape[1] for _, (ids, _) in sorted(prompts.items()))
+
+
+def of_one_encoder(tokenize: Callable, embed: Callable) -> dict[str, Callable]:
+    """`tokenize` and `embed` of a family whose only text encoder is "text_encoder".
+
+    From `(tokenizer, prompts, tokens, negative) -> ids, mask` and from
+    `(config, params, ids, mask) -> tokens, mask`.
+    """
+    name = "text_encoder"
+
+    def tokenize_by_name(tokenizers, prompts, tokens: int | None = None, negative: bool = False):
+        return {name: tokenize(tokenizers[name], prompts, tokens, negative)}
+
+    def embed_by_name(configs, params, prompts: Prompts):
+        return embed(configs[name], params[name], *prompts[name])
+
+    return {"tokenize": tokenize_by_name, "embed": embed_by_name}
+
+
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
     """From a prompt to an image, in parts that are loaded one after the other.
 
-    networks: "transformer", "text_encoder" and "vae" (the names are the same in all families),
-    the last with the methods `encode`, from images (B, H, W, 3) in [-1, 1] to normalised latents
-    (B, h, w, c), and `decode`, back.
+    networks: "transformer", "vae" and text encoders ("text_encoder", "text_encoder_2"; the names
+    are the same in all families), the second with the methods `encode`, from images (B, H, W, 3)
+    in [-1, 1] to normalised latents (B, h, w, c), and `decode`, back.
     null_prompt: stands for no prompt in training. negative_prompt, base_steps, base_guidance: of
-    the base model's own sampling.
+    the base model's own sampling. no_guidance: the guidance that is none, 1 or, where its pipeline
+    counts what goes beyond that, 0. shifted_twice: how its pipeline uses a scheduler with static
+    shifting (`sampling.schedules.static_shift`).
     export_note: what somebody who loads an export elsewhere must know about r. tiny: published
     configs of networks of a few megabytes, which with random weights try everything.
     """
@@ -106,16 +152,30 @@ class TextToImage:
     base_guidance: float
     export_note: str
     tiny: dict[str, dict[str, Any]]
-    save_tiny_tokenizer: Callable[[str], None]
-    load_tokenizer: Callable[[str], Any]
-    tokenize: Callable[..., tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]]
-    """(tokenizer, prompts, tokens=None, negative=False) -> ids and mask; tokens: that each prompt
-    is padded or cut to; negative: of negative prompts, which may be empty."""
+    tokenize: Callable[..., Prompts]
+    """(tokenizers by encoder, prompts, tokens=None, negative=False) -> Prompts; tokens: that each
+    prompt is padded or cut to; negative: of negative prompts, which may be empty."""
     embed: Callable[..., tuple[Float[Array, "B L D"], Bool[Array, "B L"]]]
-    """(config, params, ids, mask) -> tokens and their mask, as the transformer takes them."""
+    """(configs by encoder, params by encoder, Prompts) -> tokens and their mask, valid ones first,
+    as the transformer takes them. A vector beside them (a pooled state) is a token as well: the
+    first one, with zeros up to the others' width."""
     base_guide: Callable[..., Float[Array, "B h w c"]] | None = None
     """(velocity with the prompt, without, scale) -> the base model's guided velocity, where it is
-    not plain guidance."""
+    not plain guidance; scale: 1 for none."""
+    no_guidance: float = 1.0
+    shifted_twice: bool = False
+
+    @property
+    def encoders(self) -> dict[str, TextNetwork]:
+        """Those of the networks that encode text."""
+        return {k: n for k, n in self.networks.items() if isinstance(n, TextNetwork)}
+
+    def text_width(self, configs: Mapping[str, Any]) -> int:
+        """Of the tokens that text encoders with these configs, by name, make together."""
+        params = {name: n.abstract(configs[name])[0] for name, n in self.encoders.items()}
+        prompts = {name: n.example(configs[name]) for name, n in self.encoders.items()}
+        embed = functools.partial(self.embed, configs)
+        return jax.eval_shape(embed, params, prompts)[0].shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ key stands for the layer number where the leaf stacks all layers along its first
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import flax.linen as nn
 import jax
@@ -25,14 +25,18 @@ LAYOUTS: dict[str, tuple[tuple[int, ...] | None, int]] = {
 }
 
 
+KNOWS_R = "r"  # the group of the tensors that a base model lacks to know its target time
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """key: in the published checkpoint. path: of our leaf, parts joined by "/".
 
     layout: one of LAYOUTS. Where the tensor is missing (a network that is to grow a part which its
     checkpoint does not have yet), copy_of: the key of another rule, whose tensor stands in;
-    normal: the standard deviation of random values, 0 for zeros. pairs: the width of heads, along
-    our last axis, whose adjacent channels theirs pairs for rotation; ours pairs their two halves.
+    normal: the standard deviation of random values, 0 for zeros. group: of tensors that are
+    missing together or not at all. pairs: the width of heads, along our last axis, whose adjacent
+    channels theirs pairs for rotation; ours pairs their two halves.
     """
 
     key: str
@@ -40,6 +44,7 @@ class Rule:
     layout: str = "same"
     copy_of: str = ""
     normal: float | None = None
+    group: str = ""
     pairs: int = 0
 
     @property
@@ -122,9 +127,15 @@ class NameTable:
             for key in self.keys(rule)
         }
 
-    def optional(self) -> set[str]:
-        """Keys that may be missing, all or none of them."""
-        return {key for rule in self.rules if rule.optional for key in self.keys(rule)}
+    def group(self, name: str) -> set[str]:
+        """The keys that may be missing, all or none of them."""
+        rules = (rule for rule in self.rules if rule.optional and rule.group == name)
+        return {key for rule in rules for key in self.keys(rule)}
+
+    def added(self, given: Collection[str]) -> tuple[str, ...]:
+        """The keys of the groups of which none is among those given."""
+        groups = (self.group(name) for name in {rule.group for rule in self.rules})
+        return tuple(sorted(key for keys in groups if keys.isdisjoint(given) for key in keys))
 
 
 def stack(prefix: str, pairs: Iterable[tuple[str, str, str]], into: str) -> tuple[Rule, ...]:

@@ -1,5 +1,7 @@
 """Layers one after the other, in one compiled loop over their stacked weights.
 
+A network may have several such stacks, each under a name of its own at the top of its tree.
+
 How a layer comes by its weights is a mesh's business: on one device they are at hand, on many
 they may have to be gathered first. `placed` says so from outside (`parallel.strategies` does),
 and networks need not know.
@@ -7,7 +9,7 @@ and networks need not know.
 
 import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +18,7 @@ import jax
 from twinflow_jax.models import remat
 from twinflow_jax.models.context import setting
 
-NAME = "layers"  # of the stacked parameters in a network's tree
+AXIS = "layers"  # the first logical axis of every parameter of a stack, and of no other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +32,27 @@ class Placement:
     around: Callable[..., Any] = lambda loop, *arguments: loop(*arguments)
 
 
-_placement = contextvars.ContextVar("placement")
+_placements = contextvars.ContextVar("placements")
 
 
-def placed(placement: Placement):
-    """Networks that are traced inside run their layers so."""
-    return setting(_placement, placement)
+def placed(placements: Callable[[str], Placement]):
+    """Networks that are traced inside run their layers so. placements: of the stack of a name."""
+    return setting(_placements, placements)
+
+
+def names(axes: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stacks of a network. axes: the logical ones of its parameters (`logical_axes`)."""
+    is_axes = lambda leaf: isinstance(leaf, tuple)
+    first = lambda tree: {leaf[:1] for leaf in jax.tree.leaves(tree, is_leaf=is_axes)}
+    return tuple(name for name, tree in axes.items() if (AXIS,) in first(tree))
 
 
 def run_layers(
     module: nn.Module, block: type[nn.Module], length: int, policy: str, carry,
-    per_layer: tuple = (), per_row: tuple = (), constants: tuple = (),
+    per_layer: tuple = (), per_row: tuple = (), constants: tuple = (), name: str = "layers",
 ):
-    """The carry after `length` blocks, whose parameters are `layers` of the calling module.
+    """The carry after `length` blocks, whose parameters are `name` of the calling module, which
+    is a whole network.
 
     block: called as `block(module.config)(carry, *per_layer, *per_row, *constants)`, gives
     `(carry, None)`. carry: arrays with rows first. per_layer: arrays (length, rows, ...), of
@@ -53,10 +63,11 @@ def run_layers(
         shared = (nn.broadcast,) * (len(per_row) + len(constants))
         layers = nn.scan(
             block, length=length, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(0,) * len(per_layer) + shared, metadata_params={nn.PARTITION_NAME: NAME},
+            in_axes=(0,) * len(per_layer) + shared, metadata_params={nn.PARTITION_NAME: AXIS},
         )
-        return layers(module.config, name=NAME)(carry, *per_layer, *per_row, *constants)[0]
-    placement, network = _placement.get(Placement()), block(module.config, parent=None)
+        return layers(module.config, name=name)(carry, *per_layer, *per_row, *constants)[0]
+    placement = _placements.get(lambda _: Placement())(name)
+    network = block(module.config, parent=None)
 
     def loop(carry, weights, per_layer, per_row):
         def layer(carry, own):
@@ -67,5 +78,5 @@ def run_layers(
 
         return jax.lax.scan(remat.recomputed(layer, policy), carry, (weights, per_layer))[0]
 
-    weights = nn.meta.unbox(module.variables["params"][NAME])
+    weights = nn.meta.unbox(module.variables["params"][name])
     return placement.around(loop, carry, weights, per_layer, per_row)

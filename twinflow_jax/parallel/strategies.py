@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import attention, stack
+from twinflow_jax.models.stack import Placement
 from twinflow_jax.parallel.mesh import BATCH, FSDP, row_parts
 from twinflow_jax.parallel.rules import RULES, shardings
 
@@ -45,12 +46,14 @@ class Held:
 class Strategy:
     """A network's weights on a mesh.
 
-    layouts: of its parameters (`parallel.shardings`). dtype: of computation.
+    layouts: of its parameters (`parallel.shardings`). stacks: the names of its stacks of layers.
+    dtype: of computation.
     """
 
     name: str
     mesh: Mesh
     layouts: Any
+    stacks: tuple[str, ...]
     dtype: str
 
     @contextlib.contextmanager
@@ -61,7 +64,7 @@ class Strategy:
             "partitioner": self._constrained, "gather_layers": self._mapped,
             "gather_once": self._mapped,
         }
-        with applied(self.mesh), stack.placed(placements[self.name]()):
+        with applied(self.mesh), stack.placed(placements[self.name]):
             yield
 
     @property
@@ -75,28 +78,31 @@ class Strategy:
         """What a step keeps of `params`, for `weights`; nothing, unless it gathers once."""
         if self.name != "gather_once":
             return None
-        return jax.tree.map(self._gather_all, params[stack.NAME], self._specs_over_fsdp)
+        return {
+            name: jax.tree.map(self._gather_all, params[name], self._specs_over_fsdp(name))
+            for name in self.stacks
+        }
 
     def weights(self, params, held):
         """What the network's `apply` takes; gradients reach `params`."""
         if held is None:
             return params
         join = lambda part, whole: part if whole is None else Held(part, whole)
-        return params | {stack.NAME: jax.tree.map(join, params[stack.NAME], held)}
+        return params | {
+            name: jax.tree.map(join, params[name], copies) for name, copies in held.items()
+        }
 
-    @property
-    def _specs(self):
-        """Of the stacked weights."""
-        return jax.tree.map(lambda layout: layout.spec, self.layouts[stack.NAME])
+    def _specs(self, name: str):
+        """Of a stack's weights."""
+        return jax.tree.map(lambda layout: layout.spec, self.layouts[name])
 
-    @property
-    def _specs_over_fsdp(self):
+    def _specs_over_fsdp(self, name: str):
         """What a map over the rows' axes has to know of them; the rest is the partitioner's."""
         def kept(spec):
             entries = ([a for a in _axes_at(spec, i) if a in FSDP] for i in range(len(spec)))
             return PartitionSpec(*(tuple(entry) or None for entry in entries))
 
-        return jax.tree.map(kept, self._specs)
+        return jax.tree.map(kept, self._specs(name))
 
     def _gather_all(self, part, spec):
         """Each device's copy of a weight (devices, layers, ...), or None where it is whole."""
@@ -118,7 +124,7 @@ class Strategy:
             part = jax.lax.all_gather(part, axis, axis=at, tiled=True)
         return part
 
-    def _constrained(self) -> stack.Placement:
+    def _constrained(self, name: str) -> Placement:
         """The partitioner gathers a layer's weights, in as many steps as `fsdp` has axes."""
         def gather(part, spec):
             spec, at = _without_layers(spec), _split_at(_without_layers(spec))
@@ -132,8 +138,8 @@ class Strategy:
                 )
             return part
 
-        return stack.Placement(
-            fetch=lambda weights: jax.tree.map(gather, weights, self._specs),
+        return Placement(
+            fetch=lambda weights: jax.tree.map(gather, weights, self._specs(name)),
             around=self._filled(lambda loop, *arguments: loop(*arguments)),
         )
 
@@ -149,8 +155,10 @@ class Strategy:
 
         return around
 
-    def _mapped(self) -> stack.Placement:
+    def _mapped(self, name: str) -> Placement:
         """Layers run inside a map over the axes that split rows."""
+        over_fsdp = self._specs_over_fsdp(name)
+
         def fetch(weights):
             def one(part, spec):
                 spec = _without_layers(spec)
@@ -158,7 +166,7 @@ class Strategy:
                     return _use(part.part, part.whole, spec)
                 return self._gather(part, spec)
 
-            return jax.tree.map(one, weights, self._specs_over_fsdp, is_leaf=_held)
+            return jax.tree.map(one, weights, over_fsdp, is_leaf=_held)
 
         def mapped(loop, carry, weights, per_layer, per_row):
             def local(carry, weights, per_layer, per_row):
@@ -168,14 +176,14 @@ class Strategy:
             by_row, by_layer = PartitionSpec(BATCH), PartitionSpec(None, BATCH)
             specs = jax.tree.map(
                 lambda weight, spec: Held(spec, by_row) if _held(weight) else spec,
-                weights, self._specs_over_fsdp, is_leaf=_held,
+                weights, over_fsdp, is_leaf=_held,
             )
             return jax.shard_map(
                 local, in_specs=(by_row, specs, by_layer, by_row), out_specs=by_row,
                 axis_names=self._mapped_axes, check_vma=False,
             )(carry, weights, per_layer, per_row)
 
-        return stack.Placement(fetch, self._filled(mapped))
+        return Placement(fetch, self._filled(mapped))
 
 
 def create(name: str, mesh: Mesh, abstract, axes, dtype: str) -> Strategy:
@@ -184,12 +192,13 @@ def create(name: str, mesh: Mesh, abstract, axes, dtype: str) -> Strategy:
     Raises:
       UserError: it does not go with the network.
     """
-    if name != "partitioner" and stack.NAME not in abstract:
+    stacks = stack.names(axes)
+    if name != "partitioner" and not stacks:
         raise UserError(
             f"mesh.strategy {name!r} is for networks with stacked layers; this one has none: use "
             "mesh.strategy=partitioner"
         )
-    return Strategy(name, mesh, shardings(mesh, abstract, axes), dtype)
+    return Strategy(name, mesh, shardings(mesh, abstract, axes), stacks, dtype)
 
 
 @contextlib.contextmanager

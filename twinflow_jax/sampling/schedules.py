@@ -20,14 +20,16 @@ class Schedule:
     solver: str
 
 
-# Of a scheduler_config.json, by class: the values that we compute; the numbers we read; and what
-# the published class assumes where a config leaves a key out and that is neither.
+# Of a scheduler_config.json: the values that we compute; the numbers we read; and what the
+# published class assumes where a config leaves a key out and that is neither.
 EULER = {
-    "num_train_timesteps": 1000, "use_dynamic_shifting": True, "time_shift_type": "exponential",
-    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-    "stochastic_sampling": False, "invert_sigmas": False,
+    "num_train_timesteps": 1000, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "use_beta_sigmas": False, "stochastic_sampling": False, "invert_sigmas": False,
 }
-EULER_NUMBERS = {
+STATIC = EULER | {"use_dynamic_shifting": False, "shift_terminal": None}
+STATIC_NUMBERS = {"shift": 1.0}
+DYNAMIC = EULER | {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
+DYNAMIC_NUMBERS = {
     "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15,
     "shift_terminal": None,
 }
@@ -39,12 +41,22 @@ DPM = {
     "use_dynamic_shifting": False,
 }
 DPM_NUMBERS = {"flow_shift": 1.0}
-CLASSES = {
-    "FlowMatchEulerDiscreteScheduler": (EULER, EULER_NUMBERS, {"use_dynamic_shifting": False}),
-    "DPMSolverMultistepScheduler": (
-        DPM, DPM_NUMBERS, {"prediction_type": "epsilon", "use_flow_sigmas": False},
-    ),
-}
+DPM_ASSUMED = {"prediction_type": "epsilon", "use_flow_sigmas": False}
+CLASSES = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+
+
+def static_shift(steps: int, shift: float = 3.0, twice: bool = False) -> Schedule:
+    """More time near noise (FlowMatchEulerDiscreteScheduler): `t' = shift t / (1 + (shift - 1) t)`.
+
+    Of t equally spaced from 1 to 0; or, twice, from 1 to what the shift makes of 1/1000, with 0
+    after it: what the published class does where its pipeline leaves the times to it.
+    """
+    shifted = lambda t: shift * t / (1 + (shift - 1) * t)
+    if twice:
+        t = [*shifted(np.linspace(1.0, shifted(0.001), steps)).tolist(), 0.0]
+    else:
+        t = shifted(np.linspace(1.0, 0.0, steps + 1)).tolist()
+    return Schedule(tuple(t), tuple(t[:-1]), "euler")
 
 
 def dynamic_shift(
@@ -76,10 +88,13 @@ def flow_shift(steps: int, shift: float = 3.0) -> Schedule:
     return Schedule(tuple(t.tolist()), tuple(told.tolist()), "dpm")
 
 
-def published(scheduler: dict[str, Any], steps: int, tokens: int) -> Schedule:
+def published(
+    scheduler: dict[str, Any], steps: int, tokens: int, shifted_twice: bool = False
+) -> Schedule:
     """The schedule that a published scheduler_config.json asks for.
 
-    tokens: of the image, on which dynamic shifting depends.
+    tokens: of the image, on which dynamic shifting depends. shifted_twice: how its pipeline uses
+    static shifting, see `static_shift`.
     Raises:
       UserError: a scheduler that we do not compute, with everything in it that we do not.
     """
@@ -88,7 +103,13 @@ def published(scheduler: dict[str, Any], steps: int, tokens: int) -> Schedule:
     name = scheduler.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if name not in CLASSES:
         raise UserError(f"the scheduler is of class {name!r}; known are {', '.join(CLASSES)}")
-    implemented, numbers, assumed = CLASSES[name]
+    dynamic = bool(scheduler.get("use_dynamic_shifting"))
+    if name == "DPMSolverMultistepScheduler":
+        implemented, numbers, assumed = DPM, DPM_NUMBERS, DPM_ASSUMED
+    elif dynamic:
+        implemented, numbers, assumed = DYNAMIC, DYNAMIC_NUMBERS, {}
+    else:
+        implemented, numbers, assumed = STATIC, STATIC_NUMBERS, {}
     config = implemented | numbers | assumed | scheduler
     problems = [
         f"{key} is {config[key]!r}, only {value!r} is implemented"
@@ -105,4 +126,6 @@ def published(scheduler: dict[str, Any], steps: int, tokens: int) -> Schedule:
     values = [config[key] for key in numbers]
     if name == "DPMSolverMultistepScheduler":
         return flow_shift(steps, *values)
+    if not dynamic:
+        return static_shift(steps, *values, shifted_twice)
     return dynamic_shift(steps, tokens, *values)

@@ -76,8 +76,9 @@ def check_encoders(pipeline: str, folders: list[Records]) -> None:
         )
     checkpoint = imported.open_imported(pipeline)
     for folder in folders:
-        for field, network in (("text_encoder", "text_encoder"), ("autoencoder", "vae")):
-            mine, theirs = getattr(folder.manifest, field), checkpoint.identity(network)
+        used = {"text_encoder": checkpoint.text_identity, "autoencoder": checkpoint.identity("vae")}
+        for field, theirs in used.items():
+            mine = getattr(folder.manifest, field)
             if mine and mine != theirs:
                 raise UserError(
                     f"the records in {folder.folder} were made with the {field.replace('_', ' ')} "
@@ -100,7 +101,7 @@ def check_pipeline(pipeline: str, family: TextToImage, settings: Settings) -> No
 
     network = family.networks["transformer"]
     if not network.published:  # of any size, for that text
-        width = theirs_of("text_encoder").width
+        width = family.text_width({name: theirs_of(name) for name in family.encoders})
         if settings.text_width != width:
             raise UserError(
                 f"model.text_width is {settings.text_width}, but the text encoder of pipeline "

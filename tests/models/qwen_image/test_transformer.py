@@ -283,7 +283,7 @@ def test_logical_axes():
     assert block["out"]["kernel"].names == ("layers", "heads", "embed")
     assert block["mlp_out"]["kernel"].names == ("layers", "mlp", "embed")
     assert block["mlp_out"]["bias"].names == ("layers", None)
-    assert boxes["modulation"]["text"]["kernel"].names == ("layers", "embed", "modulation")
+    assert boxes["modulation"]["text"]["kernel"].names == (None, "embed", "modulation")
     assert boxes["text_in"]["kernel"].names == ("text", None)
 
 

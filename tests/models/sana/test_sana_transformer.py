@@ -355,7 +355,7 @@ def test_published_names(changes, keys, count, second):
             module.time_embed_2 = AdaLayerNormSingle(config.width)
     assert shapes == {key: tuple(p.shape) for key, p in module.state_dict().items()}
     optional = {key for key in shapes if key.startswith("time_embed_2.")}
-    assert table.optional() == optional and len(optional) == 6 * second
+    assert table.group(names.KNOWS_R) == optional and len(optional) == 6 * second
 
 
 def test_logical_axes():

@@ -11,9 +11,10 @@ NETWORKS = {
         "transformer", (), transformer.Config, dit.DiT, family.transformer_inputs,
         lambda config: names.NameTable(()),
     ),
-    "text_encoder": family.Network(
+    "text_encoder": family.TextNetwork(
         "text_encoder", (text_encoder.ARCHITECTURE,), text_encoder.Config,
-        text_encoder.TextEncoder, family.text_inputs, text_encoder.table, stem="model",
+        text_encoder.TextEncoder, family.text_inputs, text_encoder.table,
+        load_tokenizer=prompt.load_tokenizer, save_tiny_tokenizer=tiny.save_tokenizer,
     ),
     "vae": family.Network(
         "vae", (), pixels.Config, pixels.Pixels, family.image_inputs,
@@ -31,7 +32,6 @@ FAMILY = family.Family(
     transformer.Config, dit.DiT,
     family.TextToImage(
         networks=NETWORKS, null_prompt="", negative_prompt="", base_steps=32, base_guidance=1.0,
-        export_note="", tiny=tiny.CONFIGS, save_tiny_tokenizer=tiny.save_tokenizer,
-        load_tokenizer=prompt.load_tokenizer, tokenize=prompt.tokenize, embed=embed,
+        export_note="", tiny=tiny.CONFIGS, **family.of_one_encoder(prompt.tokenize, embed),
     ),
 )

@@ -18,9 +18,10 @@ NETWORKS = {
         "transformer", (transformer.CLASS,), transformer.Config,
         transformer.Transformer, family.transformer_inputs, transformer.table,
     ),
-    "text_encoder": family.Network(
+    "text_encoder": family.TextNetwork(
         "text_encoder", (text_encoder.ARCHITECTURE,), text_encoder.Config,
-        text_encoder.TextEncoder, family.text_inputs, text_encoder.table, stem="model",
+        text_encoder.TextEncoder, family.text_inputs, text_encoder.table,
+        load_tokenizer=prompt.load_tokenizer, save_tiny_tokenizer=tiny.save_tokenizer,
     ),
     "vae": family.Network(
         "vae", (autoencoder.CLASS,), autoencoder.Config,
@@ -58,8 +59,7 @@ FAMILY = family.Family(
     family.TextToImage(
         networks=NETWORKS, null_prompt=prompt.NULL_PROMPT, negative_prompt=" ", base_steps=50,
         base_guidance=4.0,
-        export_note=EXPORT_NOTE, tiny=tiny.CONFIGS, save_tiny_tokenizer=tiny.save_tokenizer,
-        load_tokenizer=prompt.load_tokenizer,
-        tokenize=tokenize, embed=embed, base_guide=norm_preserving,
+        export_note=EXPORT_NOTE, tiny=tiny.CONFIGS, base_guide=norm_preserving,
+        **family.of_one_encoder(tokenize, embed),
     ),
 )

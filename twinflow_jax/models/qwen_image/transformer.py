@@ -222,11 +222,11 @@ class StackedDense(nn.Module):
     def __call__(self, context: Float[Array, "B K D"]) -> Float[Array, "layers B K 6D"]:
         c, zeros = self.config, nn.initializers.zeros
         kernel = self.param(
-            "kernel", nn.with_logical_partitioning(zeros, ("layers", "embed", "modulation")),
+            "kernel", nn.with_logical_partitioning(zeros, (None, "embed", "modulation")),
             (c.layers, c.width, 6 * c.width),
         )
         bias = self.param(
-            "bias", nn.with_logical_partitioning(zeros, ("layers", "modulation")),
+            "bias", nn.with_logical_partitioning(zeros, (None, "modulation")),
             (c.layers, 6 * c.width),
         )
         context, kernel, bias = (a.astype(c.dtype) for a in (context, kernel, bias))
@@ -449,7 +449,8 @@ def table(config: Config) -> names.NameTable:
         *names.linear("proj_out", "out"),
     )
     copies = tuple(
-        names.Rule(*rule, copy_of=source[0]) for rule, source in zip(second, first, strict=True)
+        names.Rule(*rule, copy_of=source[0], group=names.KNOWS_R)
+        for rule, source in zip(second, first, strict=True)
     )
     modulation = names.linear("img_mod.1", "image") + names.linear("txt_mod.1", "text")
     rotated = re.compile("/(query|key)(_norm)?/")

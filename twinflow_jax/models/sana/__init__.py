@@ -23,9 +23,10 @@ NETWORKS = {
         "transformer", (transformer.CLASS,), transformer.Config, transformer.Transformer,
         _transformer_inputs, transformer.table,
     ),
-    "text_encoder": family.Network(
+    "text_encoder": family.TextNetwork(
         "text_encoder", text_encoder.ARCHITECTURES, text_encoder.Config,
-        text_encoder.TextEncoder, family.text_inputs, text_encoder.table, stem="model",
+        text_encoder.TextEncoder, family.text_inputs, text_encoder.table,
+        load_tokenizer=prompt.load_tokenizer, save_tiny_tokenizer=tiny.save_tokenizer,
     ),
     "vae": family.Network(
         "vae", (autoencoder.CLASS,), autoencoder.Config, autoencoder.Autoencoder,
@@ -51,8 +52,7 @@ FAMILY = family.Family(
     transformer.Config, transformer.Transformer,
     family.TextToImage(
         networks=NETWORKS, null_prompt="", negative_prompt="", base_steps=20,
-        base_guidance=4.5, export_note=EXPORT_NOTE,
-        tiny=tiny.CONFIGS, save_tiny_tokenizer=tiny.save_tokenizer,
-        load_tokenizer=prompt.load_tokenizer, tokenize=tokenize, embed=embed,
+        base_guidance=4.5, export_note=EXPORT_NOTE, tiny=tiny.CONFIGS,
+        **family.of_one_encoder(tokenize, embed),
     ),
 )

@@ -398,7 +398,10 @@ def table(config: Config) -> names.NameTable:
         ("ff.conv_point.weight", "mlp/out/kernel", "pointwise"),
     )
     random = tuple(
-        names.Rule(*rule, normal=0.02 if rule[0].endswith("weight") else 0.0) for rule in second
+        names.Rule(
+            *rule, normal=0.02 if rule[0].endswith("weight") else 0.0, group=names.KNOWS_R
+        )
+        for rule in second
     )
     return names.NameTable(
         rules=(
