@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests import qwen_folder
 from tests.test_verbs import call
-from twinflow_jax import files, images, models, sample, sampling, text_to_image
+from twinflow_jax import drawing, files, images, models, sample, sampling
 from twinflow_jax.checkpoints import importing, store
 
 PROMPTS = [
@@ -180,9 +180,11 @@ def test_base_sampling_is_the_published_pipeline(made, tmp_path, size, negative)
 def test_guidance_is_counted_as_the_family_does(none, guidance):
     """pos + w (pos - neg), w from 0, is neg + (1 + w) (pos - neg)."""
     family = dataclasses.replace(models.FAMILIES["sana"].text_to_image, no_guidance=none)
-    pipeline = text_to_image.Pipeline(types.SimpleNamespace(text_to_image=family), "float32")
+    pipeline = drawing.Pipeline(types.SimpleNamespace(text_to_image=family), "float32")
     apply = lambda params, x, t, r, cond: cond
-    draw = pipeline.base(sampling.Schedule((1.0, 0.0), (1.0,), "euler"), guidance)
+    draw = drawing.denoising.base(
+        pipeline, sampling.Schedule((1.0, 0.0), (1.0,), "euler"), guidance
+    )
     positive, negative = np.float32([[2.0]]), None if guidance == none else np.float32([[0.5]])
     x = draw(apply, {}, np.zeros((1, 1), np.float32), positive, negative, None)
     assert x == -(2.0 + (guidance - none) * (2.0 - (negative or 0.0)))
@@ -234,10 +236,11 @@ def test_bfloat16_on_a_sheet(made, tmp_path):
 
 def test_tiles(made):
     """Attention sees a tile and not the picture, so that there is some difference."""
-    pipeline = text_to_image.open_pipeline(made.checkpoint)
+    pipeline = drawing.open_pipeline(made.checkpoint)
     x = noise_of(0, (32, 288))[0]
     latents = made.pipeline._unpack_latents(x, 32, 288, 8)[0, :, 0].permute(1, 2, 0).numpy()
-    [ours] = pipeline.decode(latents[None], pipeline.tile_of(256))
+    codec = drawing.codec
+    [ours] = codec.decode(pipeline, latents[None], codec.tile_of(pipeline, 256))
     theirs = decoded(made.pipeline, x, (32, 288))
     assert theirs.std() > 20 and 0 < np.abs(images.to_uint8(ours) - theirs).mean() < 3
 
@@ -245,12 +248,12 @@ def test_tiles(made):
 SHARDED = """
 import sys
 import jax
-from twinflow_jax import sample, text_to_image
+from twinflow_jax import drawing, sample
 from twinflow_jax.errors import run_verb
 
 assert len(jax.devices()) == 8
-pipeline = text_to_image.open_pipeline(sys.argv[2])
-pipeline = text_to_image.Pipeline(pipeline.checkpoint, "float32", progress=False)
+pipeline = drawing.open_pipeline(sys.argv[2])
+pipeline = drawing.Pipeline(pipeline.checkpoint, "float32", progress=False)
 for name in ("transformer", "text_encoder"):
     with pipeline.loaded(name, name) as (_, params):
         leaves = jax.tree.leaves(params)

@@ -19,7 +19,8 @@ import sys
 
 from etils import epath
 
-from twinflow_jax import encoding, text_to_image
+from twinflow_jax import encoding
+from twinflow_jax.drawing import codec, open_pipeline
 from twinflow_jax.encoding import sizes
 from twinflow_jax.encoding.workspace import SKIPPED, Workspace
 from twinflow_jax.errors import UserError, run_verb
@@ -65,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shard-size", type=int, default=1024, help="records in a file")
     parser.add_argument("--batch", type=int,
                         help="pictures of 512x512 encoded at once, of larger ones fewer (default "
-                        f"{text_to_image.IMAGE_BATCH}); with --generate, drawn at once")
+                        f"{codec.BATCH}); with --generate, drawn at once")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="of the computation (default: bfloat16, float32 on a CPU)")
     parser.add_argument("--process", type=int, default=0, help="which one this is, from 0")
@@ -107,7 +108,7 @@ def given(args, name: str) -> bool:
 
 
 def run(args) -> int:
-    pipeline = text_to_image.open_pipeline(args.pipeline, dtype=args.dtype)
+    pipeline = open_pipeline(args.pipeline, dtype=args.dtype)
     source = encoding.open_source(
         args.source, not args.prompts_only and not args.generate, args.shard_size,
         args.image_column, args.caption_column,
@@ -116,7 +117,7 @@ def run(args) -> int:
     job = encoding.Job(
         pipeline, source, sizes_of(args, pipeline) if source.pictures or drawing else (),
         args.min_side, args.shard_size, args.text_tokens,
-        args.batch if drawing else args.batch or text_to_image.IMAGE_BATCH, drawing,
+        args.batch if drawing else args.batch or codec.BATCH, drawing,
     )
     space = Workspace(epath.Path(args.target), args.process, args.processes)
     report = encoding.encode(job, space)

@@ -27,6 +27,22 @@ def write(path: epath.PathLike, data: bytes) -> None:
         raise
 
 
+def check_folder(flag: str, folder: str) -> None:
+    """Refuses a folder that cannot be written to, before there is something to write.
+
+    Raises:
+      UserError: it is a file, or lies where nothing can be written; names the flag.
+    """
+    path = epath.Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{flag} {folder} is a file: choose a folder")
+    if "://" in folder:
+        return
+    there = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{flag} {folder} cannot be written to: {there} takes no files")
+
+
 def is_plain(name: str) -> bool:
     """Whether a relative path is NAME or FOLDER/NAME of visible files, and nothing else."""
     return bool(re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name))

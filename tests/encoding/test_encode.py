@@ -17,8 +17,8 @@ import pytest
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.data import records
 from twinflow_jax.data.records import open_records
+from twinflow_jax.drawing import Embeddings, codec, denoising, open_pipeline, text
 from twinflow_jax.encoding import sizes, workspace
-from twinflow_jax.text_to_image import Embeddings, open_pipeline
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
@@ -97,7 +97,7 @@ def test_records_are_the_pictures(photos, pixels, reference):
         expected = sizes.decode(data, bucket).astype(np.float32) / 127.5 - 1
         assert split == sizes.name(bucket) and kept == captions and size == sizes.measure(data)
         assert sample == expected.tobytes()
-    embedded = pipeline.embed(["picture 7", "number 7 again"])
+    embedded = text.embed(pipeline, ["picture 7", "number 7 again"])
     for row, part in enumerate(found["007"][1][2]):
         ours = np.frombuffer(part, np.float16).reshape(-1, embedded.tokens.shape[-1])
         theirs = embedded.tokens[row][embedded.mask[row]]
@@ -282,7 +282,7 @@ def test_latents(tmp_path, monkeypatch, capsys, latents):
     rows = [found.read("64x64", i) for i in range(3)]
     by_captions = {captions: data for _, captions, data in pictures.good(3)}
     images = np.stack([sizes.decode(by_captions[row.captions], (64, 64)) for row in rows])
-    expected = pipeline.encode(images.astype(np.float32) / 127.5 - 1)
+    expected = codec.encode(pipeline, images.astype(np.float32) / 127.5 - 1)
     np.testing.assert_allclose(np.stack([r.sample for r in rows]), expected, atol=2e-3, rtol=2e-3)
 
 
@@ -300,9 +300,13 @@ def test_pictures_drawn_by_the_base_model(tmp_path, monkeypatch, capsys, latents
         "prompts.txt:1#0", "prompts.txt:1#1", "prompts.txt:2#0", "prompts.txt:2#1"
     ]
     pipeline = open_pipeline(latents)
-    embeddings, null = pipeline.embed(["a fox", "a hen"]), pipeline.embed([], negative="")
-    draw = pipeline.base(pipeline.schedule(2, (2, 2, 32)), 2.0)
-    expected = pipeline.denoise(draw, embeddings, [0, 0, 1, 1], range(4), (2, 2, 32), 0, 1, null)
+    embeddings, null = (
+        text.embed(pipeline, ["a fox", "a hen"]), text.embed(pipeline, [], negative="")
+    )
+    sampler = denoising.base(pipeline, denoising.schedule(pipeline, 2, (2, 2, 32)), 2.0)
+    expected = denoising.denoise(
+        pipeline, sampler, embeddings, np.array([0, 0, 1, 1]), np.arange(4), (2, 2, 32), 0, 1, null
+    )
     np.testing.assert_allclose(np.stack([r.sample for r in rows]), expected, atol=5e-3, rtol=5e-3)
     shutil.rmtree(tmp_path / "records")
     assert run(monkeypatch, capsys, [*args, "--seed", "1"])[0] == 0

@@ -32,6 +32,10 @@ class Grid:
     extrapolation: float = 0.0
     order: int = 1
 
+    def told(self) -> dict[str, Any]:
+        """What a picture says of its sampler."""
+        return {"nfe": self.nfe} | dataclasses.asdict(self)
+
     @property
     def steps(self) -> int:
         return len(self.times) - 1

@@ -8,12 +8,12 @@ from etils import epath
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, sampling, text_to_image
+from twinflow_jax import checkpoints, drawing, sampling
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
+from twinflow_jax.drawing import Embeddings, Pipeline, codec, denoising
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import captioned
-from twinflow_jax.text_to_image import Embeddings, Pipeline
 
 BATCH, CHUNK = 64, 256  # pictures drawn, and records read, at once
 Decode = Callable[[Float[np.ndarray, "N h w c"]], Float[np.ndarray, "N H W 3"]]
@@ -100,7 +100,7 @@ def decoder(records: Records, pipeline: Pipeline) -> Decode:
     """Samples of records, or drawn ones like them, as pictures in [-1, 1]."""
     if not records.manifest.autoencoder:
         return lambda x: np.clip(x, -1, 1)
-    return lambda x: np.stack(pipeline.decode(x, text_to_image.TILE))
+    return lambda x: np.stack(list(codec.decode(pipeline, x)))
 
 
 def hold_out(records: Records, count: int | None, decode: Decode) -> Captions:
@@ -157,21 +157,21 @@ def owners_of(captions: Captions, seeds: int) -> Int[np.ndarray, "N"]:
 
 
 def draw(
-    run: Run, captions: Captions, seeds: int, seed: int, sampler: Callable, decode: Decode
+    run: Run, captions: Captions, seeds: int, seed: int, sampler: drawing.Sampler, decode: Decode
 ) -> Float[np.ndarray, "N H W 3"]:
-    """`seeds` pictures of each caption. sampler: for `Pipeline.denoise`."""
+    """`seeds` pictures of each caption."""
     owners = owners_of(captions, seeds)
     cut = slice(None), slice(run.text_tokens)
-    cond, null = text_to_image.same_length(captions.cond[cut], captions.null[cut])
+    cond, null = drawing.same_length(captions.cond[cut], captions.null[cut])
     shape = run.pipeline.settings.sample_shape
     return decode(
-        run.pipeline.denoise(
-            sampler, cond, owners, np.arange(len(owners)), shape, seed, BATCH, null
+        denoising.denoise(
+            run.pipeline, sampler, cond, owners, np.arange(len(owners)), shape, seed, BATCH, null
         )
     )
 
 
-def plain(run: Run, evaluations: int, guidance: float) -> Callable:
+def plain(run: Run, evaluations: int, guidance: float) -> drawing.Base:
     """Euler steps of equal length with classifier-free guidance, or none at half the cost.
 
     Raises:
@@ -189,7 +189,7 @@ def plain(run: Run, evaluations: int, guidance: float) -> Callable:
             "--guidance is for runs trained by flow matching"
         )
     times = tuple(np.linspace(1, 0, evaluations // each + 1).tolist())
-    return run.pipeline.base(sampling.Schedule(times, times[:-1], "euler"), guidance)
+    return denoising.base(run.pipeline, sampling.Schedule(times, times[:-1], "euler"), guidance)
 
 
 def shown(captions: Captions, seeds: int, rows: int) -> tuple[Int[np.ndarray, "R"], Sequence[int]]:
