@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from twinflow_jax import checkpoints, images, models, text_to_image
+from twinflow_jax import checkpoints, files, images, models, text_to_image
 from twinflow_jax.checkpoints import imported, tensors
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.sampling import arguments, generate
@@ -243,11 +243,10 @@ def read_prompts(
 def read_lines(file: str) -> list[str]:
     """The prompts in a file."""
     try:
-        lines = epath.Path(file).read_text().splitlines()
+        prompts = [line for _, line in files.text_lines(epath.Path(file).read_bytes())]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--prompts {file} cannot be read ({reason})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {file} is empty: write one prompt a line")
     return prompts

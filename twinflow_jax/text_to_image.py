@@ -385,7 +385,7 @@ class Pipeline:
         if not file.exists():
             raise UserError(f"{self.checkpoint.folder} has no scheduler, so no base sampling")
         try:
-            scheduler = dict(json.loads(file.read_text()))
+            scheduler = dict(json.loads(file.read_bytes()))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} cannot be read ({error}): import again") from error
         tokens = shape[0] * shape[1] // self.config("transformer").patch ** 2

@@ -7,7 +7,9 @@ are safetensors, everything else is JSON or kept as bytes.
 
 import dataclasses
 import json
+import os.path
 import re
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
@@ -22,6 +24,8 @@ PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 FLOATS = ("float32", "float16", "bfloat16")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 BESIDE_WEIGHTS = (".json", ".txt", ".model")  # the kept files among a network's
+# What compiling, sharding and checkpointing a PyTorch module puts into its tensors' names.
+WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 KEPT_FILES_BYTES = 200 << 20  # tokenizers, schedulers and the like; weights are not kept so
 
 
@@ -179,20 +183,34 @@ def _open_part(network: Network, folder: epath.Path) -> tuple[Part | None, list[
         why = f"{type(error).__name__}: {reason(error)}"
         return None, [f"config.json holds values that make no network ({why})", *problems]
     leaves = {path: leaf.shape for path, leaf in abstract.items()}
+    shapes, optional = table.shapes(leaves), table.optional()
+    spelled = _spelled(table, found.keys() | unread, shapes)
     by_key: dict[str, tensors.Tensor] = {}
     for key, tensor in found.items():
-        name = table.published(key)
+        name = spelled[key]
         if name in by_key:
             problems.append(f"{key}: a second tensor for {name}")
         by_key[name] = tensor
-    unread = {table.published(key) for key in unread}
-    shapes, optional = table.shapes(leaves), table.optional()
+    unread = {spelled[key] for key in unread}
     added = () if optional & (by_key.keys() | unread) else tuple(sorted(optional))
     if found:
         given = by_key.keys() | unread | set(added)
         problems += grouped("missing", [key for key in shapes if key not in given])
     problems += _wrong(table, shapes, by_key)
     return Part(network, published, config, table, leaves, by_key, added), problems
+
+
+def _spelled(
+    table: names.NameTable, keys: Collection[str], wanted: Collection[str]
+) -> dict[str, str]:
+    """The published spelling of each key, of which a trainer may have put a module into others."""
+    bare = {key: WRAPPERS.sub("", key) for key in keys}
+    common = os.path.commonprefix(list(bare.values()))
+    for start in (0, *(i + 1 for i, letter in enumerate(common) if letter == ".")):
+        spelled = {key: table.published(name[start:]) for key, name in bare.items()}
+        if not wanted.isdisjoint(spelled.values()):
+            return spelled
+    return {key: table.published(key) for key in keys}
 
 
 def _wrong(
@@ -326,7 +344,7 @@ def _json(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"no {file.name}")
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())  # with or without a byte order mark
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file.name} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
