@@ -39,7 +39,7 @@ def _essential(data: bytes) -> bytes:
     """
     if not data.startswith(PNG):
         return data
-    first, others, start, kind = [], [], len(PNG), b""
+    view, first, others, start, kind = memoryview(data), [], [], len(PNG), b""
     while start < len(data) and kind != b"IEND":
         kind = data[start + 4 : start + 8]
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
@@ -47,9 +47,9 @@ def _essential(data: bytes) -> bytes:
             kind in UNUSED and data.startswith(ORIENTED, start + 8) and end - start < ORIENTED_BYTES
         )
         if turns or not first:  # the header stays the first of all
-            first.append(data[start:end])
+            first.append(view[start:end])
         elif kind not in UNUSED:
-            others.append(data[start:end])
+            others.append(view[start:end])
         start = end
     return b"".join([PNG, *first, *others])
 

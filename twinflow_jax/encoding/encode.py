@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -137,6 +138,8 @@ def encoders(job: Job):
         embed = stack.enter_context(pipeline.text_encoder(TEXT_BATCH))
         encode_images = stack.enter_context(pipeline.image_encoder()) if job.sizes else None
         captions = Captions(pipeline, embed, job.text_tokens)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # said when the pictures were listed
 
         def examples(space: Workspace, shard: Shard, tally: Tally) -> Iterator[Example]:
             blocks = cut(shard.keys, BLOCK)
