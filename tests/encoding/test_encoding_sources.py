@@ -216,7 +216,8 @@ def test_files_that_a_folders_form_leaves_out(tmp_path):
     tars = pictures.write_tars(tmp_path / "tars", COUNT)
     (tars / "2.tar.gz").write_bytes(b"x")
     (tars / "cat.png").write_bytes(pictures.png(0))
-    with pytest.warns(UserWarning, match="1 other files are left out, as cat.png"):
+    (tars / "more").mkdir()
+    with pytest.warns(UserWarning, match="2 others are left out, as cat.png"):
         entries = listed(opened(tars))
     assert entries[-1].id == "2.tar.gz/*" and "unpack" in entries[-1].problem[1]
     pictures.write_parquet(tmp_path / "parquet", COUNT).joinpath("0.parquet").rename(

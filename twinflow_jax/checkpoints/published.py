@@ -208,7 +208,7 @@ def _spelled(
     common = os.path.commonprefix(list(bare.values()))
     for start in (0, *(i + 1 for i, letter in enumerate(common) if letter == ".")):
         spelled = {key: table.published(name[start:]) for key, name in bare.items()}
-        if not wanted.isdisjoint(spelled.values()):
+        if not set(wanted).isdisjoint(spelled.values()):
             return spelled
     return {key: table.published(key) for key in keys}
 

@@ -7,9 +7,18 @@ from collections.abc import Sequence
 from etils import epath
 
 from twinflow_jax.encoding.archives import TARS, Parquet, Tars, Tfds
-from twinflow_jax.encoding.sources import SUFFIXES, Folder, Lines, Prompts, Source, visible
+from twinflow_jax.encoding.sources import (
+    SUFFIXES,
+    Folder,
+    Lines,
+    Prompts,
+    Source,
+    suffix_of,
+    visible,
+)
 from twinflow_jax.errors import UserError
 
+OTHERS = (*SUFFIXES, ".jsonl", ".ndjson", ".csv", ".zip")
 LISTS = ("metadata.jsonl", "metadata.csv")  # of pictures, in Hugging Face's ImageFolder
 
 
@@ -44,54 +53,65 @@ def of_folder(folder, pictures: bool, chunk: int, image, caption):
     Raises:
       UserError: it has none or two, or another path leads to it.
     """
-    names = sorted(visible(folder))
-    if "dataset_info.json" in names:
+    entries = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    if "dataset_info.json" in entries:
         return Tfds(str(folder), "", pictures, chunk, image, caption)
-    about = descriptions(names)
-    names = [name for name in names if name not in about]
-    ending = lambda *suffixes: [name for name in names if name.lower().endswith(suffixes)]
-    here = lambda found: [name for name in found if "/" not in name]
-    tables, tars = ending(".parquet"), ending(*TARS)
-    taken = here(tables) + here(tars)
-    paths = [folder / name for name in taken]
-    if here(tables) and here(tars):
+    entries = without_descriptions(entries)
+    tables, tars = ending(entries, ".parquet"), ending(entries, *TARS)
+    if tables and tars:
         raise UserError(
-            f"{folder} holds {here(tables)[0]} and {here(tars)[0]}: give a folder of either kind, "
-            "or a file"
+            f"{folder} holds {tables[0]} and {tars[0]}: give a folder of either kind, or a file"
         )
-    left = set(ending(*SUFFIXES, ".parquet", *TARS, ".jsonl", ".ndjson", ".zip")) - set(taken)
-    if taken and left:
-        warnings.warn(
-            f"of {folder} only {taken[0]} and its like are read: {len(left)} other files are left "
-            f"out, as {min(left)}", stacklevel=2,
-        )
-    if here(tables):
+    if tables or tars:
+        warn_of_others(folder, entries, tables + tars)
+    if tables:
+        paths = [folder / name for name in tables]
         return Parquet(paths, folder.name, pictures, image, caption)
     refuse_columns(folder, image, caption)
-    if taken:
-        return Tars(paths, folder.name, pictures)
-    lists = [name for name in names if name.rpartition("/")[2] in LISTS]
-    for name in (*lists, *tables, *tars):
+    if tars:
+        return Tars([folder / name for name in tars], folder.name, pictures)
+    names = without_descriptions(sorted(visible(folder)))
+    others = ending(names, ".parquet", *TARS)
+    for name in [n for n in names if n.rpartition("/")[2] in LISTS] + others:
         place = folder / name
-        way = f"give {place if name in lists else place.parent}"
+        way = f"give {place.parent if name in others else place}"
         if name.endswith(".csv"):
             way = f"write it as JSON lines, and give {place.with_suffix('.jsonl')}"
         raise UserError(f"{folder} holds {name}: {way}, or move it away")
     return Folder(folder, names, pictures, chunk)
 
 
-def descriptions(names: Sequence[str]) -> set[str]:
-    """What img2dataset writes beside a shard: a table without pictures, and figures.
+def ending(names: Sequence[str], *suffixes: str) -> list[str]:
+    return [name for name in names if name.lower().endswith(suffixes)]
+
+
+def without_descriptions(names: Sequence[str]) -> list[str]:
+    """Names without what img2dataset writes beside a shard: a table without pictures, figures.
 
     A shard is a tar, or a folder.
     """
-    known, folders = set(names), {name.rpartition("/")[0] for name in names}
-    found = {name for name in names if name.removesuffix(".parquet") + ".tar" in known}
-    for name in names:
-        shard = name.removesuffix("_stats.json")
-        if shard != name and (f"{shard}.tar" in known or shard in folders):
-            found |= {name, f"{shard}.parquet"}
-    return found
+    known = {*names, *(name.rpartition("/")[0] for name in names)}
+    tables = ending(names, ".parquet")
+    about = {name for name in tables if name.removesuffix(".parquet") + ".tar" in known}
+    for figures in ending(names, "_stats.json"):
+        shard = figures.removesuffix("_stats.json")
+        if not known.isdisjoint((shard, f"{shard}.tar")):
+            about |= {figures, f"{shard}.parquet"}
+    return [name for name in names if name not in about]
+
+
+def warn_of_others(folder, entries: Sequence[str], read: Sequence[str]) -> None:
+    """Says which pictures, archives, lists and folders are not read beside those that are."""
+    others = [
+        name for name in entries
+        if name not in read
+        and (ending([name], *OTHERS) or (not suffix_of(name) and (folder / name).is_dir()))
+    ]
+    if others:
+        warnings.warn(
+            f"of {folder} only {read[0]} and its like are read; {len(others)} others are left out, "
+            f"as {others[0]}", stacklevel=2,
+        )
 
 
 def of_file(file, pictures: bool, chunk: int, image, caption):
