@@ -15,6 +15,7 @@ import pyarrow.parquet
 from etils import epath
 
 from twinflow_jax.data import features
+from twinflow_jax.encoding.beside import is_hidden, paired
 from twinflow_jax.encoding.sources import (
     CAPTIONS,
     IMAGES,
@@ -22,10 +23,8 @@ from twinflow_jax.encoding.sources import (
     Item,
     clean,
     digest,
-    is_hidden,
     keys_of,
     labelled,
-    paired,
 )
 from twinflow_jax.errors import UserError, reason
 

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 from etils import epath
 
 from twinflow_jax.encoding.archives import TARS, Parquet, Tars, Tfds
-from twinflow_jax.encoding.sources import (
-    SUFFIXES,
-    Folder,
-    Lines,
-    Prompts,
-    Source,
-    suffix_of,
-    visible,
-)
+from twinflow_jax.encoding.beside import Folder, visible
+from twinflow_jax.encoding.sources import SUFFIXES, Lines, Prompts, Source, suffix_of
 from twinflow_jax.errors import UserError
 
 OTHERS = (*SUFFIXES, ".jsonl", ".ndjson", ".csv", ".zip")
