@@ -81,4 +81,5 @@ def test_prompts_go_through_all_encoders(checkpoint):
     valid = made.tokens[0, made.mask[0]]
     np.testing.assert_allclose(rows, valid, atol=1e-5)
     null = text.null(pipeline)
-    np.testing.assert_array_equal(null.tokens, text.null(pipeline).tokens)  # once more, from its file
+    again = text.null(pipeline)  # from its file
+    np.testing.assert_array_equal(null.tokens, again.tokens)

@@ -42,7 +42,8 @@ def made(tmp_path_factory):
         embeddings=folder / "kept" / "embeddings.safetensors",
     )
     importing.import_folder(str(folder / "pipeline"), str(made.checkpoint), progress=False)
-    (folder / "prompts.txt").write_text("\n\n".join(PROMPTS))
+    lines = "\n \r\n".join(PROMPTS)  # as editors of several systems leave them
+    (folder / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\xef\xbb\xbf\r\n")
     made.two_steps = draw(
         made.checkpoint, folder / "two_steps", *made.prompts, "--steps", "2",
         "--save-embeddings", str(made.embeddings),

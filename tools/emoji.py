@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from etils import epath
 from PIL import Image
 
-from twinflow_jax import files
+from twinflow_jax import files, images
 from twinflow_jax.errors import UserError, run_verb
 
 
@@ -277,7 +277,7 @@ def on_white(data: bytes, size: int, name: str) -> bytes:
       UserError: it cannot be decoded.
     """
     try:
-        picture = Image.open(io.BytesIO(data)).convert("RGBA")
+        picture = images.opened(data).convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} cannot be read ({error}): download the packages again") from error
     side = max(picture.size)

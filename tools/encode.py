@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
                         "captions (default: caption, text or the like)")
     parser.add_argument("--image-column",
                         help="that has the pictures (default: image, image_bytes or file_name)")
-    parser.add_argument("--min-side", type=int, default=64,
+    parser.add_argument("--min-side", type=int,
                         help="pixels: smaller pictures are left out (default 64)")
     parser.add_argument("--text-tokens", type=int,
                         help="that captions are padded or cut to (default: the family's lengths)")
@@ -113,10 +113,14 @@ def run(args) -> int:
         args.source, not args.prompts_only and not args.generate, args.shard_size,
         args.image_column, args.caption_column,
     )
+    for name in ("min_side",) if args.generate else ("size", "buckets", "min_side"):
+        if given(args, name) and not source.pictures:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is for pictures, and of {args.source} none are read")
     drawing = drawing_of(args, pipeline) if args.generate else None
     job = encoding.Job(
         pipeline, source, sizes_of(args, pipeline) if source.pictures or drawing else (),
-        args.min_side, args.shard_size, args.text_tokens,
+        64 if args.min_side is None else args.min_side, args.shard_size, args.text_tokens,
         args.batch if drawing else args.batch or codec.BATCH, drawing,
     )
     space = Workspace(epath.Path(args.target), args.process, args.processes)

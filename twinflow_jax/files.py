@@ -43,6 +43,18 @@ def check_folder(flag: str, folder: str) -> None:
         raise UserError(f"{flag} {folder} cannot be written to: {there} takes no files")
 
 
+def text_lines(data: bytes, errors: str = "strict") -> list[tuple[int, str]]:
+    """(number, text) of each line of a text in UTF-8 that is not blank.
+
+    Byte order marks and blanks around a line are no part of it. errors: as bytes.decode has them.
+    Raises:
+      UnicodeDecodeError: it is not UTF-8.
+    """
+    lines = re.split(r"\r\n|\r|\n", data.decode("utf-8", errors))
+    stripped = ((number, line.lstrip("\ufeff").strip()) for number, line in enumerate(lines, 1))
+    return [(number, line) for number, line in stripped if line]
+
+
 def is_plain(name: str) -> bool:
     """Whether a relative path is NAME or FOLDER/NAME of visible files, and nothing else."""
     return bool(re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name))

@@ -222,7 +222,11 @@ def test_folders_of_other_records_are_refused(tmp_path, monkeypatch, capsys, pho
     (["--shard-size", "0"], "--shard-size is 0"),
     (["--prompts-only", "--size", "64"], "--prompts-only has no pictures"),
     (["--guidance", "3"], "add --generate"),
-    (["--caption-column", "alt"], "none of the 35 items"),
+    (["--min-side", "500"], "none of the 35 items"),
+    (["--caption-column", "alt"], "it has image, captions, id: give one with --caption-column"),
+    (["--image-column", "file"], "has no pictures under file; names of pictures are under image"),
+    (["--prompts-only", "--min-side", "64"], "--min-side is for pictures"),
+    (["--generate", "--min-side", "64"], "--min-side is for pictures"),
     (["--size", "63"], "not divisible by 2"),
 ])
 def test_bad_input(tmp_path, monkeypatch, capsys, photos, pixels, more, words):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from twinflow_jax import arguments, images
+from twinflow_jax import arguments, files, images
 from twinflow_jax.checkpoints import store, tensors
 from twinflow_jax.config import Run
 from twinflow_jax.drawing import album, codec, denoising, pictures, text
@@ -152,11 +152,10 @@ def read_prompts(
 def read_lines(file: str) -> list[str]:
     """The prompts in a file."""
     try:
-        lines = epath.Path(file).read_text().splitlines()
+        prompts = [line for _, line in files.text_lines(epath.Path(file).read_bytes())]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--prompts {file} cannot be read ({reason})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {file} is empty: write one prompt a line")
     return prompts

@@ -122,7 +122,7 @@ def schedule(pipeline: Pipeline, steps: int, shape: tuple[int, int, int]) -> sam
     if not file.exists():
         raise UserError(f"{pipeline.checkpoint.folder} has no scheduler, so no base sampling")
     try:
-        scheduler = dict(json.loads(file.read_text()))
+        scheduler = dict(json.loads(file.read_bytes()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}): import again") from error
     tokens = shape[0] * shape[1] // pipeline.config("transformer").patch ** 2

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -136,6 +137,8 @@ def encoders(job: Job):
         embed = stack.enter_context(text.encoder(pipeline, text.BATCH))
         encode_images = stack.enter_context(codec.encoder(pipeline)) if job.sizes else None
         captions = Captions(pipeline, embed, job.text_tokens)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # said when the pictures were listed
 
         def examples(space: Workspace, shard: Shard, tally: Tally) -> Iterator[Example]:
             blocks = cut(shard.keys, BLOCK)
