@@ -30,7 +30,7 @@ class Setup:
 
     def fresh(self, params) -> state.TrainState:
         """The state of step 0 with these weights."""
-        return fresh(self.config, self.optimizer, self.teacher_decay, params)
+        return fresh(self.config, self.optimizer, self.teacher_decay, self.model.fixed, params)
 
     def place(self, make, *arguments):
         """`make(*arguments)`, a state, with every part where it belongs."""
@@ -109,7 +109,8 @@ def prepare(config, devices: list | None = None) -> Setup:
     check_tokens(model, mesh, model.sample_shape)
     strategy = parallel.create(name, mesh, abstract, model.axes(), model.dtype)
     decay = objective.config.teacher_decay
-    shapes = jax.eval_shape(lambda params: fresh(config, optimizer, decay, params), abstract)
+    start = functools.partial(fresh, config, optimizer, decay, model.fixed)
+    shapes = jax.eval_shape(start, abstract)
     layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh))
 
     train = config.train
@@ -132,10 +133,12 @@ def prepare(config, devices: list | None = None) -> Setup:
     )
 
 
-def fresh(config, optimizer, teacher_decay: float, params) -> state.TrainState:
+def fresh(
+    config, optimizer, teacher_decay: float, fixed: tuple[str, ...], params
+) -> state.TrainState:
     """The state of step 0 with these weights."""
     train = config.train
-    return state.create(params, optimizer, teacher_decay, train.ema_decay, train.weights)
+    return state.create(params, optimizer, teacher_decay, train.ema_decay, train.weights, fixed)
 
 
 def check_divisible(config, model: models.Model, mesh: jax.sharding.Mesh) -> None:
