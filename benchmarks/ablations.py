@@ -26,9 +26,10 @@ from tqdm import tqdm  # noqa: E402
 
 from twinflow_jax import config as configs  # noqa: E402
 from twinflow_jax import data, evaluation, images, models, objectives  # noqa: E402
+from twinflow_jax.config import Run, Train  # noqa: E402
 from twinflow_jax.evaluation import report, sample_labels  # noqa: E402
 from twinflow_jax.sampling import generate, make_grid  # noqa: E402
-from twinflow_jax.training import optimizers, state, step  # noqa: E402
+from twinflow_jax.training import inputs, optimizers, state, step  # noqa: E402
 
 SHARES = (0.0, 0.1, 0.2, 1 / 3, 0.5, 0.65, 0.8)
 PLAIN = {"guidance": 0.0, "distance": "l2"}
@@ -47,28 +48,30 @@ Curve = dict[int, dict[int, dict[str, float]]]  # step -> evaluations -> scores
 class Bench:
     """What all runs share."""
 
-    config: object
+    described: Run
     dataset: data.Dataset
-    judge: evaluation.Judge
+    judge: evaluation.ClassJudge
     steps: int
 
     def run(self, objective: dict, seed: int, nfe: tuple[int, ...], marks: int) -> Curve:
         """Trains one objective; scores `marks` moments, evenly spaced, the last at the end."""
-        model = models.create(self.config.model)
+        model = models.build(self.described.model)
         built = objectives.build(objective)
-        optimizer = optimizers.create(self.config.optimizer, self.steps)
-        settings = step.StepConfig(seed, 1, self.config.train.ema_decay, "empty")
-        advance = step.make_step(built, model.apply, optimizer, settings)
+        optimizer = optimizers.create(self.described.optimizer, self.steps)
+        train = Train(seed=seed, ema_decay=self.described.train.ema_decay)
+        advance = step.make_step(built, model.apply, optimizer, train)
         params = model.init(jax.random.key(seed))
         current = state.create(
-            params, optimizer, built.config.teacher_decay, self.config.train.ema_decay
+            params, optimizer, built.config.teacher_decay, train.ema_decay
         )
-        stream = data.batches(self.dataset.train, self.config.data.batch_size, seed)
+        rows = inputs.labelled(
+            self.dataset.train, {"label": np.arange(self.dataset.num_classes, dtype=np.int32)}
+        )
+        stream = data.batches(rows, self.described.data.batch_size, seed)
         labels, curve = sample_labels(1000, self.dataset.num_classes), {}
         for i in range(1, self.steps + 1):
-            batch = next(stream)
-            inputs = {"x": batch["x"], "cond": {"label": batch["label"]}, "null": model.null}
-            current, _ = advance(current, inputs)
+            _, batch = next(stream)
+            current, _ = advance(current, batch | {"null": model.null})
             if i % (self.steps // marks) == 0:
                 weights = state.sampling_params(current)
                 curve[i] = {}
@@ -126,9 +129,9 @@ def main() -> None:
     if args.steps % MARKS:
         parser.error(f"--steps must divide by {MARKS}")
 
-    config = configs.load(str(pathlib.Path(__file__).parents[1] / "configs" / "digits.py"))
+    described = configs.parse(str(pathlib.Path(__file__).parents[1] / "configs" / "digits.py"))
     dataset = data.load("digits")
-    bench = Bench(config, dataset, evaluation.Judge.create(dataset), args.steps)
+    bench = Bench(described, dataset, evaluation.ClassJudge.create(dataset), args.steps)
     runs = {
         f"{form} {share:.2f}": (make(share), (1,), 1)
         for form, make in FORMS.items()

@@ -38,6 +38,7 @@ import torch  # noqa: E402
 import torch_reference as reference  # noqa: E402
 
 from twinflow_jax import data, evaluation, models, objectives  # noqa: E402
+from twinflow_jax.config import Train  # noqa: E402
 from twinflow_jax.objectives import twin  # noqa: E402
 from twinflow_jax.training import state as train_state  # noqa: E402
 from twinflow_jax.training import step as train_step  # noqa: E402
@@ -69,10 +70,8 @@ class JaxSide:
     def __init__(self, model: models.Model, objective: objectives.Objective, params, seed: int):
         self.model = model
         optimizer = optax.adam(RATE)
-        config = train_step.StepConfig(
-            seed=seed, micro_steps=1, ema_decay=0.0, unconditional="empty"
-        )
-        step = train_step.make_step(objective, model.apply, optimizer, config)
+        train = Train(seed=seed, ema_decay=0.0)
+        step = train_step.make_step(objective, model.apply, optimizer, train)
         # A copy of the weights: the step gives its state's buffers away.
         params = jax.tree.map(lambda a: a.copy(), params)
         self.state = train_state.create(params, optimizer, objective.config.teacher_decay, 0.0)
@@ -143,7 +142,7 @@ class Result:
 
 
 def compare(
-    objective_name: str, seed: int, steps: int, dataset: data.Dataset, judge: evaluation.Judge
+    objective_name: str, seed: int, steps: int, dataset: data.Dataset, judge: evaluation.ClassJudge
 ) -> list[Result]:
     """Trains both sides in alternating blocks, and scores both."""
     model = models.create(MODEL)
@@ -257,7 +256,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     dataset = data.load("digits")
-    judge = evaluation.Judge.create(dataset)
+    judge = evaluation.ClassJudge.create(dataset)
     results = []
     for seed in range(arguments.seeds):
         for objective in OBJECTIVES:

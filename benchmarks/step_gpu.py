@@ -83,13 +83,14 @@ def settings(model: str, rows: int, tiny: bool = False):
     """The run's config, whose passes are not merged: on one device that only adds rows."""
     from twinflow_jax import config as configs
 
-    config = configs.load(CONFIGS[model], [f"data.batch_size={rows}"]).unlock()
-    config.objective.merge_passes = False
-    config.model.update(remat="none", layers=2 if tiny else LAYERS[model])
+    fields = configs.load(CONFIGS[model]).to_dict()
+    fields["data"]["batch_size"] = rows
+    fields["objective"]["merge_passes"] = False
+    fields["model"] |= {"remat": "none", "layers": 2 if tiny else LAYERS[model]}
     if tiny:
-        config.model.update(dtype="float32", **SMALL[model])
-        config.data.text_tokens = 6
-    return config.lock()
+        fields["model"] |= {"dtype": "float32", **SMALL[model]}
+        fields["data"]["text_tokens"] = 6
+    return configs.Run.of(fields)
 
 
 def random_batch(prepared, seed: int = 0) -> dict:
@@ -259,9 +260,7 @@ def torch_train(model: str, config, velocity, device: str, autocast: bool):
     """`step(x, tokens, null, draws) -> loss`, a tensor."""
     import torch
 
-    from twinflow_jax import objectives
-
-    objective = objectives.build(config.objective).config
+    objective = config.objective
     c, parameters = config.optimizer, list(velocity.parameters())
     rate = {"lr": c.learning_rate, "betas": tuple(c.betas), "eps": c.eps}
     optimizer = {
@@ -289,20 +288,19 @@ def torch_step(config):
     import torch
 
     jax.config.update("jax_platforms", "cpu")  # only shapes come from it
-    from twinflow_jax import models, objectives
     from twinflow_jax.training import setup
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     name = "sana" if config.model.name == "sana" else "qwen"
     with torch.device(device):
-        made = network(name, models.create(config.model).config)
+        made = network(name, config.model)
     step = torch_train(name, config, torch.compile(made, dynamic=False), device, autocast=True)
     batch = random_batch(setup.prepare(config))
     x = images(name, batch["x"]).to(device)
     text = lambda a: torch.tensor(a.astype("float32")).to(device)
     tokens, null = text(batch["cond"]["tokens"]), text(batch["null"]["tokens"])
-    objective, rows = objectives.build(config.objective), len(x)
+    objective, rows = config.bound_objective, len(x)
     shapes = jax.eval_shape(
         lambda key: objective.draw(key, rows, batch["x"].shape[1:]), jax.random.key(0)
     )
@@ -339,7 +337,7 @@ def converted(model: str, prepared, velocity):
         .replace(f"{embedder}.second.", f"{embedder}_2."): value.detach().numpy()
         for key, value in velocity.net.state_dict().items()
     }
-    family = models.FAMILIES[prepared.config.model.name].text_to_image
+    family = models.FAMILIES[prepared.run.model.name].text_to_image
     table = family.networks["transformer"].table(prepared.model.config)
     flat = {}
     for rule in table.rules:
@@ -358,7 +356,6 @@ def compare(model: str) -> None:
     import numpy as np
     import torch
 
-    from twinflow_jax import objectives
     from twinflow_jax.training import setup
 
     torch.manual_seed(0)
@@ -372,7 +369,7 @@ def compare(model: str) -> None:
     theirs = torch_train(model, config, velocity, "cpu", autocast=False)
     x, text = images(model, batch["x"]), lambda a: torch.tensor(np.array(a, np.float32))
     null = np.broadcast_to(batch["null"]["tokens"], batch["cond"]["tokens"].shape)
-    objective = objectives.build(config.objective)
+    objective = config.bound_objective
     for number in range(STEPS):
         key = jax.random.fold_in(jax.random.key(config.train.seed), number)
         drawn = objective.draw(jax.random.split(key, 3)[0], len(x), batch["x"].shape[1:])

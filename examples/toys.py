@@ -40,6 +40,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from twinflow_jax import models, objectives, sampling
+from twinflow_jax.config import Train
 from twinflow_jax.training import state as training_state
 from twinflow_jax.training import step as training_step
 
@@ -107,7 +108,7 @@ def trainer(
     def advance(state, seed):
         step = training_step.make_step(
             objective, model.apply, optimizer,
-            training_step.StepConfig(seed, micro_steps=1, ema_decay=0.0, unconditional="empty"),
+            Train(ema_decay=0.0), seed=seed,
         )
         data_key = jax.random.split(jax.random.key(seed))[1]
 

@@ -1,11 +1,13 @@
 """Config files and overrides: typed, locked, and helpful when something is misspelled."""
 
+import json
 import pathlib
 
 import pytest
 
 from twinflow_jax import config as configs
-from twinflow_jax import models, objectives
+from twinflow_jax import models, objectives, train
+from twinflow_jax.config import reference
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import optimizers
 
@@ -14,12 +16,11 @@ FILES = sorted(pathlib.Path("configs").glob("*.py"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_every_config_file_builds(file):
-    config = configs.load(str(file))
-    model, objective = models.create(config.model), objectives.build(config.objective)
-    assert sum(objective.counts(config.data.batch_size).values()) == config.data.batch_size
-    optimizers.create(config.optimizer, config.train.steps)
-    assert model.abstract_params()
-    assert configs.from_json(configs.to_json(config)).to_dict() == config.to_dict()
+    run = configs.parse(str(file))
+    assert sum(run.bound_objective.counts(run.data.batch_size).values()) == run.data.batch_size
+    optimizers.create(run.optimizer, run.train.steps)
+    assert models.build(run.model).abstract_params()
+    assert configs.from_json(configs.to_json(run)) == run
 
 
 def test_baseline_differs_only_in_the_objective():
@@ -32,7 +33,7 @@ def test_baseline_differs_only_in_the_objective():
 
 
 def test_overrides_keep_types():
-    config = configs.load(
+    config = configs.parse(
         "configs/digits.py",
         ["train.steps=7", "optimizer.learning_rate=1", "sample.steps=(1,8)",
          "objective.twin=False", "data.name=mnist5k"],
@@ -40,8 +41,45 @@ def test_overrides_keep_types():
     assert config.train.steps == 7 and config.sample.steps == (1, 8)
     assert isinstance(config.optimizer.learning_rate, float)
     assert config.objective.twin is False and config.data.name == "mnist5k"
-    with pytest.raises(AttributeError):
-        config.trian = {}
+
+
+def test_overrides_reach_keys_that_a_file_does_not_name(tmp_path):
+    file = tmp_path / "plain.py"
+    file.write_text("from twinflow_jax.training import defaults\nget_config = defaults.get\n")
+    overrides = [
+        "model.patch=7", "model.dtype=bfloat16", "model.name=dit", "train.unconditional=permuted",
+    ]
+    run = configs.parse(str(file), overrides)
+    assert (run.model.name, run.model.patch, run.model.dtype) == ("dit", 7, "bfloat16")
+    with pytest.raises(UserError, match="no config key 'model.patch'"):
+        configs.parse(str(file), overrides[:1])
+
+
+def test_a_record_without_some_keys_has_their_defaults():
+    run = configs.parse("configs/mnist.py")
+    fields = json.loads(configs.to_json(run))
+    del fields["objective"]["merge_passes"], fields["train"]["weights"], fields["mesh"]
+    assert configs.from_json(json.dumps(fields)) == run
+    fields["train"]["speed"] = 3
+    with pytest.raises(UserError, match="train has no key 'speed'"):
+        configs.from_json(json.dumps(fields))
+
+
+def test_the_reference_of_all_keys_is_current():
+    """Make it again: python -m twinflow_jax.config.reference > docs/configs.md"""
+    assert pathlib.Path("docs/configs.md").read_text() == reference.reference()
+
+
+def test_help_config_prints_every_key_with_its_present_value(capsys, monkeypatch):
+    command = ["train", "--config", "configs/digits.py", "--config.train.steps=7", "--help-config"]
+    monkeypatch.setattr("sys.argv", command)
+    assert train.main() == 0
+    told = capsys.readouterr().out
+    assert "train.steps = 7  (default 1000)\n    int: optimizer steps in all; 1 or more\n" in told
+    fields = configs.parse("configs/digits.py").fields()
+    assert {line.split(" = ")[0] for line in told.splitlines() if " = " in line} == (
+        configs.flatten(fields).keys()
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,14 +92,15 @@ def test_overrides_keep_types():
         ("train.steps=1.5", "takes int"),
         ("objective.twin=1", "takes bool"),
         ("train.steps", "has no value"),
-        ("optimizer.betas=(.9,'x')", "takes numbers"),
+        ("optimizer.betas=(.9,'x')", "takes tuple of 2 float"),
+        ("optimizer.betas=(.9,)", "takes tuple of 2 float"),
         ("train=1", "is a section"),
         ("train.steps.x=1", "no config key"),
     ],
 )
 def test_bad_overrides_name_what_is_meant(override, message):
     with pytest.raises(UserError, match=message):
-        configs.load("configs/digits.py", [override])
+        configs.parse("configs/digits.py", [override])
 
 
 def test_bad_config_files(tmp_path):
@@ -85,7 +124,7 @@ def test_bad_config_files(tmp_path):
 
 
 def test_unknown_model_and_objective_fields():
-    with pytest.raises(UserError, match="has no field 'widht'"):
+    with pytest.raises(UserError, match="has no key 'widht'"):
         models.create({"name": "mlp", "widht": 3})
     with pytest.raises(UserError, match="choose from mlp, unet, dit"):
         models.create({"name": "vgg"})

@@ -14,6 +14,7 @@ from tests.test_text_to_image import draw
 from tests.test_verbs import call
 from twinflow_jax import checkpoints, objectives, sample, text_to_image
 from twinflow_jax.checkpoints import exporting, imported, importing
+from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.minilm_dit import tiny
 from twinflow_jax.training import defaults
@@ -36,7 +37,7 @@ def config(**model):
     )
     made.optimizer.learning_rate = 0.03  # so that a few steps show
     made.sample.update(steps=(1,), columns=1, prompts=("the handwritten digit two",))
-    return made
+    return Run.of(made.to_dict())
 
 
 @pytest.fixture(scope="module")

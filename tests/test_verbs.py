@@ -70,7 +70,7 @@ def test_sheet_and_raw_weights(run, tmp_path):
 def test_evaluate_writes_table_json_plot_and_sheet(run, tmp_path, capsys):
     files = {name: tmp_path / name for name in ("s.json", "p.png", "g.png")}
     assert call(
-        evaluate, "--checkpoint", str(run), "--count", "200", "--steps", "1,4",
+        evaluate, "classes", "--checkpoint", str(run), "--count", "200", "--steps", "1,4",
         "--json", str(files["s.json"]), "--plot", str(files["p.png"]),
         "--sheet", str(files["g.png"]),
     ) == 0
@@ -102,8 +102,8 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         (sample, [*out, "--at-step", "9"], "no checkpoint of step 9"),
         (sample, [*out, "--stochastic", "2"], r"stochastic is 2.0; give a share in \[0, 1\]"),
         (sample, [*out, "--steps", "3", "--order", "2", "--stochastic", "1"], "deterministic"),
-        (evaluate, ["--checkpoint", str(run), "--steps", "one"], "give numbers"),
-        (evaluate, ["--checkpoint", str(run), "--count", "3"], "at least 200 samples"),
+        (evaluate, ["classes", "--checkpoint", str(run), "--steps", "one"], "give numbers"),
+        (evaluate, ["classes", "--checkpoint", str(run), "--count", "3"], "at least 200 samples"),
     ]
     for verb, arguments, message in cases:
         assert call(verb, *arguments) == 2, arguments

@@ -121,8 +121,8 @@ def open_weights(args):
                 "for runs"
             )
         return imported.open_imported(args.source), None, ""
-    config, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
-    base = args.pipeline or checkpoints.pipeline_of(args.source, config)
+    run, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
+    base = args.pipeline or checkpoints.pipeline_of(args.source, run)
     which = "raw" if args.raw else "average"
     return imported.open_imported(base), arrays, f", trained for {step} steps ({which} weights)"
 

@@ -9,21 +9,16 @@ and so on make one plan each; --search tries the usual ones of those that are no
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU would only be in the way
-
-from etils import epath
-from tqdm import tqdm
-
-from twinflow_jax import config as configs
-from twinflow_jax import files
+from twinflow_jax import arguments
 from twinflow_jax.errors import UserError, run_verb
-from twinflow_jax.planning import plan, report, topology
-from twinflow_jax.training import checks, setup
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU would only be in the way
 
 SEARCHED = {
     "strategy": ("gather_layers", "gather_once"), "remat": ("full", "dots"), "scale": (1, 2),
@@ -32,10 +27,18 @@ SEARCHED = {
 
 def main() -> int:
     args, overrides = parse()
+    from etils import epath
+    from tqdm import tqdm
+
+    from twinflow_jax import config as configs
+    from twinflow_jax import files
+    from twinflow_jax.planning import plan, report, topology
+    from twinflow_jax.training import setup
+
     topologies = [topology.resolve(name) for name in args.topology]
     if args.parameters:
         for where in topologies:
-            prepared = setup.prepare(configs.load(args.config, overrides), topology.devices(where))
+            prepared = setup.prepare(configs.parse(args.config, overrides), topology.devices(where))
             print(report.parameters(where.name, prepared.model, prepared.strategy.mesh))
         return 0
     variants = list(
@@ -48,20 +51,20 @@ def main() -> int:
     bar = tqdm(variants, unit="plan", disable=not sys.stderr.isatty() or len(variants) == 1)
     bar.write(report.HEADER) if len(variants) > 1 else None
     for where, strategy, remat, scale in bar:
-        config = varied(args.config, overrides, strategy, remat, scale)
-        checks.check_values(config)
+        run = varied(args.config, overrides, strategy, remat, scale)
         try:
             if args.mode == "sample":
-                plans.append(plan.sample(config, where, args.steps, hlo_file))
+                plans.append(plan.sample(run, where, args.steps, hlo_file))
             else:
-                plans.append(plan.train(config, where, hlo_file))
+                plans.append(plan.train(run, where, hlo_file))
         except UserError as error:
             if len(variants) == 1:
                 raise
-            plans.append(plan.impossible(config, where, str(error)))
+            plans.append(plan.impossible(run, where, str(error)))
         bar.write(report.line(plans[-1])) if len(variants) > 1 else None
         if args.json:  # what is done so far, since each takes minutes
-            files.write(epath.Path(args.json), as_json(plans))
+            record = json.dumps([one.to_json() for one in plans], indent=2)
+            files.write(epath.Path(args.json), record.encode())
     if len(plans) == 1:
         print(report.details(plans[0]))
     elif any(not p.refused for p in plans):
@@ -73,10 +76,7 @@ def main() -> int:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m twinflow_jax.plan", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
+    parser = arguments.parser("plan", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
     parser.add_argument(
         "--topology", required=True, nargs="+", metavar="NAME",
@@ -95,7 +95,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--hlo", metavar="FILE", help="write the compiled program")
     args, rest = parser.parse_known_args()
-    return args, configs.overrides(rest)
+    return args, arguments.overrides(rest)
 
 
 def choices(args, name: str) -> tuple:
@@ -105,19 +105,14 @@ def choices(args, name: str) -> tuple:
 
 
 def varied(file: str, overrides: list[str], strategy, remat, scale):
-    """The config with another strategy, rematerialisation and multiple of its batch."""
-    config = configs.load(file, overrides).unlock()
-    if strategy is not None:
-        config.mesh.strategy = strategy
-    if remat is not None:
-        config.model.remat = remat
-    if scale is not None:
-        config.data.batch_size *= scale
-    return config.lock()
+    """The run with another strategy, rematerialisation and multiple of its batch."""
+    from twinflow_jax import config as configs
 
-
-def as_json(plans: list[plan.Plan]) -> bytes:
-    return json.dumps([p.to_json() for p in plans], indent=2).encode()
+    more = [f"mesh.strategy={strategy}"] if strategy else []
+    more += [f"model.remat={remat}"] if remat else []
+    run = configs.parse(file, [*overrides, *more])
+    rows = run.data.batch_size * (scale or 1)
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=rows))
 
 
 if __name__ == "__main__":

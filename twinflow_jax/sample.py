@@ -21,10 +21,10 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from twinflow_jax import checkpoints, images, models, text_to_image
+from twinflow_jax import arguments, checkpoints, images, text_to_image
 from twinflow_jax.checkpoints import imported, tensors
 from twinflow_jax.errors import UserError, run_verb
-from twinflow_jax.sampling import arguments, generate
+from twinflow_jax.sampling import few_step, generate
 from twinflow_jax.text_to_image import Embeddings
 
 
@@ -36,8 +36,8 @@ def main() -> int:
             f"{folder} is no run and no imported checkpoint: give the --workdir of training, or "
             "what `tools/convert.py import` wrote"
         )
-    run = None if imported.is_imported(folder) else checkpoints.read_config(folder)
-    if run is None or models.settings_of(run.model)[0].text_to_image:
+    run = None if imported.is_imported(folder) else checkpoints.read_run(folder)
+    if run is None or run.family.text_to_image:
         arguments.refuse(args, CLASS_ONLY, f"{folder} draws from prompts")
         draw = draw_prompts
     else:
@@ -60,10 +60,7 @@ BASE_ONLY = ("guidance", "negative")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m twinflow_jax.sample", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
+    parser = arguments.parser("sample", __doc__)
     parser.add_argument("--checkpoint", required=True, help="a run's --workdir, or imported")
     parser.add_argument("--out", required=True, help="folder for the pictures")
     parser.add_argument("--steps", type=int, help="of the sampler (default 1, --base: as usual)")
@@ -94,25 +91,25 @@ def parse() -> argparse.Namespace:
                        help="of the computation (default: bfloat16, float32 on a CPU)")
     group.add_argument("--tile", type=int, help="decode larger pictures in tiles of these pixels")
     group.add_argument("--pipeline", help="the imported checkpoint of a run (default: as it says)")
-    arguments.add(parser)
+    arguments.add_sampler(parser)
     return parser.parse_args()
 
 
 def draw_classes(args, run) -> int:
     """Samples of a class-conditional run."""
-    grid = arguments.grid(args, 1 if args.steps is None else args.steps)
+    grid = few_step(1 if args.steps is None else args.steps, **arguments.sampler(args))
     count = 8 if args.count is None else args.count
     if count < 1:
         raise UserError(f"--count is {count}; draw at least one sample per class")
-    config, model, params, step = checkpoints.load_weights(args.checkpoint, args.raw, args.at_step)
-    classes = parse_classes(args.classes, config.model.num_classes)
+    run, model, params, step = checkpoints.load_weights(args.checkpoint, args.raw, args.at_step)
+    classes = parse_classes(args.classes, run.model.num_classes)
     labels = np.repeat(classes, count)
     x = generate(model, params, labels, grid, args.seed)
 
     text = describe(args, at_step=step, raw=args.raw, **grid_settings(grid))
     weights = f"step{step}{'_raw' if args.raw else ''}"
-    run = epath.Path(args.checkpoint).name
-    name = f"{run}_{weights}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
+    folder = epath.Path(args.checkpoint).name
+    name = f"{folder}_{weights}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
     out = epath.Path(args.out)
     if args.sheet:
         file = out / f"sheet_{name}.png"
@@ -182,13 +179,13 @@ def draw_prompts(args, run) -> int:
 def choose_few(args, pipeline, shape) -> tuple[Callable, dict, str]:
     """How to draw in a few steps: `(draw, settings, a label for file names)`."""
     arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
-    grid = arguments.grid(args, 1 if args.steps is None else args.steps)
+    grid = few_step(1 if args.steps is None else args.steps, **arguments.sampler(args))
     return pipeline.few_step(grid), grid_settings(grid), f"{grid.style}{grid.nfe}nfe"
 
 
 def choose_base(args, pipeline, shape) -> tuple[Callable, dict, str]:
     """How to draw as the base model does: `(draw, settings, a label for file names)`."""
-    arguments.refuse(args, arguments.NAMES, "--base has its own time grid")
+    arguments.refuse(args, arguments.SAMPLER, "--base has its own time grid")
     steps = pipeline.family.base_steps if args.steps is None else args.steps
     guidance = pipeline.family.base_guidance if args.guidance is None else args.guidance
     none = pipeline.family.no_guidance

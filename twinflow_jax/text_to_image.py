@@ -20,9 +20,10 @@ from etils import epath
 from jaxtyping import Bool, Float
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, models, parallel, sampling
+from twinflow_jax import checkpoints, parallel, sampling
 from twinflow_jax.checkpoints import imported, store, tensors
 from twinflow_jax.checkpoints.imported import Imported
+from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import tiling
 from twinflow_jax.models.family import Prompts, TextToImage, lengths
@@ -419,12 +420,12 @@ class Pipeline:
 
 
 def open_pipeline(
-    checkpoint: epath.PathLike, run=None, dtype: str | None = None, raw: bool = False,
+    checkpoint: epath.PathLike, run: Run | None = None, dtype: str | None = None, raw: bool = False,
     step: int | None = None, base: str | None = None,
 ) -> Pipeline:
     """The pipeline of an imported checkpoint, or of a run's transformer within one.
 
-    run: the run's config, where `checkpoint` is a run. base: the imported checkpoint to use
+    run: the run, where `checkpoint` is its folder. base: the imported checkpoint to use
     instead of the one that the run names. dtype: default bfloat16, float32 on a CPU.
     Raises:
       UserError: either cannot be read, or the run names no imported checkpoint.
@@ -439,8 +440,7 @@ def open_pipeline(
         return Pipeline(imported.open_imported(checkpoint), dtype)
     base = base or checkpoints.pipeline_of(checkpoint, run)
     _, arrays, _ = checkpoints.open_weights(checkpoint, raw, step)
-    settings = models.settings_of(run.model)[1]
-    return Pipeline(imported.open_imported(base), dtype, arrays, settings)
+    return Pipeline(imported.open_imported(base), dtype, arrays, run.model)
 
 
 @contextlib.contextmanager

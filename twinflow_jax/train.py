@@ -4,11 +4,12 @@ Any config key can be overridden: `--config.train.steps=500`. The same command a
 where a stopped run left off. On several hosts, start it on each with --coordinator (docs/pods.md).
 """
 
-import argparse
 import signal
 import sys
 
+from twinflow_jax import arguments
 from twinflow_jax import config as configs
+from twinflow_jax.config import reference
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.parallel import hosts
 from twinflow_jax.training.loop import Interrupted, train
@@ -17,12 +18,12 @@ UNREACHED = 75  # exit status where the processes did not find each other: worth
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m twinflow_jax.train", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
+    parser = arguments.parser("train", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
-    parser.add_argument("--workdir", required=True, help="folder of the run, seen by every host")
+    parser.add_argument("--workdir", help="folder of the run, seen by every host")
+    parser.add_argument(
+        "--help-config", action="store_true", help="print the config's keys and exit"
+    )
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT",
         help="of process 0, on several hosts; auto on a TPU pod, GKE or Slurm",
@@ -30,7 +31,12 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="of the run, unless auto")
     parser.add_argument("--process", type=int, default=0, help="number of this one, from 0")
     args, rest = parser.parse_known_args()
-    overrides = configs.overrides(rest)
+    overrides = arguments.overrides(rest)
+    if args.help_config:
+        print(reference.describe(configs.parse(args.config, overrides)))
+        return 0
+    if args.workdir is None:
+        parser.error("the following arguments are required: --workdir")
     if args.coordinator:
         try:
             hosts.join(args.coordinator, args.processes, args.process)
@@ -40,13 +46,13 @@ def main() -> int:
     elif args.processes > 1:
         raise UserError(f"--processes is {args.processes}: give --coordinator HOST:PORT too")
     with hosts.together():
-        return trained(configs.load(args.config, overrides), args.workdir)
+        return trained(configs.parse(args.config, overrides), args.workdir)
 
 
-def trained(config, workdir: str) -> int:
+def trained(run: configs.Run, workdir: str) -> int:
     """Trains; returns the exit status, which is of a signal where one stopped it."""
     try:
-        train(config, workdir, progress=hosts.leads())
+        train(run, workdir, progress=hosts.leads())
     except Interrupted as stop:
         name = signal.Signals(stop.signal).name
         done = f"saved step {stop.step}" if stop.saved else "no step was taken, nothing is lost"

@@ -3,11 +3,11 @@
 import pathlib
 import shutil
 
-import ml_collections
 import pytest
 
-from twinflow_jax import checkpoints
+from twinflow_jax import checkpoints, objectives
 from twinflow_jax.checkpoints import imported, importing
+from twinflow_jax.config import Run
 from twinflow_jax.models import names
 
 
@@ -41,16 +41,17 @@ def source(base, tmp_path):
 def run(checkpoint, tmp_path_factory):
     """A run's folder with trained weights: its arrays by path, the checkpoint's plus 1."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    config = ml_collections.ConfigDict(
+    described = Run.of(
         {
             "model": {"name": "qwen_image"}, "pipeline": str(checkpoint),
+            "objective": objectives.preset("released", guidance=0.0),
             "train": {"ema_decay": 0.9, "keep": 1},
         }
     )
     arrays = imported.open_imported(checkpoint).arrays("transformer")
     values = {path: array.read().result() + 1 for path, array in arrays.items()}
     average = {path: array * 2 for path, array in values.items()}
-    checkpoints.claim(workdir, config)
+    checkpoints.claim(workdir, described)
     saver = checkpoints.Saver(workdir, keep=1)
     saver.save(7, {"params": names.unflatten(values), "average": names.unflatten(average)})
     saver.wait()

@@ -256,9 +256,9 @@ def test_a_run_of_another_format_is_refused(run, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(fields))
         if refused:
             with pytest.raises(UserError, match="of another version of this project"):
-                checkpoints.read_config(tmp_path)
+                checkpoints.read_run(tmp_path)
         else:
-            assert checkpoints.read_config(tmp_path).model.name == "sana"
+            assert checkpoints.read_run(tmp_path).model.name == "sana"
 
 
 KILLED = """

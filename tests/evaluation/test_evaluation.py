@@ -32,7 +32,7 @@ def test_diversity_and_nearest_by_hand():
 
 def test_judge_tells_real_from_broken_samples():
     dataset = data.load("digits")
-    judge = evaluation.Judge.create(dataset)
+    judge = evaluation.ClassJudge.create(dataset)
     assert judge.real["accuracy"] > 0.95
     test = dataset.test
     random = np.random.default_rng(0)
@@ -51,12 +51,12 @@ def test_judge_tells_real_from_broken_samples():
 def test_judge_is_the_same_from_its_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TWINFLOW_CACHE", str(tmp_path))
     dataset = data.load("digits")
-    made = evaluation.Judge.create(dataset)
+    made = evaluation.ClassJudge.create(dataset)
     [file] = tmp_path.iterdir()
-    read = evaluation.Judge.create(dataset)
+    read = evaluation.ClassJudge.create(dataset)
     assert read.real == made.real
     file.write_bytes(file.read_bytes()[:100])  # torn: made again
-    assert evaluation.Judge.create(dataset).real == made.real
+    assert evaluation.ClassJudge.create(dataset).real == made.real
 
 
 def test_labels_are_balanced_and_table_shows_shares():

@@ -315,7 +315,7 @@ def test_draws_have_the_rows_that_the_roles_count(preset):
         ("released", {"dt": 0.0}, "objective.dt"),
         ("released", {"teacher_decay": 1.5}, "objective.teacher_decay"),
         ("released", {"guidance": -0.5}, "objective.guidance"),
-        ("released", {"ratios": (1.0, 1.0)}, "four shares"),
+        ("released", {"ratios": (1.0, 1.0)}, "takes tuple of 4 float"),
         ("released", {"ratios": (0.0, 0.0, 0.0, 0.0)}, "one above 0"),
         ("released", {"consistency_ratio": 2.0}, "objective.consistency_ratio"),
         ("released", {"image_free": True}, "teacher_decay=1"),

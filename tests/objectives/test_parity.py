@@ -14,6 +14,7 @@ import torch
 import torch_reference as reference
 
 from twinflow_jax import models, objectives
+from twinflow_jax.config import Train
 from twinflow_jax.objectives import Batch
 from twinflow_jax.training import state as train_state
 from twinflow_jax.training import step as train_step
@@ -200,9 +201,7 @@ def test_training_follows_pytorch(preset, fields, unconditional):
     objective = objectives.build(objectives.preset(preset, **fields))
     rows, seed, rate = 16, 3, 1e-3
     params = weights()[0]
-    settings = train_step.StepConfig(
-        seed=seed, micro_steps=1, ema_decay=0.9, unconditional=unconditional
-    )
+    settings = Train(seed=seed, ema_decay=0.9, unconditional=unconditional)
     optimizer = optax.adam(rate)
     step = train_step.make_step(objective, MODEL.apply, optimizer, settings)
     state = train_state.create(

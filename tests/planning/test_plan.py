@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from twinflow_jax import config as configs
-from twinflow_jax import models, objectives
+from twinflow_jax import models
 from twinflow_jax.parallel.mesh import AXES
 from twinflow_jax.planning import plan, report
 from twinflow_jax.training import flops
@@ -30,8 +30,8 @@ EXAMPLE = plan.Plan(
 def test_flops_of_the_published_network():
     """Hand count of a row, 512x512 and 512 tokens: projections of 60 layers 2 x 3072 x (4 x 3072
     + 8 x 3072) for 1536 tokens, attention 4 x 1536^2 x 3072; the rest is small."""
-    config = configs.load(BENCH)
-    one = flops.forward(models.create(config.model), 512)
+    config = configs.parse(BENCH)
+    one = flops.forward(models.build(config.model), 512)
     layers = 60 * 2 * 1536 * 3072 * 12 * 3072
     assert layers < one.matmul < 1.005 * layers
     assert one.attention == 60 * 4 * 1536**2 * 3072
@@ -39,8 +39,8 @@ def test_flops_of_the_published_network():
 
 @pytest.mark.parametrize("merge, forwards", [(False, 7.25), (True, 7.5)])
 def test_forwards_of_the_released_step(merge, forwards):
-    config = configs.load(BENCH, [f"objective.merge_passes={merge}"])
-    calls = flops.calls(objectives.build(config.objective), 128, (64, 64, 16))
+    config = configs.parse(BENCH, [f"objective.merge_passes={merge}"])
+    calls = flops.calls(config.bound_objective, 128, (64, 64, 16))
     one = flops.Forward(1000, 0)
     assert flops.step(one, calls, "full").matmul == forwards * 128 * 1000
     assert flops.step(one, calls, "dots").matmul == (forwards - 1) * 128 * 1000
@@ -53,8 +53,8 @@ def test_forwards_of_the_released_step(merge, forwards):
 
 
 def test_micro_steps_are_counted_too():
-    config = configs.load(BENCH)
-    calls = flops.calls(objectives.build(config.objective), 128, (64, 64, 16), micro_steps=4)
+    config = configs.parse(BENCH)
+    calls = flops.calls(config.bound_objective, 128, (64, 64, 16), micro_steps=4)
     assert sum(call.rows for call in calls if call.trained) == 128
 
 

@@ -7,10 +7,10 @@ from twinflow_jax import config as configs
 
 @pytest.fixture
 def small_config():
-    """A function of overrides ("train.steps=4", ...) giving a locked config."""
+    """A function of overrides ("train.steps=4", ...) giving a run."""
 
     def make(*overrides: str):
-        return configs.load(
+        return configs.parse(
             "configs/digits.py",
             [
                 "model.width=32", "model.depth=1", "data.batch_size=32", "train.steps=20",

@@ -1,5 +1,6 @@
 """What the loop refuses, what stops it, and what it leaves behind."""
 
+import dataclasses
 import json
 import shutil
 
@@ -61,8 +62,8 @@ def test_micro_steps_train_the_same_weights(small_config, tmp_path):
     for micro_steps in (1, 8):
         config = small_config(
             "train.steps=3", f"train.micro_steps={micro_steps}", "train.unconditional=permuted"
-        ).unlock()
-        config.objective = objectives.preset("released")
+        )
+        config = dataclasses.replace(config, objective=objectives.PRESETS["released"])
         results.append(trained(config, tmp_path / str(micro_steps)).params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), *results)
 
@@ -116,16 +117,17 @@ def test_folder_of_another_run_is_refused(small_config, tmp_path):
         (["data.name=cifar"], "choose from digits, mnist5k, mnist"),
         (["model.sample_shape=(28,28,1)"], r"images of \(8, 8, 1\)"),
         (["train.micro_steps=5"], "does not divide the batch of 32"),
-        (["optimizer.name=sgd"], "choose from 'adamw', 'adam', 'radam'"),
-        (["objective.order=-1"], "sub-steps >= 0"),
+        (["optimizer.name=sgd"], "give one of adamw, adam, radam"),
+        (["objective.order=-1"], "objective.order is -1; give 0 or more"),
         (["objective.guidance=1.0"], "diverges"),
         (["objective.guidance=0.5"], "which nothing trains here"),
         (["objective.teacher_decay=1.0"], "random weights"),
         (["train.keep=0"], "train.keep is 0; give 1 or more"),
         (["train.micro_steps=0"], "train.micro_steps is 0"),
-        (["train.ema_decay=1.0"], r"lies in \[0, 1\)"),
-        (["optimizer.betas=(0.9,)"], "give two"),
-        (["sample.steps=(0,)"], "give evaluations"),
+        (["train.ema_decay=1.0"], r"give a number in \[0, 1\)"),
+        (["optimizer.betas=(0.9,)"], "takes tuple of 2 float"),
+        (["sample.steps=(0,)"], "give 1 or more"),
+        (["sample.steps=()"], "give evaluations"),
     ],
 )
 def test_impossible_values_are_refused(small_config, tmp_path, overrides, message):

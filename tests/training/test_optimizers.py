@@ -2,20 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
+from twinflow_jax.config import Optimizer
 from twinflow_jax.errors import UserError
+from twinflow_jax.models.settings import DTYPES
 from twinflow_jax.training import optimizers
-from twinflow_jax.training.defaults import get
 from twinflow_jax.training.loop import train
 
 
-def settings(**fields) -> ml_collections.ConfigDict:
-    config = get().optimizer
-    config.update(learning_rate=1e-2, **fields)
-    return config
+def settings(**fields) -> Optimizer:
+    return Optimizer(learning_rate=1e-2, **fields)
 
 
 @pytest.mark.parametrize("name", ["adamw", "radam"])
@@ -23,7 +21,7 @@ def test_moments_in_bfloat16_go_the_same_way(name):
     rng = np.random.default_rng(0)
     target = jnp.asarray(rng.normal(size=64), jnp.float32)
     ends = []
-    for moments in optimizers.DTYPES:
+    for moments in DTYPES:
         optimizer = optimizers.create(settings(name=name, moments=moments), 300)
         weights = {"w": jnp.zeros(64)}
         state = optimizer.init(weights)

@@ -10,6 +10,7 @@ from etils import epath
 from twinflow_jax import checkpoints, text_to_image
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import random
+from twinflow_jax.config.files import overridden
 from twinflow_jax.data import records
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import inputs
@@ -80,13 +81,10 @@ def write(pipeline, tmp_path_factory):
 def config(pipeline):
     """A function of records and overrides giving a config."""
     def make(*overrides: str, variant: str = "", **data):
-        config = configs.load(
-            "configs/emoji.py" + variant,
-            [*FIELDS, f"pipeline={pipeline.checkpoint.folder}", *overrides],
-        ).unlock()
-        config.data.update(data)
-        config.model = MODEL
-        return config
+        fields = configs.load("configs/emoji.py" + variant).to_dict() | {"model": MODEL}
+        fields["data"] |= data
+        changes = [*FIELDS, f"pipeline={pipeline.checkpoint.folder}", *overrides]
+        return configs.Run.of(overridden(fields, changes))
 
     return make
 
@@ -100,8 +98,8 @@ def write_again(folder: str):
 def test_rows_are_what_was_written(write, config):
     folder = write("a", SIZES)
     made = config(records=(str(folder),))
-    settings = inputs.models.settings_of(made.model)[1]
-    opened = training_records.open_folders(made, settings)
+    settings = made.model
+    opened = training_records.open_folders(made.data.records, settings, image_free=False)
     shapes = training_records.by_shape(opened, settings)
     assert list(shapes) == [(8, 8, 3), (8, 16, 3), (16, 8, 3)]
     streams = training_records.streams(opened, (), settings, 16)
@@ -172,7 +170,7 @@ def test_captions_alone_train_without_pictures(write, config, tmp_path):
          "text encoder BertModel 22.7M 123456, but pipeline"),
         ({"8x6": 9}, {}, (), "divisible by 4"),
         ({"8x8": 9}, {}, ("data.weights=(1.0,2.0)",), "2 numbers for 1 folders"),
-        ({"8x8": 9}, {}, ("data.weights=(0.0,)",), "above 0"),
+        ({"8x8": 9}, {}, ("data.weights=(0.0,)",), r"give a number in \(0, inf\)"),
         ({"8x8": 5}, {}, (), "5 rows to train on, too few for a batch of 8"),
         ({records.PROMPTS: 9}, {}, (), "prompts without pictures"),
         ({"8x8": 9}, {}, ("pipeline=random",), "pipeline is random"),
@@ -217,8 +215,7 @@ def test_damaged_records_end_in_one_line(write, config, tmp_path, damage, messag
 
 def test_previews_show_captions_longer_than_a_step_takes(write, config, tmp_path):
     made = config("data.text_tokens=4", records=(str(write("long", {"8x8": 9})),))
-    settings = inputs.models.settings_of(made.model)[1]
-    known = inputs.prepare(made, inputs.open_data(made, settings), tmp_path)
+    known = inputs.prepare(made, inputs.open_data(made), tmp_path)
     assert known.shown["tokens"].shape == (8, 4, 48) and known.shown["mask"].all()
 
 

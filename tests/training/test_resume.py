@@ -47,9 +47,9 @@ def complete(workdir: pathlib.Path) -> list[int]:
 
 
 def final_state(workdir: pathlib.Path) -> state.TrainState:
-    config = checkpoints.read_config(workdir)
-    model = models.create(config.model)
-    optimizer = optimizers.create(config.optimizer, config.train.steps)
+    run = checkpoints.read_run(workdir)
+    model = models.build(run.model)
+    optimizer = optimizers.create(run.optimizer, run.train.steps)
     fresh = jax.jit(lambda: state.create(model.init(jax.random.key(0)), optimizer, 0.99, 0.99))()
     saver = checkpoints.Saver(workdir, 3)
     assert saver.steps[-1] == STEPS
@@ -118,8 +118,8 @@ def test_weights_of_the_run_are_its_average(undisturbed):
     jax.tree.map(np.testing.assert_array_equal, raw, last.params)
 
 
-def test_config_record_is_the_config(undisturbed):
-    config = configs.load(
+def test_the_record_of_a_run_is_its_description(undisturbed):
+    run = configs.parse(
         "configs/digits.py", [flag[len("--config."):] for flag in COMMAND if "--config." in flag]
     )
-    assert checkpoints.read_config(undisturbed).to_dict() == config.to_dict()
+    assert checkpoints.read_run(undisturbed) == run

@@ -1,5 +1,6 @@
 """Training a text-to-image family, with its small random networks."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -21,7 +22,7 @@ FEW = (
 
 
 def tiny(*overrides: str):
-    return configs.load(TINY, [*FEW, *overrides])
+    return configs.parse(TINY, [*FEW, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,8 @@ def test_weights_come_from_and_go_back_to_a_published_folder(run, tmp_path):
     still = tiny(
         f"pipeline={tmp_path / 'pipeline'}", f"train.init_from={tmp_path / 'pipeline'}",
         "optimizer.learning_rate=0.0", "train.steps=1",
-    ).unlock()
-    still.objective = objectives.preset("flow_matching")
+    )
+    still = dataclasses.replace(still, objective=objectives.PRESETS["flow_matching"])
     final = train(still, str(tmp_path / "run"), progress=False)
     for path, leaf in names.flatten(final.params).items():
         np.testing.assert_array_equal(leaf, source.arrays("transformer")[path].read().result())
@@ -97,7 +98,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(overrides, mess
 
 def test_the_published_variants_name_the_published_network():
     for variant, batch in (("paper", 32), ("released", 32), ("bench", 128)):
-        config = configs.load(f"configs/qwen20b_tpu.py:{variant}")
-        assert config.data.batch_size == batch and config.model.remat == "full"
+        run = configs.parse(f"configs/qwen20b_tpu.py:{variant}")
+        assert run.data.batch_size == batch and run.model.remat == "full"
     with pytest.raises(UserError, match="no variant 'huge'"):
         configs.load("configs/qwen20b_tpu.py:huge")

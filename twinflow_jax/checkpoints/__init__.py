@@ -1,15 +1,14 @@
 """Runs on disk: their config, checkpoints of their state, and the weights to sample from."""
 
 from twinflow_jax.checkpoints.run import (
-    RANDOM,
     claim,
     load_weights,
     open_weights,
     pipeline_of,
-    read_config,
+    read_run,
 )
 from twinflow_jax.checkpoints.saver import Saver
 
 __all__ = [
-    "RANDOM", "Saver", "claim", "load_weights", "open_weights", "pipeline_of", "read_config",
+    "Saver", "claim", "load_weights", "open_weights", "pipeline_of", "read_run",
 ]

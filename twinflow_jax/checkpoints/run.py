@@ -4,7 +4,6 @@ import contextlib
 import json
 from typing import Any
 
-import ml_collections
 from etils import epath
 
 from twinflow_jax import config as configs
@@ -12,9 +11,8 @@ from twinflow_jax import files, models
 from twinflow_jax.checkpoints import store
 from twinflow_jax.checkpoints.imported import FORMAT
 from twinflow_jax.checkpoints.saver import Saver
+from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.errors import UserError
-
-RANDOM = "random"  # the `pipeline` of runs that make small random networks for themselves
 
 # A run may go on with other values of these: they change what is reported and how the work is
 # shared, not what is learned.
@@ -26,8 +24,8 @@ FREE = (
 )
 
 
-def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict, rows: str = "") -> None:
-    """Makes a folder this config's run, or finds that it already is.
+def claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
+    """Makes a folder this run's, or finds that it already is.
 
     rows: a digest of what is trained on, where that may change. A record without checkpoints is of
     a start that came to nothing, and is replaced.
@@ -41,14 +39,13 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict, rows: str 
     record = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --workdir")
-    config = configs.from_json(configs.to_json(config))
     if record.exists() and (folder / "checkpoints").exists():
-        mine = configs.flatten(config.to_dict())
-        other = configs.flatten(read_config(folder).to_dict())
+        mine = configs.flatten(run.fields())
+        other = configs.flatten(read_run(folder).fields())
         differing = [
             f"{key} is {other.get(key)!r} there, {mine.get(key)!r} here"
             for key in sorted(mine.keys() | other.keys())
-            if key not in FREE and key in other and mine.get(key) != other[key]
+            if key not in FREE and mine.get(key) != other.get(key)
         ]
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -66,74 +63,75 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict, rows: str 
             f"{folder} is not empty and holds no run: choose another --workdir"
         )
     try:
-        fields = {"format": FORMAT, "rows": rows} | json.loads(configs.to_json(config))
+        fields = {"format": FORMAT, "rows": rows} | run.fields()
         files.write(record, json.dumps(fields, indent=2).encode())
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def read_config(run: epath.PathLike) -> ml_collections.ConfigDict:
-    """The config that a run was started with.
+def read_run(folder: epath.PathLike) -> Run:
+    """The run that was started in a folder.
 
     Raises:
       UserError: the folder is no run, or its record cannot be read, or its weights are in a format
         that this version does not read.
     """
-    record = epath.Path(run) / "config.json"
+    record = epath.Path(folder) / "config.json"
     if not record.exists():
-        raise UserError(f"{run} is no run: it has no config.json (give the --workdir of training)")
+        raise UserError(
+            f"{folder} is no run: it has no config.json (give the --workdir of training)"
+        )
     try:
         fields = json.loads(record.read_text())
         written = int(fields.pop("format", 1))
         fields.pop("rows", None)
-        config = configs.from_json(json.dumps(fields))
-        config.model.name, config.train.ema_decay  # noqa: B018 - a record of ours has both
+        run = Run.of(fields)
     except (ValueError, AttributeError, TypeError, OSError) as error:
         raise UserError(f"{record} cannot be read as a run's config ({error})") from error
-    if written > FORMAT or (written == 1 and config.model.name == "qwen_image"):
+    if written > FORMAT or (written == 1 and run.model.name == "qwen_image"):
         raise UserError(
-            f"{run} is a run of another version of this project, whose weights have another "
+            f"{folder} is a run of another version of this project, whose weights have another "
             "order: use that version, or start again in another --workdir"
         )
-    return config
+    return run
 
 
 def load_weights(
-    run: epath.PathLike, raw: bool = False, step: int | None = None, abstract: Any = None
-) -> tuple[ml_collections.ConfigDict, models.Model, Any, int]:
-    """`(config, model, params, step)` of a run: its average weights, or the raw ones.
+    folder: epath.PathLike, raw: bool = False, step: int | None = None, abstract: Any = None
+) -> tuple[Run, models.Model, Any, int]:
+    """`(run, model, params, step)` of a run's folder: its average weights, or the raw ones.
 
     step: of the checkpoint (default: the newest). abstract: the weights with the layouts to load
     them in (default: whole, onto the first device).
     Raises:
       UserError: no run, no such checkpoint, or one that cannot be read.
     """
-    config = read_config(run)
-    model = models.create(config.model)
+    run = read_run(folder)
+    model = models.build(run.model)
     params = abstract or store.on_one_device(model.abstract_params())
-    with _reader(run, config, step) as (saver, step):
-        which = _which(config, raw)
-        return config, model, saver.load(step, {which: params})[which], step
+    with _reader(folder, run, step) as (saver, step):
+        which = _which(run, raw)
+        return run, model, saver.load(step, {which: params})[which], step
 
 
 def open_weights(
-    run: epath.PathLike, raw: bool = False, step: int | None = None
-) -> tuple[ml_collections.ConfigDict, store.Arrays, int]:
-    """`(config, arrays, step)`: the same weights, open and not yet read.
+    folder: epath.PathLike, raw: bool = False, step: int | None = None
+) -> tuple[Run, store.Arrays, int]:
+    """`(run, arrays, step)`: the same weights, open and not yet read.
 
     Raises:
       UserError: as `load_weights`.
     """
-    config = read_config(run)
-    with _reader(run, config, step) as (saver, step):
-        folder = saver.folder / str(step) / _which(config, raw)
-    base = store.location(folder)
-    metadata = json.loads((folder / "_METADATA").read_text())
+    run = read_run(folder)
+    with _reader(folder, run, step) as (saver, step):
+        weights = saver.folder / str(step) / _which(run, raw)
+    base = store.location(weights)
+    metadata = json.loads((weights / "_METADATA").read_text())
     paths = [
         "/".join(part["key"] for part in entry["key_metadata"])
         for entry in metadata["tree_metadata"].values()
     ]
-    return config, {
+    return run, {
         path: store.open_array(
             {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
         )
@@ -141,34 +139,35 @@ def open_weights(
     }, step
 
 
-def pipeline_of(run: epath.PathLike, config: ml_collections.ConfigDict) -> str:
+def pipeline_of(folder: epath.PathLike, run: Run) -> str:
     """The imported checkpoint whose text encoder and autoencoder go with a run.
 
     Raises:
       UserError: the run has none.
     """
-    if not config.get("pipeline"):
-        raise UserError(f"{run} names no imported checkpoint, so its prompts cannot be encoded")
-    return config.pipeline if config.pipeline != RANDOM else str(epath.Path(run) / RANDOM)
+    if not run.pipeline:
+        raise UserError(f"{folder} names no imported checkpoint, so its prompts cannot be encoded")
+    return run.pipeline if run.pipeline != RANDOM else str(epath.Path(folder) / RANDOM)
 
 
-def _which(config: ml_collections.ConfigDict, raw: bool) -> str:
+def _which(run: Run, raw: bool) -> str:
     """The part of a checkpoint to sample from."""
-    return "params" if raw or config.train.ema_decay == 0 else "average"
+    return "params" if raw or run.train.ema_decay == 0 else "average"
 
 
 @contextlib.contextmanager
-def _reader(run: epath.PathLike, config: ml_collections.ConfigDict, step: int | None):
+def _reader(folder: epath.PathLike, run: Run, step: int | None):
     """`(saver, step)` to read a run's checkpoint with."""
-    if not (epath.Path(run) / "checkpoints").exists():
-        raise UserError(f"{run} has no checkpoint yet")
-    saver = Saver(run, keep=config.train.keep, writes=False)
+    if not (epath.Path(folder) / "checkpoints").exists():
+        raise UserError(f"{folder} has no checkpoint yet")
+    saver = Saver(folder, keep=run.train.keep, writes=False)
     try:
         if not saver.steps:
-            raise UserError(f"{run} has no complete checkpoint")
+            raise UserError(f"{folder} has no complete checkpoint")
         if step is not None and step not in saver.steps:
             raise UserError(
-                f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, saver.steps))}"
+                f"{folder} has no checkpoint of step {step}; it has "
+                f"{', '.join(map(str, saver.steps))}"
             )
         yield saver, saver.steps[-1] if step is None else step
     finally:

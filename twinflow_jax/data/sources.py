@@ -1,7 +1,7 @@
 """Labelled images by name, as arrays in [-1, 1], in a training and a held-out split."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -99,7 +99,18 @@ def mnist() -> Dataset:
     return Dataset("mnist", 10, arrays(sources["train"]), arrays(sources["test"]), DIGITS)
 
 
-SOURCES: dict[str, Callable[[], Dataset]] = {"digits": digits, "mnist5k": mnist5k, "mnist": mnist}
+class Source(Protocol):
+    """What a name of `data.name` stands for: a function in SOURCES."""
+
+    def __call__(self) -> Dataset:
+        """The images, from a package or fetched once.
+
+        Raises:
+          UserError: they are not here and cannot be fetched.
+        """
+
+
+SOURCES: dict[str, Source] = {"digits": digits, "mnist5k": mnist5k, "mnist": mnist}
 
 
 def load(name: str) -> Dataset:

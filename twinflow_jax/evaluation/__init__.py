@@ -1,5 +1,5 @@
-"""How good samples are: an independent classifier's view, and distances to real data."""
+"""How good samples are: an independent network's view, and distances to real data."""
 
-from twinflow_jax.evaluation.judge import Judge, sample_labels
+from twinflow_jax.evaluation.judge import ClassJudge, Judge, sample_labels
 
-__all__ = ["Judge", "sample_labels"]
+__all__ = ["ClassJudge", "Judge", "sample_labels"]

@@ -8,7 +8,7 @@ from etils import epath
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, models, sampling, text_to_image
+from twinflow_jax import checkpoints, sampling, text_to_image
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
 from twinflow_jax.errors import UserError
@@ -46,16 +46,16 @@ def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> 
     Raises:
       UserError: no such run, or one of another family, text encoder or size.
     """
-    config, arrays, step = checkpoints.open_weights(folder, raw)
-    if models.FAMILIES[config.model.name].text_to_image is None:
+    run, arrays, step = checkpoints.open_weights(folder, raw)
+    settings = run.model
+    if run.family.text_to_image is None:
         raise UserError(f"{folder} draws no text: leave --records out")
-    if records.manifest.family != config.model.name:
+    if records.manifest.family != settings.name:
         raise UserError(
             f"the records in {records.folder} are for {records.manifest.family!r}, but {folder} "
-            f"is of {config.model.name!r}"
+            f"is of {settings.name!r}"
         )
-    settings = models.settings_of(config.model)[1]
-    checkpoint = imported.open_imported(pipeline or checkpoints.pipeline_of(folder, config))
+    checkpoint = imported.open_imported(pipeline or checkpoints.pipeline_of(folder, run))
     mine, theirs = records.manifest.text_encoder, checkpoint.text_identity
     if mine != theirs:
         raise UserError(
@@ -63,14 +63,14 @@ def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> 
             f"{folder} takes {theirs}: encode them with its pipeline"
         )
     shape = records.sample_shape(split_of(records))
-    if shape != tuple(settings.sample_shape):
+    if shape != settings.sample_shape:
         raise UserError(
             f"the records in {records.folder} hold samples of {shape}, but {folder} draws "
-            f"{tuple(settings.sample_shape)}"
+            f"{settings.sample_shape}"
         )
     return Run(
         Pipeline(checkpoint, settings.dtype, arrays, settings, progress=False), step,
-        config.data.text_tokens, config.objective.get("guidance", 0.0),
+        run.data.text_tokens, run.objective.guidance,
     )
 
 
@@ -163,7 +163,7 @@ def draw(
     owners = owners_of(captions, seeds)
     cut = slice(None), slice(run.text_tokens)
     cond, null = text_to_image.same_length(captions.cond[cut], captions.null[cut])
-    shape = tuple(run.pipeline.settings.sample_shape)
+    shape = run.pipeline.settings.sample_shape
     return decode(
         run.pipeline.denoise(
             sampler, cond, owners, np.arange(len(owners)), shape, seed, BATCH, null

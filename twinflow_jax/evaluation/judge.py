@@ -1,7 +1,8 @@
-"""A dataset's judge: the classifier trained on its real training split, and real references."""
+"""What a judge is, and a dataset's: the classifier trained on its real training split."""
 
 import dataclasses
 import functools
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -16,8 +17,19 @@ def sample_labels(count: int, num_classes: int) -> Int[np.ndarray, "count"]:
     return np.arange(count, dtype=np.int32) % num_classes
 
 
+class Judge(Protocol):
+    """What scores drawn pictures. A verb in `evaluate` makes one and reports its rows."""
+
+    def score(self, drawn: Any, owners: Int[np.ndarray, "N"]) -> dict[str, float]:
+        """Scores by name, of those in report.COLUMNS.
+
+        drawn: N pictures, in the form that this judge sees them in. owners: what each was drawn
+        for, a class or the number of a caption.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class ClassJudge:
     """Scores class-conditional samples against a dataset's held-out images."""
 
     dataset: Dataset
@@ -25,7 +37,7 @@ class Judge:
     params: dict
 
     @classmethod
-    def create(cls, dataset: Dataset) -> "Judge":
+    def create(cls, dataset: Dataset) -> "ClassJudge":
         """Loads the dataset's classifier, or trains it (about 20 s on 2 cores)."""
         return cls(dataset, *classifier.load_or_train(dataset))
 
@@ -42,20 +54,20 @@ class Judge:
         return self._features(self.dataset.test.x)[1]
 
     def score(
-        self, x: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"]
+        self, drawn: Float[np.ndarray, "N H W C"], owners: Int[np.ndarray, "N"]
     ) -> dict[str, float]:
-        """Scores of samples in [-1, 1] that were made for `labels`; clamp them first.
+        """Scores of samples in [-1, 1] that were made for the classes `owners`; clamp them first.
 
         accuracy: share that the classifier gives their label. frechet: distance of features to
         those of the held-out images. diversity: mean feature distance within a class. nearest:
         pixel distance to the nearest training image.
         """
-        guessed, features = self._features(x)
+        guessed, features = self._features(drawn)
         return {
-            "accuracy": float((guessed == labels).mean()),
+            "accuracy": float((guessed == owners).mean()),
             "frechet": metrics.frechet(features, self._held_out),
-            "diversity": metrics.diversity(features, labels),
-            "nearest": metrics.nearest(x, self.dataset.train.x),
+            "diversity": metrics.diversity(features, owners),
+            "nearest": metrics.nearest(drawn, self.dataset.train.x),
         }
 
     @functools.cached_property

@@ -1,12 +1,19 @@
-"""Scores as a table and as a plot."""
+"""Scores as a table, a plot, a sheet and a file."""
 
+import dataclasses
 import io
+import json
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from jaxtyping import Float  # noqa: E402
 from PIL import Image  # noqa: E402
+
+from twinflow_jax import files, images  # noqa: E402
+from twinflow_jax.errors import UserError  # noqa: E402
 
 Row = dict[str, float | int | str]
 
@@ -19,6 +26,40 @@ COLUMNS = {  # heading, decimals, and of what real pictures a share is given too
     "nearest": ("nearest", 3, "held-out"),
 }
 PLOTTED = ("accuracy", "retrieval", "frechet", "diversity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """rows: of the table. real: references. blocks: pictures by name, for a sheet of so many
+    columns, all with `captions` for their rows where they have any. settings: what else the JSON
+    says."""
+
+    rows: list[Row]
+    real: dict[str, float]
+    blocks: dict[str, Float[np.ndarray, "N H W C"]]
+    title: str
+    settings: dict[str, float | int | None]
+    columns: int
+    captions: tuple[str, ...] = ()
+
+
+def write(scores: Scores, json_file: str | None, plot_file: str | None, sheet: str | None) -> None:
+    """Writes what was asked for.
+
+    Raises:
+      UserError: one cannot be written.
+    """
+    try:
+        if json_file:
+            record = {"real": scores.real, **scores.settings, "scores": scores.rows}
+            files.write(json_file, json.dumps(record, indent=2).encode())
+        if plot_file:
+            images.save(plot_file, plot(scores.rows, scores.real))
+        if sheet:
+            picture = images.sheet(scores.blocks, scores.columns, scores.title, scores.captions)
+            images.save(sheet, picture, {"rows": "\n".join(scores.captions)})
+    except OSError as error:
+        raise UserError(f"cannot write the results: {error}") from error
 
 
 def table(rows: list[Row], real: dict[str, float]) -> str:

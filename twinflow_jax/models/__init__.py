@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import dit, minilm_dit, mlp, qwen_image, sana, unet
 from twinflow_jax.models.family import Family, logical_axes
+from twinflow_jax.models.settings import Settings
 
 FAMILIES = {
     "mlp": Family(mlp.Config, mlp.MLP),
@@ -69,33 +70,33 @@ class Model:
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
-def settings_of(config: dict[str, Any]) -> tuple[Family, Any]:
-    """The family and settings that a config's `model` fields describe.
+def config_of(name: str) -> type[Settings]:
+    """The Config class of a family.
 
     Raises:
-      UserError: unknown family or field, or values that the network cannot have.
+      UserError: no such family.
     """
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items()}
-    name = fields.get("name")
     if name not in FAMILIES:
         raise UserError(f"model.name is {name!r}; choose from {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    known = [field.name for field in dataclasses.fields(family.config)]
-    for field in fields:
-        if field not in known:
-            raise UserError(f"model {name!r} has no field {field!r}; it has {', '.join(known)}")
-    return family, family.config(**fields)
+    return FAMILIES[name].config
 
 
-def create(config: dict[str, Any], null: dict[str, jax.Array] | None = None) -> Model:
-    """The network that a config's `model` fields describe.
+def create(fields: dict[str, Any], null: dict[str, jax.Array] | None = None) -> Model:
+    """The network that a config's `model` fields describe, as `build` makes it.
 
-    null: the condition that stands for none, of one row (default: the class after the last one,
-    or a text of no tokens).
     Raises:
       UserError: unknown family or field, or a sample shape that the network cannot take.
     """
-    family, settings = settings_of(config)
+    return build(config_of(fields.get("name")).of(fields), null)
+
+
+def build(settings: Settings, null: dict[str, jax.Array] | None = None) -> Model:
+    """The network of a family's Config.
+
+    null: the condition that stands for none, of one row (default: the class after the last one,
+    or a text of no tokens).
+    """
+    family = FAMILIES[settings.name]
     module = family.module(settings)
     if null is None and family.text_to_image:
         abstract = family.text_to_image.networks["transformer"].example(settings)[-1]

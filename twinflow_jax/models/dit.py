@@ -14,32 +14,30 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import axes, conditioning, remat, settings
+from twinflow_jax.keys import option
+from twinflow_jax.models import axes, conditioning
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.decoder import init_of
+from twinflow_jax.models.settings import LayeredSettings
 from twinflow_jax.models.stack import run_layers
 
 SMALLEST_TIME = 0.3  # that the output is divided by
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """sample_shape: (H, W, C), H and W divisible by patch. remat: one of remat.POLICIES.
-
-    dtype: that layers compute in, "float32" or "bfloat16"; norms and softmax are float32.
-    """
+class Config(LayeredSettings):
+    """Images whose height and width divide by patch."""
 
     name: str = "dit"
     sample_shape: tuple[int, ...] = (28, 28, 1)
-    patch: int = 4
-    width: int = 96
-    depth: int = 4
-    heads: int = 4
     num_classes: int = 10
-    remat: str = "none"
-    dtype: str = "float32"
+    patch: int = option(4, "pixels a token covers along each side", least=1)
+    width: int = option(96, "of the layers", least=1)
+    depth: int = option(4, "layers", least=1)
+    heads: int = option(4, "of attention", least=1)
 
     def __post_init__(self):
+        super().__post_init__()
         shape = self.sample_shape
         if len(shape) != 3 or shape[0] % self.patch or shape[1] % self.patch:
             raise UserError(
@@ -50,10 +48,6 @@ class Config:
             raise UserError(
                 f"model.width {self.width} must divide by 4 and by model.heads {self.heads}"
             )
-        if self.dtype not in settings.DTYPES:
-            choices = ", ".join(settings.DTYPES)
-            raise UserError(f"model.dtype is {self.dtype!r}; choose from {choices}")
-        remat.check(self.remat)
 
 
 def position_features(height: int, width: int, channels: int) -> Float[Array, "HW channels"]:

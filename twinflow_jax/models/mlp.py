@@ -11,28 +11,25 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from twinflow_jax.errors import UserError
+from twinflow_jax.keys import option
 from twinflow_jax.models import conditioning
+from twinflow_jax.models.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """sample_shape: of one sample, any rank. depth: residual blocks. num_classes: 0 for none.
-
-    times: "raw" feeds t and r as scalars through separate embeddings that add (the tutorial's
-    kind); "sinusoid" modulates every block by features of t and t - r.
-    """
+class Config(Settings):
+    """Samples of any rank."""
 
     name: str = "mlp"
     sample_shape: tuple[int, ...] = (2,)
-    width: int = 256
-    depth: int = 3
-    num_classes: int = 0
-    times: str = "raw"
-
-    def __post_init__(self):
-        if self.times not in ("raw", "sinusoid"):
-            raise UserError(f"model.times is {self.times!r}; choose 'raw' or 'sinusoid'")
+    width: int = option(256, "of the hidden layers", least=1)
+    depth: int = option(3, "residual blocks", least=0)
+    times: str = option(
+        "raw",
+        "raw: t and r as scalars through separate embeddings that add (the tutorial's kind); "
+        "sinusoid: features of t and t - r modulate every block",
+        choices=("raw", "sinusoid"),
+    )
 
 
 class MLP(nn.Module):

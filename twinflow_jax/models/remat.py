@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import jax
 
-from twinflow_jax.errors import UserError
-
 _saved = jax.checkpoint_policies
 _attention = _saved.save_only_these_names("attention_output")
 
@@ -45,19 +43,9 @@ POLICIES = {
 }
 
 
-def check(name: str) -> None:
-    """Raises UserError unless `name` is one of POLICIES."""
-    if name not in POLICIES:
-        raise UserError(f"remat is {name!r}; choose from {', '.join(POLICIES)}")
-
-
 def recomputed(layer: Callable, name: str) -> Callable:
-    """The body of a scan over layers, recomputed in backward as policy `name` says.
-
-    Raises:
-      UserError: no such policy.
-    """
-    check(name)
+    """The body of a scan over layers, recomputed in backward as policy `name`, one of POLICIES,
+    says."""
     saves = POLICIES[name].saves
     if saves is None:
         return layer

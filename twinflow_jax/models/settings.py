@@ -4,12 +4,42 @@ Each function returns what is wrong, nothing where all is well; `refuse` raises 
 that somebody who has several things to put right learns of all at once.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from twinflow_jax import keys
 from twinflow_jax.errors import UserError
+from twinflow_jax.keys import option
+from twinflow_jax.models import remat
 
 DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(keys.Part):
+    """What every velocity network's Config has; a family derives from it."""
+
+    section: ClassVar[str] = "model"
+
+    name: str = option("", "the family")
+    sample_shape: tuple[int, ...] = option(
+        (), "of one sample, channels last; of text-to-image networks: latents", least=1
+    )
+    num_classes: int = option(0, "that samples are conditioned on; 0 is none", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayeredSettings(Settings):
+    """Of a network of stacked layers, which a mesh may bring their weights."""
+
+    dtype: str = option(
+        "float32", "that layers compute in; norms and softmax are float32", choices=DTYPES
+    )
+    remat: str = option(
+        "none", "which activations of a layer stay for the backward pass",
+        choices=tuple(remat.POLICIES),
+    )
 
 
 def refuse(what: str, problems: list[str]) -> None:
@@ -37,8 +67,6 @@ def not_latents_from_text(config) -> list[str]:
         )
     if config.num_classes:
         problems.append("num_classes must be 0: the condition is text")
-    if config.dtype not in DTYPES:
-        problems.append(f"dtype is {config.dtype!r}; choose from {', '.join(DTYPES)}")
     return problems
 
 

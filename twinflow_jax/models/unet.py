@@ -11,21 +11,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twinflow_jax.errors import UserError
+from twinflow_jax.keys import option
 from twinflow_jax.models import conditioning
+from twinflow_jax.models.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """sample_shape: (H, W, C) with H and W divisible by 4. hidden: channels of the first level."""
+class Config(Settings):
+    """Images whose height and width divide by 4."""
 
     name: str = "unet"
     sample_shape: tuple[int, ...] = (28, 28, 1)
-    hidden: int = 64
-    time_width: int = 64
-    label_width: int = 64
     num_classes: int = 10
+    hidden: int = option(64, "channels of the first level", least=1)
+    time_width: int = option(64, "of the embeddings of t and r", least=1)
+    label_width: int = option(64, "of the class embedding", least=1)
 
     def __post_init__(self):
+        super().__post_init__()
         shape = self.sample_shape
         if len(shape) != 3 or shape[0] % 4 or shape[1] % 4:
             raise UserError(

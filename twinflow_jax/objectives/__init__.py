@@ -1,6 +1,6 @@
 """What is minimised. Pure functions of `apply(params, x_t, t, r, cond) -> velocity`.
 
-Three forms, one module each with the same four names (Config, counts, draw, loss):
+Three forms, one module each (`form.Form` says what one is):
 `twinflow` (as released: roles), `tutorial` (five full-batch losses) and `paper` (equations).
 A preset is a name for one Config; `build` binds a Config to its form.
 """
@@ -11,9 +11,11 @@ from typing import Any
 from twinflow_jax.errors import UserError
 from twinflow_jax.objectives import paper, tutorial, twinflow
 from twinflow_jax.objectives.batch import Batch
+from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import Counts, Draws, cut
+from twinflow_jax.objectives.form import Form
 
-FORMS = {"twinflow": twinflow, "tutorial": tutorial, "paper": paper}
+FORMS: dict[str, Form] = {"twinflow": twinflow, "tutorial": tutorial, "paper": paper}
 
 PRESETS = {
     "released": twinflow.Config(),
@@ -51,10 +53,10 @@ def preset(name: str, **fields: Any) -> dict[str, Any]:
 class Objective:
     """A form bound to its Config. Hashable, so that it can be a static argument of jit."""
 
-    config: Any
+    config: Shared
 
     @property
-    def form(self):
+    def form(self) -> Form:
         return FORMS[self.config.form]
 
     def counts(self, batch_size: int) -> Counts:
@@ -90,20 +92,21 @@ class Objective:
         return cut(draws, self.form.ROLES, start, stop)
 
 
+def config_of(form: str) -> type[Shared]:
+    """The Config class of a form.
+
+    Raises:
+      UserError: no such form.
+    """
+    if form not in FORMS:
+        raise UserError(f"objective.form is {form!r}; choose from {', '.join(FORMS)}")
+    return FORMS[form].Config
+
+
 def build(fields: dict[str, Any]) -> Objective:
     """An objective from a config's fields (`preset(...)`, perhaps overridden).
 
     Raises:
       UserError: unknown form or field, or a value that cannot be trained with.
     """
-    fields = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(fields).items()}
-    if fields.get("form") not in FORMS:
-        raise UserError(
-            f"objective.form is {fields.get('form')!r}; choose from {', '.join(FORMS)}"
-        )
-    config_class = FORMS[fields["form"]].Config
-    known = [field.name for field in dataclasses.fields(config_class)]
-    for field in fields:
-        if field not in known:
-            raise UserError(f"objective has no field {field!r}; it has {', '.join(known)}")
-    return Objective(config_class(**fields))
+    return Objective(config_of(fields.get("form")).of(fields))

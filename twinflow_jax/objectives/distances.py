@@ -1,10 +1,10 @@
 """Distances between a prediction and its target: one number per row, in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from twinflow_jax.errors import UserError
 
 
 def l2(prediction: Float[Array, "B ..."], target: Float[Array, "B ..."]) -> Float[Array, "B"]:
@@ -34,16 +34,11 @@ def barron(
     return mse * jax.lax.stop_gradient(weight) / scale
 
 
-def distance(name: str, alpha: float = 1.0, scale: float = 1e-3):
-    """The distance called `name` ("l2" or "barron") as a function of (prediction, target).
+DISTANCES = {"l2": lambda alpha, scale: l2, "barron": lambda alpha, scale: functools.partial(
+    barron, alpha=alpha, scale=scale
+)}
 
-    Raises:
-      UserError: another name, or a scale that is not above 0.
-    """
-    if not scale > 0:
-        raise UserError(f"objective.barron_scale is {scale}; it lies above 0 (released: 0.001)")
-    if name == "l2":
-        return l2
-    if name == "barron":
-        return lambda prediction, target: barron(prediction, target, alpha, scale)
-    raise UserError(f"objective.distance is {name!r}; choose 'l2' or 'barron'")
+
+def distance(name: str, alpha: float = 1.0, scale: float = 1e-3):
+    """The distance called `name`, one of DISTANCES, as a function of (prediction, target)."""
+    return DISTANCES[name](alpha, scale)

@@ -30,9 +30,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twinflow_jax.errors import UserError
+from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
 from twinflow_jax.objectives.batch import Batch
-from twinflow_jax.objectives.checks import check_shared
+from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import (
     Counts,
     Draws,
@@ -46,29 +47,21 @@ ROLES = ("twin", "base")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Hyperparameters; the defaults are the `paper` preset. See twinflow.Config.
-
-    twin_share: the paper's lambda, best near 1/3 in its figure 4a; 0 is RCGM.
-    """
+class Config(Shared):
+    """Hyperparameters; the defaults are the `paper` preset."""
 
     form: str = "paper"
-    twin_share: float = 1 / 3
-    order: int = 2
-    dt: float = 0.01
     clip: float = 0.0
     rectify_weight: float = 1.0
-    rectify_clip: float = 0.0
-    teacher_decay: float = 0.99
-
-    guidance = 0.0  # not a field: the paper has none
+    twin_share: float = option(
+        1 / 3, "the paper's lambda, best near 1/3 in its figure 4a; 0 is RCGM", least=0, most=1
+    )
+    rectify_clip: float = option(0.0, "limit on fake minus real velocities; 0 is none", least=0)
 
     def __post_init__(self):
-        check_shared(self)
+        super().__post_init__()
         if self.order < 1:
             raise UserError("objective.order is 0; equation 1 needs order >= 1")
-        if not 0 <= self.twin_share <= 1:
-            raise UserError(f"objective.twin_share is {self.twin_share}; it lies in [0, 1]")
 
 
 def counts(batch_size: int, config: Config) -> Counts:

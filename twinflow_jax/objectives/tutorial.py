@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twinflow_jax.errors import UserError
+from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
 from twinflow_jax.objectives.batch import Batch
-from twinflow_jax.objectives.checks import check_shared
+from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import Counts, Draws, normal, rows_of
 from twinflow_jax.objectives.passes import concatenate
 
@@ -32,20 +33,18 @@ ROLES = ("all",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Hyperparameters; the defaults are the `tutorial` preset. See twinflow.Config."""
+class Config(Shared):
+    """Hyperparameters; the defaults are the `tutorial` preset."""
 
     form: str = "tutorial"
-    twin: bool = True
-    order: int = 2
-    dt: float = 0.01
-    clip: float = 1.0
-    guidance: float = 0.5
+    twin: bool = option(True, "False leaves the tutorial's RCGM baseline")
+    guidance: float = option(
+        0.5, "classifier-free guidance built into the velocity target; 0 is none", least=0
+    )
     rectify_weight: float = 1.0
-    teacher_decay: float = 0.99
 
     def __post_init__(self):
-        check_shared(self)
+        super().__post_init__()
         if self.order < 1:
             raise UserError("objective.order is 0; the tutorial's RCGM needs order >= 1")
 

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twinflow_jax.errors import UserError
+from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
 from twinflow_jax.objectives.batch import Batch
-from twinflow_jax.objectives.checks import check_shared
+from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import (
     Counts,
     Draws,
@@ -40,69 +41,65 @@ ROLES = ("one_step", "multi_step", "any_step", "adversarial")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Shared):
     """Hyperparameters; the defaults are the `released` preset.
 
-    ratios: shares of the batch per role, in ROLES order.
-    consistency_ratio: kappa; r reaches down to t (1 - kappa). 0 leaves flow matching.
-    order: teacher sub-steps per jump; 0 trains only multi_step and adversarial rows, on velocities.
-    dt: length of the step along the known velocity.
-    clip, rectify_clip: limits on the RCGM error and on fake minus real; 0 switches off.
-    distance, barron_alpha, barron_scale: see distances.py.
-    sample_weight: whether rows weigh `tan((1 - (|t| - |r|)) pi / 2.5) + 1` (adversarial: 1).
-    guidance, guidance_range: classifier-free guidance built into the velocity target where
-        low < t < high; 0 switches off.
-    rectify_weight: weight of the rectification loss, a mean over one_step rows; 0 switches off.
-    time_distribution: (a, b, scale) of `t ~ scale Beta(a, b)`.
-    teacher_decay: the teacher is the student (0), its moving average (between), or frozen (1);
-        a frozen teacher gives guidance only and the student takes the sub-steps, as released.
-    image_free: train on the model's own one-step samples instead of data; needs a frozen teacher.
-    merge_passes: put passes that do not wait for each other into one call, where they use the same
-        weights: order + 1 calls without gradient instead of order + 3, for a pass of the one_step
-        rows more. The same loss; faster where many devices share the weights (passes.py).
+    At order 0 only multi_step and adversarial rows train, on velocities. The rectification loss is
+    a mean over one_step rows.
     """
 
     form: str = "twinflow"
-    ratios: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-    consistency_ratio: float = 1.0
-    order: int = 2
-    dt: float = 0.01
-    clip: float = 1.0
-    distance: str = "barron"
-    barron_alpha: float = 1.0
-    barron_scale: float = 1e-3
-    sample_weight: bool = True
-    guidance: float = 0.8
-    guidance_range: tuple[float, float] = (0.0, 1.0)
-    rectify_weight: float = 0.5
-    rectify_clip: float = 1.0
-    time_distribution: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    teacher_decay: float = 0.99
-    image_free: bool = False
-    merge_passes: bool = False
+    ratios: tuple[float, float, float, float] = option(
+        (1.0, 1.0, 1.0, 1.0),
+        "shares of the batch: one_step, multi_step, any_step, adversarial", least=0,
+    )
+    consistency_ratio: float = option(
+        1.0, "kappa: target times reach down to t (1 - kappa); 0 leaves flow matching",
+        least=0, most=1,
+    )
+    distance: str = option(
+        "barron", "between a prediction and its target", choices=tuple(distances.DISTANCES)
+    )
+    barron_alpha: float = option(1.0, "shape of Barron's kernel; 2 is plain L2")
+    barron_scale: float = option(1e-3, "scale of Barron's kernel", above=0)
+    sample_weight: bool = option(
+        True, "whether rows weigh tan((1 - (|t| - |r|)) pi / 2.5) + 1 (adversarial ones: 1)"
+    )
+    guidance: float = option(
+        0.8, "classifier-free guidance built into the velocity target; 0 is none", least=0
+    )
+    guidance_range: tuple[float, float] = option(
+        (0.0, 1.0), "targets are guided where low < t < high", least=0, most=1
+    )
+    rectify_clip: float = option(1.0, "limit on fake minus real velocities; 0 is none", least=0)
+    time_distribution: tuple[float, float, float] = option(
+        (1.0, 1.0, 1.0), "(a, b, scale) of t ~ scale Beta(a, b)", above=0
+    )
+    image_free: bool = option(
+        False, "train on the model's own one-step samples instead of data, with a frozen teacher"
+    )
+    merge_passes: bool = option(
+        False,
+        "passes that do not wait for each other share a call: order + 1 calls without gradient "
+        "instead of order + 3, for a pass of the one_step rows more; the same loss, faster where "
+        "many devices share the weights",
+    )
 
     def __post_init__(self):
-        if len(self.ratios) != 4 or min(self.ratios) < 0 or sum(self.ratios) <= 0:
+        super().__post_init__()
+        if sum(self.ratios) <= 0:
             raise UserError(
-                f"objective.ratios is {self.ratios}: give four shares >= 0, one above 0, "
-                f"for {', '.join(ROLES)}"
+                f"objective.ratios is {self.ratios}: give one above 0, for {', '.join(ROLES)}"
             )
-        check_shared(self)
-        if not 0 <= self.consistency_ratio <= 1:
-            raise UserError(
-                f"objective.consistency_ratio is {self.consistency_ratio}; it lies in [0, 1]"
-            )
-        distances.distance(self.distance, self.barron_alpha, self.barron_scale)
         low, high = self.guidance_range
-        if not 0 <= low < high <= 1:
+        if not low < high:
             raise UserError(
                 f"objective.guidance_range is {self.guidance_range}; give low < high in [0, 1]"
             )
-        a, b, scale = self.time_distribution
-        if not (a > 0 and b > 0 and 0 < scale <= 1):
+        if self.time_distribution[2] > 1:
             raise UserError(
-                f"objective.time_distribution is {self.time_distribution}; give (a, b, scale) "
-                "of scale * Beta(a, b), a and b above 0 and scale in (0, 1]"
+                f"objective.time_distribution is {self.time_distribution}; times reach up to its "
+                "last number: give 1 or less"
             )
         if self.image_free and self.teacher_decay != 1:
             raise UserError(

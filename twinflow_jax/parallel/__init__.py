@@ -10,9 +10,9 @@ from twinflow_jax.parallel.mesh import (
     row_parts,
 )
 from twinflow_jax.parallel.rules import RULES, report, shardings
-from twinflow_jax.parallel.strategies import Strategy, applied, create
+from twinflow_jax.parallel.strategies import STRATEGIES, Strategy, applied, create
 
 __all__ = [
-    "BATCH", "RULES", "MeshConfig", "Strategy", "applied", "create", "make_mesh",
+    "BATCH", "RULES", "STRATEGIES", "MeshConfig", "Strategy", "applied", "create", "make_mesh",
     "over_devices", "over_rows", "replicated", "report", "row_parts", "shardings",
 ]

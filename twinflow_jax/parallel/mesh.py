@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from twinflow_jax import keys
 from twinflow_jax.errors import UserError
+from twinflow_jax.keys import option
 
 # Gathering weights in two steps, over `fsdp_minor` and then over `fsdp`, keeps a TPU's compiler
 # from replacing the gather by sums over a whole three-dimensional torus.
@@ -18,25 +21,23 @@ AXES = (*BATCH, "tensor", "context")
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """How many devices share what; their product is the number of devices.
+class MeshConfig(keys.Part):
+    """How many devices share what; their product is the number of devices."""
 
-    data: copies of the weights, each with its own rows; 0 makes one for each slice of TPUs, which
-    a slower network joins. fsdp: parts of the weights, each with its own rows; 0 takes the
-    devices that are left. tensor: parts of the heads and hidden units of each layer. context:
-    parts of an image's tokens; 0 takes what rows cannot fill.
-    """
+    section: ClassVar[str] = "mesh"
 
-    data: int = 0
-    fsdp: int = 0
-    tensor: int = 1
-    context: int = 1
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            least, value = 1 if field.name == "tensor" else 0, getattr(self, field.name)
-            if value < least:
-                raise UserError(f"mesh.{field.name} is {value}; give {least} or more")
+    data: int = option(
+        0,
+        "copies of the weights, each with its own rows; 0: one for each slice of TPUs, which a "
+        "slower network joins", least=0,
+    )
+    fsdp: int = option(
+        0, "parts of the weights, each with its own rows; 0: the devices that are left", least=0
+    )
+    tensor: int = option(1, "parts of the heads and hidden units of each layer", least=1)
+    context: int = option(
+        0, "parts of an image's tokens; 0: what the rows of a batch cannot fill", least=0
+    )
 
     def filled(self, devices: int, rows: int = 0, slices: int = 1) -> "MeshConfig":
         """Without zeros, for this number of devices, of rows in a batch and of slices.

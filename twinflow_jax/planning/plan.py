@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from twinflow_jax import parallel, sampling
+from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError, reason
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo
@@ -74,41 +75,41 @@ class Plan:
         }
 
 
-def train(config, topology: Topology, hlo_file=None) -> Plan:
+def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
     """The plan of a training step, compiled for the topology.
 
     hlo_file: where to write the optimised HLO to.
     Raises:
-      UserError: a config that cannot be trained there, whatever the memory.
+      UserError: a run that cannot be trained there, whatever the memory.
     """
-    prepared = setup.prepare(config, devices(topology))
+    prepared = setup.prepare(run, devices(topology))
     state, batch = prepared.abstract_state(), prepared.abstract_batch()
     phase = list(prepared.phases)[-1]
     parts = {
         "weights": on_device(state.params), "optimizer": on_device(state.opt_state),
         "averages": on_device((state.teacher, state.average)), "batch": on_device(batch),
     }
-    one = flops.forward(prepared.model, config.data.text_tokens)
+    one = flops.forward(prepared.model, run.data.text_tokens)
     row_parts = parallel.row_parts(prepared.strategy.mesh)
     remat = getattr(prepared.model.config, "remat", "none")
     work = flops.step(one, prepared.evaluations(), remat, row_parts)
     lower = lambda: prepared.lower(phase, lowering_platforms=("tpu",))
     base = dataclasses.replace(
-        _base(config, topology, prepared.strategy.mesh), remat=remat, steps=config.train.steps
+        _base(run, topology, prepared.strategy.mesh), remat=remat, steps=run.train.steps
     )
     return _compiled(base, lower, prepared.strategy.mesh, parts, one, work, hlo_file)
 
 
-def sample(config, topology: Topology, steps: int, hlo_file=None) -> Plan:
+def sample(run: Run, topology: Topology, steps: int, hlo_file=None) -> Plan:
     """The plan of drawing `data.batch_size` latents in `steps` evaluations, weights in the dtype
     of computation; text encoder and autoencoder are not in it."""
-    prepared = setup.prepare(config, devices(topology))
+    prepared = setup.prepare(run, devices(topology))
     model, mesh = prepared.model, prepared.strategy.mesh
     cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=leaf.sharding)
     params = jax.tree.map(cast, prepared.abstract_state().params)
     batch = prepared.abstract_batch()
     key = jax.eval_shape(lambda: jax.random.key(0))
-    grid, rows = sampling.few_step(steps), config.data.batch_size
+    grid, rows = sampling.few_step(steps), run.data.batch_size
 
     def draw(params, noise, cond, key):
         return sampling.sample(model.apply, params, noise, cond, grid, key)
@@ -118,20 +119,20 @@ def sample(config, topology: Topology, steps: int, hlo_file=None) -> Plan:
             traced = jax.jit(draw).trace(params, batch["x"], batch["cond"], key)
             return traced.lower(lowering_platforms=("tpu",))
 
-    one = flops.forward(model, config.data.text_tokens)
+    one = flops.forward(model, run.data.text_tokens)
     work = flops.step(
         one, [flops.Call(rows, False)] * grid.nfe, "none", parallel.row_parts(mesh)
     )
     parts = {"weights": on_device(params), "batch": on_device((batch["x"], batch["cond"]))}
-    base = _base(config, topology, mesh)
+    base = _base(run, topology, mesh)
     return _compiled(base, lower, mesh, parts, one, work, hlo_file)
 
 
-def impossible(config, topology: Topology, why: str) -> Plan:
-    """The plan of a config that the topology does not take."""
-    remat = config.model.get("remat", "none")
-    rows = config.data.batch_size
-    return Plan(topology.name, {}, config.mesh.strategy, remat, rows, topology.chips, refused=why)
+def impossible(run: Run, topology: Topology, why: str) -> Plan:
+    """The plan of a run that the topology does not take."""
+    remat = getattr(run.model, "remat", "none")
+    rows = run.data.batch_size
+    return Plan(topology.name, {}, run.mesh.strategy, remat, rows, topology.chips, refused=why)
 
 
 def on_device(tree) -> int:
@@ -142,10 +143,10 @@ def on_device(tree) -> int:
     )
 
 
-def _base(config, topology: Topology, mesh) -> Plan:
+def _base(run: Run, topology: Topology, mesh) -> Plan:
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"fsdp": 1}
     return Plan(
-        topology.name, shape, config.mesh.strategy, "none", config.data.batch_size, topology.chips
+        topology.name, shape, run.mesh.strategy, "none", run.data.batch_size, topology.chips
     )
 
 

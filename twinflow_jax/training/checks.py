@@ -1,90 +1,44 @@
-"""What no run can be trained with, refused before anything is written."""
+"""What a run cannot be trained on or start from, refused before anything is written."""
 
 import dataclasses
 
-from twinflow_jax import checkpoints, data, models, objectives
-from twinflow_jax import config as configs
+from twinflow_jax import checkpoints, data
 from twinflow_jax.checkpoints import imported
+from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.data.records import Records
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
-from twinflow_jax.training import optimizers
+from twinflow_jax.models.family import TextToImage
+from twinflow_jax.models.settings import Settings
 
 
-def check_values(config) -> None:
-    """Refuses values that no run can have.
-
-    Raises:
-      UserError: names the key, its value and what it takes.
-    """
-    objectives.build(config.objective)
-    train, sample = config.train, config.sample
-    least = {
-        "train.steps": 1, "train.seed": 0, "train.micro_steps": 1, "train.log_every": 1,
-        "train.sample_every": 1, "train.checkpoint_every": 1, "train.keep": 1,
-        "train.flow_matching_steps": 0, "data.batch_size": 1, "sample.columns": 1,
-        "data.text_tokens": 1,
-        "sample.score_count": 0, "optimizer.warmup": 0,
-    }
-    flat = configs.flatten(config.to_dict())
-    for key, bound in least.items():
-        if flat[key] < bound:
-            raise UserError(f"{key} is {flat[key]}; give {bound} or more")
-    for key in ("train.ema_decay", "train.condition_dropout"):
-        if not 0 <= flat[key] < 1:
-            raise UserError(f"{key} is {flat[key]}; it lies in [0, 1)")
-    if train.weights not in optimizers.DTYPES:
-        raise UserError(
-            f"train.weights is {train.weights!r}; choose from {', '.join(optimizers.DTYPES)}"
-        )
-    if not sample.steps or min(sample.steps) < 1:
-        raise UserError(f"sample.steps is {sample.steps}; give evaluations like (1, 2, 4)")
-    if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
-        raise UserError(f"optimizer.betas is {config.optimizer.betas}; give two in [0, 1)")
-    frozen = config.objective.teacher_decay == 1
-    if frozen and not train.init_from:
-        raise UserError(
-            "objective.teacher_decay is 1, a frozen teacher, but it would be random weights: "
-            "set train.init_from to a trained run"
-        )
-    conditional = config.pipeline or config.model.get("num_classes", 0) > 0
-    guided = config.objective.get("guidance", 0.0) > 0 and conditional
-    untrained = train.unconditional == "empty" and not (train.condition_dropout or train.init_from)
-    if guided and untrained:
-        raise UserError(
-            "objective.guidance compares with the empty condition, which nothing trains here: set "
-            "train.unconditional=permuted, train.condition_dropout=0.1, or train.init_from"
-        )
-
-
-def check_fit(
-    config, family: models.Family, settings, source: data.Dataset | list[Records]
-) -> None:
+def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
     """Refuses data of less than a batch, a network that does not take it, or a pipeline that
     does not fit it.
 
-    settings: the network's. source: a named dataset, or folders of records.
+    source: a named dataset, or folders of records.
     Raises:
       UserError: says what differs.
     """
+    settings, rows = run.model, run.data.batch_size
     total = len(source.train) if isinstance(source, data.Dataset) else sum(map(len, source))
-    if total < config.data.batch_size:
+    if total < rows:
         raise UserError(
-            f"data has {total} rows to train on, too few for a batch of {config.data.batch_size}: "
+            f"data has {total} rows to train on, too few for a batch of {rows}: "
             "give more, or a smaller data.batch_size"
         )
-    if family.text_to_image is not None:
-        check_pipeline(config, settings)
-        if config.data.records:
-            check_encoders(config, source)
+    if run.family.text_to_image is not None:
+        check_pipeline(run.pipeline, run.family.text_to_image, settings)
+        if run.data.records:
+            check_encoders(run.pipeline, source)
         return
-    if config.pipeline or config.data.records:
-        key = "pipeline" if config.pipeline else "data.records"
-        raise UserError(f"{key} is set, but model {config.model.name!r} draws no text")
+    if run.pipeline or run.data.records:
+        key = "pipeline" if run.pipeline else "data.records"
+        raise UserError(f"{key} is set, but model {settings.name!r} draws no text")
     shape = source.train.x.shape[1:]
-    if tuple(settings.sample_shape) != shape:
+    if settings.sample_shape != shape:
         raise UserError(
-            f"model.sample_shape is {tuple(settings.sample_shape)}, but data {source.name!r} has "
+            f"model.sample_shape is {settings.sample_shape}, but data {source.name!r} has "
             f"images of {shape}"
         )
     if settings.num_classes not in (0, source.num_classes):
@@ -94,16 +48,15 @@ def check_fit(
         )
 
 
-def check_start(config, settings) -> None:
-    """Refuses to start from what is no run, or from another network. settings: the network's.
+def check_start(source: str, settings: Settings) -> None:
+    """Refuses to start from what is no run, or from another network. source: `train.init_from`.
 
     Raises:
       UserError: says what is missing or differs.
     """
-    source = config.train.init_from
     if not source or imported.is_imported(source):
         return
-    other = models.settings_of(checkpoints.open_weights(source)[0].model)[1]
+    other = checkpoints.open_weights(source)[0].model
     theirs, ours = (dataclasses.asdict(one) for one in (other, settings))
     free = {"remat", "dtype"}  # of computing, not of the weights
     differing = [k for k in (theirs.keys() | ours) - free if theirs.get(k) != ours.get(k)]
@@ -114,14 +67,14 @@ def check_start(config, settings) -> None:
         )
 
 
-def check_encoders(config, folders: list[Records]) -> None:
+def check_encoders(pipeline: str, folders: list[Records]) -> None:
     """Refuses records made with another text encoder or autoencoder than the pipeline's."""
-    if config.pipeline == checkpoints.RANDOM:
+    if pipeline == RANDOM:
         raise UserError(
             "pipeline is random, but data.records were made with networks: set pipeline to the "
             "checkpoint that they were encoded with"
         )
-    checkpoint = imported.open_imported(config.pipeline)
+    checkpoint = imported.open_imported(pipeline)
     for folder in folders:
         used = {"text_encoder": checkpoint.text_identity, "autoencoder": checkpoint.identity("vae")}
         for field, theirs in used.items():
@@ -129,23 +82,22 @@ def check_encoders(config, folders: list[Records]) -> None:
             if mine and mine != theirs:
                 raise UserError(
                     f"the records in {folder.folder} were made with the {field.replace('_', ' ')} "
-                    f"{mine}, but pipeline {config.pipeline} has {theirs}: encode them with it"
+                    f"{mine}, but pipeline {pipeline} has {theirs}: encode them with it"
                 )
 
 
-def check_pipeline(config, settings) -> None:
+def check_pipeline(pipeline: str, family: TextToImage, settings: Settings) -> None:
     """Refuses a pipeline whose transformer is not the one that is trained."""
-    if not config.pipeline:
+    if not pipeline:
         raise UserError(
-            f"model {config.model.name!r} draws from text: set pipeline to an imported checkpoint "
+            f"model {settings.name!r} draws from text: set pipeline to an imported checkpoint "
             "(tools/convert.py), or to random for small random networks"
         )
-    family = models.FAMILIES[config.model.name].text_to_image
 
     def theirs_of(name):
-        if config.pipeline == checkpoints.RANDOM:
+        if pipeline == RANDOM:
             return family.networks[name].config.from_published(family.tiny[name])
-        return imported.open_imported(config.pipeline).config(name)
+        return imported.open_imported(pipeline).config(name)
 
     network = family.networks["transformer"]
     if not network.published:  # of any size, for that text
@@ -153,7 +105,7 @@ def check_pipeline(config, settings) -> None:
         if settings.text_width != width:
             raise UserError(
                 f"model.text_width is {settings.text_width}, but the text encoder of pipeline "
-                f"{config.pipeline} makes tokens of {width} channels: set it to that"
+                f"{pipeline} makes tokens of {width} channels: set it to that"
             )
         return
     theirs = theirs_of("transformer")
@@ -164,7 +116,7 @@ def check_pipeline(config, settings) -> None:
     ]
     if differing:
         raise UserError(
-            f"pipeline {config.pipeline} has another transformer than model: {len(differing)} "
+            f"pipeline {pipeline} has another transformer than model: {len(differing)} "
             f"parameters differ, as {min(differing)}; make the model's fields those of its "
             "config.json"
         )

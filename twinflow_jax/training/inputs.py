@@ -15,8 +15,10 @@ from jaxtyping import Float
 
 from twinflow_jax import checkpoints, data, evaluation, models, text_to_image
 from twinflow_jax.checkpoints import imported, random
+from twinflow_jax.config import RANDOM, Data, Run
 from twinflow_jax.data.records import Records
 from twinflow_jax.errors import UserError
+from twinflow_jax.models.settings import Settings
 from twinflow_jax.parallel import hosts
 from twinflow_jax.training import records
 
@@ -38,7 +40,7 @@ class Inputs:
     shown: Conditions
     names: tuple[str, ...]
     decode: Callable[[Float[np.ndarray, "N ..."]], Float[np.ndarray, "N H W C"]]
-    judge: evaluation.Judge | None
+    judge: evaluation.ClassJudge | None
 
 
 def take(conditions: Conditions, index) -> Conditions:
@@ -46,17 +48,20 @@ def take(conditions: Conditions, index) -> Conditions:
     return {name: table[index] for name, table in conditions.items()}
 
 
-def open_data(config, settings) -> data.Dataset | list[Records]:
-    """The named dataset, or the folders of records, of a config. settings: the network's."""
-    if config.data.records:
-        return records.open_folders(config, settings)
-    return data.load(config.data.name)
+def open_data(run: Run) -> data.Dataset | list[Records]:
+    """The named dataset, or the folders of records, of a run."""
+    if run.data.records:
+        image_free = getattr(run.objective, "image_free", False)
+        return records.open_folders(run.data.records, run.model, image_free)
+    return data.load(run.data.name)
 
 
-def shapes(source: data.Dataset | list[Records], settings) -> list[tuple[int, ...]]:
+def shapes(
+    source: data.Dataset | list[Records], settings: Settings
+) -> list[tuple[int, ...]]:
     """Of the samples, in the order of `Inputs.streams`."""
     if isinstance(source, data.Dataset):
-        return [tuple(settings.sample_shape)]
+        return [settings.sample_shape]
     return list(records.by_shape(source, settings))
 
 
@@ -65,14 +70,16 @@ def digest(source: data.Dataset | list[Records]) -> str:
     return "" if isinstance(source, data.Dataset) else records.digest(source)
 
 
-def prepare(config, source: data.Dataset | list[Records], workdir: epath.PathLike) -> Inputs:
-    """The inputs of a run whose config and folder have been checked."""
-    if not isinstance(source, data.Dataset):
-        return of_records(config, source, workdir)
-    family, _ = models.settings_of(config.model)
-    if family.text_to_image is None:
-        return of_classes(config, source)
-    return of_captions(config, source, workdir)
+def prepare(
+    run: Run, source: data.Dataset | list[Records], workdir: epath.PathLike
+) -> Inputs:
+    """The inputs of a run whose data and folder have been checked."""
+    if run.family.text_to_image is None:
+        return of_classes(run.model, source, scored=run.sample.score_count > 0)
+    pipeline = open_pipeline(run, workdir)
+    if isinstance(source, data.Dataset):
+        return of_captions(pipeline, source, run.data.text_tokens, run.sample.prompts)
+    return of_records(pipeline, source, run.data, run.sample.prompts)
 
 
 def labelled(split: data.Split, conditions: Conditions) -> tuple[tuple[data.Stream, ...], ...]:
@@ -83,67 +90,65 @@ def labelled(split: data.Split, conditions: Conditions) -> tuple[tuple[data.Stre
     return ((data.Stream(len(split), read),),)
 
 
-def of_classes(config, dataset: data.Dataset) -> Inputs:
-    """Labelled images for a class-conditional network."""
-    model = models.create(config.model)
+def of_classes(settings: Settings, dataset: data.Dataset, scored: bool) -> Inputs:
+    """Labelled images for a class-conditional network. scored: whether drawn samples are."""
+    model = models.build(settings)
     classes = np.arange(dataset.num_classes, dtype=np.int32)
-    table = {"label": classes} if model.config.num_classes else {}
-    scored = model.config.num_classes > 0 and config.sample.score_count > 0
+    table = {"label": classes} if settings.num_classes else {}
     return Inputs(
         model, labelled(dataset.train, table), dict(model.null), shown=table,
         names=tuple(map(str, classes)), decode=lambda x: np.clip(x, -1, 1),
-        judge=evaluation.Judge.create(dataset) if scored else None,
+        judge=evaluation.ClassJudge.create(dataset) if scored and table else None,
     )
 
 
-def of_captions(config, dataset: data.Dataset, workdir: epath.PathLike) -> Inputs:
-    """Images and captions through the networks of `config.pipeline`."""
-    pipeline = open_pipeline(config, workdir)
-    settings = pipeline.settings
-    prompts = tuple(config.sample.prompts) or dataset.captions
+def of_captions(
+    pipeline: text_to_image.Pipeline, dataset: data.Dataset, tokens: int, prompts: tuple[str, ...]
+) -> Inputs:
+    """Images and captions through a pipeline's networks; previews draw prompts, or the captions."""
+    settings, prompts = pipeline.settings, prompts or dataset.captions
     captions, null, shown = (
-        conditions(embeddings, config.data.text_tokens, settings.dtype)
+        conditions(embeddings, tokens, settings.dtype)
         for embeddings in (
-            pipeline.embed(dataset.captions, config.data.text_tokens), pipeline.null(),
-            pipeline.embed(prompts, config.data.text_tokens),
+            pipeline.embed(dataset.captions, tokens), pipeline.null(),
+            pipeline.embed(prompts, tokens),
         )
     )
     side = pipeline.config("vae").downscale
     height, width = (side * places for places in settings.sample_shape[:2])
     latents = pipeline.encode(data.to_rgb(dataset.train.x, height, width))
     return Inputs(
-        models.create(config.model), labelled(data.Split(latents, dataset.train.label), captions),
+        models.build(settings), labelled(data.Split(latents, dataset.train.label), captions),
         null, shown, prompts, decoder(pipeline), judge=None,
     )
 
 
-def of_records(config, folders: Sequence[Records], workdir: epath.PathLike) -> Inputs:
-    """Rows that tools/encode.py made; previews draw `sample.prompts`, or captions of theirs."""
-    pipeline = open_pipeline(config, workdir)
-    settings, tokens = pipeline.settings, config.data.text_tokens
-    prompts = tuple(config.sample.prompts)
+def of_records(
+    pipeline: text_to_image.Pipeline, folders: Sequence[Records], rows: Data,
+    prompts: tuple[str, ...],
+) -> Inputs:
+    """Rows that tools/encode.py made; previews draw prompts, or captions of theirs."""
+    settings, tokens = pipeline.settings, rows.text_tokens
     if prompts:
         embeddings = pipeline.embed(prompts, tokens)
     else:
         prompts, embeddings = records.first_captions(folders[0])
         embeddings = embeddings[:, :tokens]  # as a step sees them
     return Inputs(
-        models.create(config.model),
-        records.streams(folders, config.data.weights, settings, tokens),
+        models.build(settings), records.streams(folders, rows.weights, settings, tokens),
         conditions(records.null(folders[0]), tokens, settings.dtype),
         conditions(embeddings, tokens, settings.dtype),
         prompts, decoder(pipeline), judge=None,
     )
 
 
-def open_pipeline(config, workdir: epath.PathLike) -> text_to_image.Pipeline:
-    """The networks of `config.pipeline`, random ones being made here first."""
-    folder = checkpoints.pipeline_of(workdir, config)
-    if config.pipeline == checkpoints.RANDOM:
-        hosts.first(lambda: random.write_random(config.model.name, folder, config.train.seed))
-    settings = models.settings_of(config.model)[1]
+def open_pipeline(run: Run, workdir: epath.PathLike) -> text_to_image.Pipeline:
+    """The networks of a run's `pipeline`, random ones being made here first."""
+    folder = checkpoints.pipeline_of(workdir, run)
+    if run.pipeline == RANDOM:
+        hosts.first(lambda: random.write_random(run.model.name, folder, run.train.seed))
     return text_to_image.Pipeline(
-        imported.open_imported(folder), settings.dtype, settings=settings, progress=False
+        imported.open_imported(folder), run.model.dtype, settings=run.model, progress=False
     )
 
 

@@ -7,13 +7,12 @@ import signal
 import time
 
 import jax
-import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, data, models, parallel
-from twinflow_jax import config as configs
+from twinflow_jax import checkpoints, data, parallel
 from twinflow_jax.checkpoints import imported, store
+from twinflow_jax.config import Run, to_json
 from twinflow_jax.errors import UserError
 from twinflow_jax.parallel import flags, hosts
 from twinflow_jax.training import checks, inputs, setup, state
@@ -33,40 +32,36 @@ class Interrupted(Exception):
         self.signal, self.step, self.saved = signal_number, at_step, saved
 
 
-def train(
-    config: ml_collections.ConfigDict, workdir: str, progress: bool = True
-) -> state.TrainState:
-    """Trains, or goes on training, the run of `config` in `workdir`; returns its last state.
+def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
+    """Trains, or goes on training, a run in `workdir`; returns its last state.
 
     Everything about the run is in workdir: config.json, checkpoints/, samples/, metrics.jsonl
     and tensorboard/. Killed and started again, it ends with the same bits.
 
     Raises:
-      UserError: a config that cannot be trained, a workdir of another run, no room to save, or
-        a loss that became NaN (with its step and term).
+      UserError: data or a start that does not go with the run, a workdir of another run, no room
+        to save, or a loss that became NaN (with its step and term).
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
     clock = Clock()
-    hosts.agree({"config": configs.to_json(config).encode(), "code": hosts.code(PACKAGE)})
-    family, settings = models.settings_of(config.model)
-    checks.check_values(config)
-    prepared = setup.prepare(config)
-    source = inputs.open_data(config, settings)
-    shapes = inputs.shapes(source, settings)
-    checks.check_fit(config, family, settings, source)
+    hosts.agree({"config": to_json(run).encode(), "code": hosts.code(PACKAGE)})
+    prepared = setup.prepare(run)
+    source = inputs.open_data(run)
+    shapes = inputs.shapes(source, run.model)
+    checks.check_fit(run, source)
     if not (pathlib.Path(workdir) / "checkpoints").exists():
-        checks.check_start(config, settings)
-    hosts.first(lambda: checkpoints.claim(workdir, config, inputs.digest(source)))
+        checks.check_start(run.train.init_from, run.model)
+    hosts.first(lambda: checkpoints.claim(workdir, run, inputs.digest(source)))
     keep_compiled(workdir)
     try:
-        with contextlib.closing(checkpoints.Saver(workdir, config.train.keep)) as saver:
+        with contextlib.closing(checkpoints.Saver(workdir, run.train.keep)) as saver:
             # Before anything slow, so that errors come early.
             newest = hosts.told(saver.steps[-1] if saver.steps else 0)
             with clock.part("compiling"):
                 steps = compile_phases(prepared, shapes, newest, progress, {})
             with clock.part("inputs"):
-                known = inputs.prepare(config, source, workdir)
-            return run(prepared, known, shapes, steps, saver, workdir, progress, clock)
+                known = inputs.prepare(run, source, workdir)
+            return loop(prepared, known, shapes, steps, saver, workdir, progress, clock)
     except OSError as error:
         raise UserError(
             f"cannot write to {workdir} ({error.strerror or error}): make room there, then start "
@@ -74,12 +69,12 @@ def train(
         ) from error
 
 
-def run(
+def loop(
     prepared: setup.Setup, known: inputs.Inputs, shapes: list[tuple[int, ...]], steps: dict,
     saver: checkpoints.Saver, workdir: str, progress: bool, clock: Clock,
 ) -> state.TrainState:
     """The loop itself, from the newest checkpoint of `workdir` to the last step."""
-    config = prepared.config
+    train, count = prepared.run.train, prepared.run.data.batch_size
     with contextlib.ExitStack() as stack:
         with clock.part("state"):
             current = start(prepared, saver)
@@ -89,31 +84,30 @@ def run(
         if hosts.told(preview.missing(first)):  # killed between a checkpoint and its pictures
             with clock.part("pictures"):
                 log.write_samples(first, preview.make(state.sampling_params(current), first))
-        if first >= config.train.steps:
-            print(f"{workdir} is complete: step {first} of {config.train.steps}", flush=True)
+        if first >= train.steps:
+            print(f"{workdir} is complete: step {first} of {train.steps}", flush=True)
             return current
         # Again, where a torn one was passed over.
         with clock.part("compiling"):
             steps = compile_phases(prepared, shapes, first, progress, steps)
         work = {key: prepared.step_flops(*key) for key in steps}
-        count = config.data.batch_size
         rows = hosts.rows_held(prepared.over_rows, count)
-        batches = data.batches(known.streams, count, config.train.seed, first, rows)
+        batches = data.batches(known.streams, count, train.seed, first, rows)
         null = hosts.put(known.null, parallel.replicated(prepared.strategy.mesh))
         stopper = stack.enter_context(Stopper())
         watch = stack.enter_context(
-            contextlib.closing(Watch(workdir, config.data.batch_size, first, clock))
+            contextlib.closing(Watch(workdir, count, first, clock))
         )
         bar = stack.enter_context(
-            tqdm(total=config.train.steps, initial=first, unit="step", disable=not progress,
+            tqdm(total=train.steps, initial=first, unit="step", disable=not progress,
                  dynamic_ncols=True, smoothing=0.1)
         )
 
         if stop := hosts.stop_requested(stopper.signal):  # while it compiled or restored
             raise Interrupted(stop, first, saved=False)
         pending = None  # metrics of the step before, read while this one runs
-        for i in range(first, config.train.steps):
-            phase = "flow_matching" if i < config.train.flow_matching_steps else "objective"
+        for i in range(first, train.steps):
+            phase = "flow_matching" if i < train.flow_matching_steps else "objective"
             with clock.part("data"):
                 shape, batch = next(batches)
                 batch = hosts.put_rows(batch, prepared.over_rows, rows, count)
@@ -122,12 +116,12 @@ def run(
             if pending:
                 log.add(*pending)
             pending = (i + 1, metrics)
-            done, last = i + 1, i + 1 == config.train.steps
+            done, last = i + 1, i + 1 == train.steps
             bar.update()
             watch.step(work[kind])
             stop = hosts.stop_requested(stopper.signal)  # later ones wait for the next step
-            report = done % config.train.log_every == 0 or last
-            keep = done % config.train.checkpoint_every == 0 or last or stop
+            report = done % train.log_every == 0 or last
+            keep = done % train.checkpoint_every == 0 or last or stop
             if report or keep or hosts.in_step():
                 log.add(*pending)  # a state with NaN is never saved
                 pending = None
@@ -136,7 +130,7 @@ def run(
             if keep:
                 with clock.part("saving"):
                     saver.save(done, state.to_parts(current))
-            if done % config.train.sample_every == 0 or last:
+            if done % train.sample_every == 0 or last:
                 with clock.part("pictures"):
                     scores = preview.make(state.sampling_params(current), done)
                 log.write_samples(done, scores)
@@ -167,7 +161,7 @@ def compile_phases(
 
     done: those that already are, by (phase, shape).
     """
-    begin, train = time.perf_counter(), prepared.config.train
+    begin, train = time.perf_counter(), prepared.run.train
     ends = {"flow_matching": train.flow_matching_steps, "objective": train.steps}
     if train.steps <= train.flow_matching_steps:
         ends["objective"] = 0
@@ -193,7 +187,7 @@ def compile_phases(
             leaf.size for leaf in jax.tree.leaves(prepared.model.abstract_params())
         )
         print(
-            f"{prepared.config.model.name} of {parameters:,} parameters; "
+            f"{prepared.run.model.name} of {parameters:,} parameters; "
             f"compiled in {time.perf_counter() - begin:.1f} s",
             flush=True,
         )
@@ -205,10 +199,10 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     restored = saver.restore(state.to_parts(prepared.abstract_state()))
     if restored is not None:
         return state.from_parts(restored, prepared.model.fixed)
-    config, model = prepared.config, prepared.model
-    source = config.train.init_from
+    train, model = prepared.run.train, prepared.model
+    source = train.init_from
     if not source:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), 2**31 - 1)  # no step's key
+        key = jax.random.fold_in(jax.random.key(train.seed), 2**31 - 1)  # no step's key
         return prepared.place(lambda: prepared.fresh(model.init(key)))
     abstract = prepared.abstract_state().params
     if imported.is_imported(source):

@@ -19,15 +19,15 @@ class Preview:
     """
 
     def __init__(self, prepared: Setup, inputs: Inputs, workdir: str):
-        config, self._strategy = prepared.config, prepared.strategy
+        run, self._strategy = prepared.run, prepared.strategy
         self._inputs, self._folder = inputs, epath.Path(workdir) / "samples"
-        self._grids = [few_step(steps) for steps in config.sample.steps]
-        self._every, self._last = config.train.sample_every, config.train.steps
-        self._columns, self._rows = config.sample.columns, len(inputs.names)
-        scored = config.sample.score_count if inputs.judge else 0
+        self._grids = [few_step(steps) for steps in run.sample.steps]
+        self._every, self._last = run.train.sample_every, run.train.steps
+        self._columns, self._rows = run.sample.columns, len(inputs.names)
+        scored = run.sample.score_count if inputs.judge else 0
         self._count = max(scored, self._columns * self._rows)
         self._labels = sample_labels(self._count, self._rows)
-        noise_key, self._key = jax.random.split(jax.random.key(config.train.seed))
+        noise_key, self._key = jax.random.split(jax.random.key(run.train.seed))
         shape = inputs.model.sample_shape
         self._noise = np.asarray(jax.random.normal(noise_key, (self._count, *shape)))
 

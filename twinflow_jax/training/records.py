@@ -10,41 +10,36 @@ import numpy as np
 from twinflow_jax import data
 from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
 from twinflow_jax.errors import UserError
+from twinflow_jax.models.settings import Settings
 from twinflow_jax.parallel import hosts
 from twinflow_jax.text_to_image import Embeddings
 
 SHOWN = 8  # captions that previews draw where the config has no prompts
 
 
-def open_folders(config, settings) -> list[Records]:
-    """The folders of `data.records`, made alike and fit for the network. settings: the network's.
+def open_folders(
+    paths: Sequence[str], settings: Settings, image_free: bool
+) -> list[Records]:
+    """Folders of records, made alike and fit for the network.
 
+    image_free: whether prompts without pictures can be trained on.
     Raises:
-      UserError: none or unfinished ones, weights that do not go with them, records of another
-        family or of pictures that the network does not take; names both sides. Or hosts that
-        see other records than the first.
+      UserError: none or unfinished ones, records of another family or of pictures that the
+        network does not take; names both sides. Or hosts that see other records than the first.
     """
-    paths, weights = tuple(config.data.records), tuple(config.data.weights)
-    if weights and len(weights) != len(paths):
-        raise UserError(
-            f"data.weights has {len(weights)} numbers for {len(paths)} folders of data.records: "
-            "give one for each, or none"
-        )
-    if any(not 0 < weight < float("inf") for weight in weights):
-        raise UserError(f"data.weights is {weights}; give numbers above 0")
     folders = [open_records(path) for path in paths]
     first = folders[0].manifest
     for folder in folders:
-        if folder.manifest.family != config.model.name:
+        if folder.manifest.family != settings.name:
             raise UserError(
                 f"the records in {folder.folder} are for {folder.manifest.family!r}, but model is "
-                f"{config.model.name!r}: encode them with that model's pipeline"
+                f"{settings.name!r}: encode them with that model's pipeline"
             )
         check_same(folder, first, "text_encoder", str(folders[0].folder))
         if folder.manifest.channels and first.channels:
             check_same(folder, first, "autoencoder", str(folders[0].folder))
         for split in folder.splits:
-            check_split(folder, split, config, settings)
+            check_split(folder, split, settings, image_free)
     # Each host reads its own copy, or one that another has written again meanwhile.
     hosts.agree({"data.records": digest(folders).encode()})
     return folders
@@ -66,16 +61,16 @@ def check_same(folder: Records, other, field: str, where: str) -> None:
         )
 
 
-def check_split(folder: Records, split: str, config, settings) -> None:
+def check_split(folder: Records, split: str, settings: Settings, image_free: bool) -> None:
     """Refuses a size of pictures that the network does not take."""
     if split == PROMPTS:
-        if not getattr(config.objective, "image_free", False):
+        if not image_free:
             raise UserError(
                 f"the records in {folder.folder} are prompts without pictures, which only "
                 "objective preset image_free trains on"
             )
         return
-    shape, taken = folder.sample_shape(split), tuple(settings.sample_shape)
+    shape, taken = folder.sample_shape(split), settings.sample_shape
     any_size = getattr(settings, "any_size", False)
     fits = shape == taken if not any_size else (
         shape[2] == taken[2] and shape[0] % settings.patch == shape[1] % settings.patch == 0
@@ -89,20 +84,20 @@ def check_split(folder: Records, split: str, config, settings) -> None:
 
 
 def by_shape(
-    folders: Sequence[Records], settings
+    folders: Sequence[Records], settings: Settings
 ) -> dict[tuple[int, ...], list[tuple[Records, str]]]:
     """The folders and splits of each shape of samples; prompts alone take the network's own."""
     shapes = {}
     for folder in folders:
         for split in folder.splits:
-            own = tuple(settings.sample_shape)
+            own = settings.sample_shape
             shape = own if split == PROMPTS else folder.sample_shape(split)
             shapes.setdefault(shape, []).append((folder, split))
     return dict(sorted(shapes.items()))
 
 
 def streams(
-    folders: Sequence[Records], weights: Sequence[float], settings, tokens: int
+    folders: Sequence[Records], weights: Sequence[float], settings: Settings, tokens: int
 ) -> tuple[tuple[data.Stream, ...], ...]:
     """The rows of each shape, as the network of `settings` takes them, with text of so many tokens.
 
@@ -126,7 +121,7 @@ def streams(
     )
 
 
-def batch(folder: Records, split: str, rows, seeds, shape, settings, tokens: int):
+def batch(folder: Records, split: str, rows, seeds, shape, settings: Settings, tokens: int):
     """Rows {"x", "cond"} of one split; of several captions each epoch draws one."""
     x = np.zeros((len(rows), *shape), np.float32)
     text = np.zeros((len(rows), tokens, settings.text_width), settings.dtype)

@@ -1,4 +1,4 @@
-"""From a config to what runs on the devices: one composition for training and for planning."""
+"""From a run's description to its parts on the devices: one composition for training and plans."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from twinflow_jax import models, objectives, parallel
+from twinflow_jax.config import Run, Train
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import flops, optimizers, state, step
 
@@ -19,7 +20,7 @@ class Setup:
     """A run's parts. phases: the jitted train steps by name, in the order they are used; learned:
     their objectives."""
 
-    config: Any
+    run: Run
     model: models.Model
     optimizer: optax.GradientTransformation
     teacher_decay: float
@@ -30,7 +31,7 @@ class Setup:
 
     def fresh(self, params) -> state.TrainState:
         """The state of step 0 with these weights."""
-        return fresh(self.config, self.optimizer, self.teacher_decay, self.model.fixed, params)
+        return fresh(self.run.train, self.optimizer, self.teacher_decay, self.model.fixed, params)
 
     def place(self, make, *arguments):
         """`make(*arguments)`, a state, with every part where it belongs."""
@@ -46,9 +47,8 @@ class Setup:
 
         shape: of a sample (default: the network's own).
         """
-        config, model = self.config, self.model
-        rows = config.data.batch_size
-        null = model.abstract_null(config.data.text_tokens)
+        model, rows = self.model, self.run.data.batch_size
+        null = model.abstract_null(self.run.data.text_tokens)
         whole = parallel.replicated(self.strategy.mesh)
         of_rows = lambda leaf: jax.ShapeDtypeStruct(
             (rows, *leaf.shape[1:]), leaf.dtype, sharding=self.over_rows
@@ -62,19 +62,19 @@ class Setup:
     def evaluations(self, phase: str = "objective") -> list[flops.Call]:
         """Those of one step of a phase."""
         return flops.calls(
-            self.learned[phase], self.config.data.batch_size, self.model.sample_shape,
-            self.config.train.micro_steps,
+            self.learned[phase], self.run.data.batch_size, self.model.sample_shape,
+            self.run.train.micro_steps,
         )
 
     def step_flops(self, phase: str, shape: tuple[int, ...] | None = None) -> int:
         """Model FLOPs of one step of a phase on all devices, for samples of a shape."""
         # As a CPU computes it: plain attention, whose FLOPs no kernel hides or fills up.
-        one = flops.forward(self.model, self.config.data.text_tokens, "cpu", shape)
+        one = flops.forward(self.model, self.run.data.text_tokens, "cpu", shape)
         return flops.worth(one, self.evaluations(phase))
 
     @functools.cached_property
     def over_rows(self) -> jax.sharding.NamedSharding:
-        return parallel.over_rows(self.strategy.mesh, self.config.data.batch_size)
+        return parallel.over_rows(self.strategy.mesh, self.run.data.batch_size)
 
     def lower(self, phase: str, shape: tuple[int, ...] | None = None, **options):
         """A phase's step for samples of a shape, traced for this mesh."""
@@ -84,70 +84,60 @@ class Setup:
             return self.phases[phase].trace(*arguments).lower(**options)
 
 
-def prepare(config, devices: list | None = None) -> Setup:
-    """The parts of the run that a checked config describes, on all devices or on these.
+def prepare(run: Run, devices: list | None = None) -> Setup:
+    """The parts that run on the devices, on all of them or on these.
 
     Raises:
       UserError: a mesh or strategy that does not go with the devices, the network or the batch.
     """
-    model = models.create(config.model)
-    objective = objectives.build(config.objective)
-    objective.counts(config.data.batch_size)  # refuses a batch too small for the roles
-    optimizer = optimizers.create(config.optimizer, config.train.steps)
-    fields = dict(config.mesh)
-    name = fields.pop("strategy")
+    model, train, shared = models.build(run.model), run.train, run.mesh
+    optimizer = optimizers.create(run.optimizer, train.steps)
     if not getattr(model.config, "splits_tokens", False):
-        if fields["context"] > 1:
+        if shared.context > 1:
             raise UserError(
-                f"mesh.context is {fields['context']}, but model {config.model.name!r} does not "
+                f"mesh.context is {shared.context}, but model {run.model.name!r} does not "
                 "split its tokens: set it to 1"
             )
-        fields["context"] = 1
-    mesh = parallel.make_mesh(parallel.MeshConfig(**fields), devices, config.data.batch_size)
+        shared = dataclasses.replace(shared, context=1)
+    mesh = parallel.make_mesh(shared, devices, run.data.batch_size)
     abstract = model.abstract_params()
-    check_divisible(config, model, mesh)
+    check_divisible(run.data.batch_size, model, mesh)
     check_tokens(model, mesh, model.sample_shape)
-    strategy = parallel.create(name, mesh, abstract, model.axes(), model.dtype)
-    decay = objective.config.teacher_decay
-    start = functools.partial(fresh, config, optimizer, decay, model.fixed)
+    strategy = parallel.create(shared.strategy, mesh, abstract, model.axes(), model.dtype)
+    decay = run.objective.teacher_decay
+    start = functools.partial(fresh, train, optimizer, decay, model.fixed)
     shapes = jax.eval_shape(start, abstract)
     layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh))
 
-    train = config.train
-    settings = step.StepConfig(
-        train.seed, train.micro_steps, train.ema_decay, train.unconditional,
-        train.condition_dropout,
-    )
     learned = {}
     if train.flow_matching_steps:
         learned["flow_matching"] = objectives.build(
             objectives.preset("flow_matching", teacher_decay=decay)
         )
-    learned["objective"] = objective
+    learned["objective"] = run.bound_objective
     return Setup(
-        config, model, optimizer, decay, strategy, layouts, learned,
+        run, model, optimizer, decay, strategy, layouts, learned,
         {
-            name: step.make_step(phase, model.apply, optimizer, settings, strategy, layouts)
+            name: step.make_step(phase, model.apply, optimizer, train, strategy, layouts)
             for name, phase in learned.items()
         },
     )
 
 
 def fresh(
-    config, optimizer, teacher_decay: float, fixed: tuple[str, ...], params
+    train: Train, optimizer, teacher_decay: float, fixed: tuple[str, ...], params
 ) -> state.TrainState:
     """The state of step 0 with these weights."""
-    train = config.train
     return state.create(params, optimizer, teacher_decay, train.ema_decay, train.weights, fixed)
 
 
-def check_divisible(config, model: models.Model, mesh: jax.sharding.Mesh) -> None:
+def check_divisible(rows: int, model: models.Model, mesh: jax.sharding.Mesh) -> None:
     """Refuses rows and heads that the mesh does not divide.
 
     Raises:
       UserError: names the key and numbers that would do.
     """
-    parts, rows = parallel.row_parts(mesh), config.data.batch_size
+    parts = parallel.row_parts(mesh)
     if rows % parts:
         raise UserError(
             f"data.batch_size is {rows}, which the {parts} parts of mesh.data x mesh.fsdp do not "
@@ -157,7 +147,7 @@ def check_divisible(config, model: models.Model, mesh: jax.sharding.Mesh) -> Non
     if tensor > 1 and (heads == 0 or heads % tensor):
         raise UserError(
             f"mesh.tensor is {tensor}, which does not divide the {heads} heads of model "
-            f"{config.model.name!r}"
+            f"{model.config.name!r}"
         )
 
 

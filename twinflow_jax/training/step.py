@@ -1,6 +1,5 @@
 """One optimizer step as a pure function of (state, data)."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,26 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from twinflow_jax import parallel
-from twinflow_jax.errors import UserError
+from twinflow_jax.config import Train
 from twinflow_jax.objectives import Batch, Objective
 from twinflow_jax.objectives.draws import counts_of
 from twinflow_jax.training import ema, optimizers
 from twinflow_jax.training.state import TrainState, trained, whole
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """seed: of all draws. micro_steps: parts of a batch whose gradients add up before the
-    update. ema_decay: of the sampled average, 0 for none. unconditional: what stands for no
-    condition in guidance, "empty" (the model's own) or "permuted" (other rows' conditions, as
-    in the tutorial). condition_dropout: share of rows that train without their condition.
-    """
-
-    seed: int
-    micro_steps: int
-    ema_decay: float
-    unconditional: str
-    condition_dropout: float = 0.0
 
 
 def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
@@ -37,11 +21,8 @@ def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
     hold a single row.
     """
     rows = batch.x.shape[0]
-    if rows % micro_steps:
-        raise UserError(
-            f"train.micro_steps is {micro_steps}, which does not divide the batch of {rows}"
-        )
     size = rows // micro_steps
+    assert size * micro_steps == rows  # config.Run refuses others
     return [
         (
             jax.tree.map(lambda a: a[start : start + size], batch),  # noqa: B023
@@ -106,42 +87,39 @@ def loss_and_gradient(
 
 def make_step(
     objective: Objective, apply: Callable, optimizer: optax.GradientTransformation,
-    config: StepConfig, strategy: parallel.Strategy | None = None,
-    layouts: TrainState | None = None,
+    train: Train, strategy: parallel.Strategy | None = None,
+    layouts: TrainState | None = None, seed: int | jax.Array | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `(state, data) -> (state, metrics)`; the state's buffers are donated.
 
-    strategy: of the weights on a mesh, whose `applied` it is then to be traced in. layouts: of
-    the state there.
+    seed: of all draws, in place of `train.seed`; may be traced. strategy: of the weights on a
+    mesh, whose `applied` it is then to be traced in. layouts: of the state there.
     data: {"x": (B, ...), "cond": pytree, "null": the condition that stands for none, of one row
     (not needed for "permuted")}. metrics: the loss, each of its terms under
     `loss/NAME`, gradient norm (before clipping) and parameter norm (after the update).
     Released order: the teacher takes in the weights from before this step's update.
     All randomness is `fold_in(seed, step)`, so a run can stop and resume anywhere.
     """
-    if config.unconditional not in ("empty", "permuted"):
-        raise UserError(
-            f"train.unconditional is {config.unconditional!r}; choose 'empty' or 'permuted'"
-        )
+
+    seed = train.seed if seed is None else seed
 
     def step(state: TrainState, data: dict):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         draw_key, null_key, drop_key = jax.random.split(key, 3)
         round_key = jax.random.fold_in(key, 3)
         x, cond = data["x"], data["cond"]
         rows = x.shape[0]
-        objective.counts(rows)  # refuses a batch too small for the roles
         draws = objective.draw(draw_key, rows, x.shape[1:])
         empty = jax.tree.map(
             lambda a: jnp.broadcast_to(a, (rows, *a.shape[1:])), data.get("null", {})
         )
-        if config.unconditional == "permuted":
+        if train.unconditional == "permuted":
             order = jax.random.permutation(null_key, rows)
             null = jax.tree.map(lambda a: a[order], cond)
         else:
             null = empty
-        if config.condition_dropout:
-            dropped = jax.random.bernoulli(drop_key, config.condition_dropout, (rows,))
+        if train.condition_dropout:
+            dropped = jax.random.bernoulli(drop_key, train.condition_dropout, (rows,))
             cond = jax.tree.map(
                 lambda none, given: jnp.where(
                     dropped.reshape((rows,) + (1,) * (given.ndim - 1)), none, given
@@ -156,14 +134,14 @@ def make_step(
         theirs = None if teacher is None else whole(teacher.params, state.params)
         (loss, terms), gradient = loss_and_gradient(
             objective, apply, state.params, theirs, Batch(x, cond, null), draws,
-            config.micro_steps, strategy, state.fixed,
+            train.micro_steps, strategy, state.fixed,
         )
         weights = jax.tree.map(lambda a: a.astype(jnp.float32), learned)
         updates, opt_state = optimizer.update(gradient, state.opt_state, weights)
         learned = optimizers.apply_updates(round_key, learned, updates)
         average = state.average
         if average is not None:
-            average = ema.update(average, learned, config.ema_decay)
+            average = ema.update(average, learned, train.ema_decay)
         params = whole(learned, state.params)
         metrics = {f"loss/{name}": value for name, value in terms.items()} | {
             "loss": loss,

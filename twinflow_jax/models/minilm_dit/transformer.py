@@ -2,12 +2,13 @@
 
 import dataclasses
 
+from twinflow_jax.keys import option
 from twinflow_jax.models import dit, settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(dit.Config):
-    """text_width: of the text encoder's tokens. The other fields are those of family `dit`."""
+    """Family `dit` under text."""
 
     name: str = "minilm_dit"
     sample_shape: tuple[int, ...] = (32, 32, 3)
@@ -16,13 +17,11 @@ class Config(dit.Config):
     depth: int = 12
     heads: int = 6
     num_classes: int = 0
-    text_width: int = 384
+    text_width: int = option(384, "of the text encoder's tokens", least=1)
 
     def __post_init__(self):
-        sizes = ("patch", "width", "depth", "heads", "text_width")
-        problems = settings.not_positive(self, sizes) + settings.not_latents_from_text(self)
-        settings.refuse("model 'minilm_dit'", problems)
         super().__post_init__()
+        settings.refuse("model 'minilm_dit'", settings.not_latents_from_text(self))
 
     @property
     def any_size(self) -> bool:

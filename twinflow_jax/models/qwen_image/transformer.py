@@ -18,10 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names, remat, settings
+from twinflow_jax.keys import option
+from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import contract_in_place, tokens
 from twinflow_jax.models.conditioning import sinusoid
+from twinflow_jax.models.settings import LayeredSettings
 from twinflow_jax.models.stack import run_layers
 
 EPSILON = 1e-6  # of every norm
@@ -46,42 +48,37 @@ _HARMLESS = ("pooled_projection_dim",)  # written by the published pipeline, rea
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The published values.
-
-    text_width: of the text tokens. rope_axes: channels of a head rotated by the frame, row and
-    column of its token. zero_cond_t: reference images are modulated as at t = 0 (Edit-2511).
-    second_embedder: whether r has an embedder; without, r is ignored. dtype: of computation.
-    remat: one of remat.POLICIES. sample_shape: (H, W, latent_channels) of training's latents.
-    """
+class Config(LayeredSettings):
+    """The published values."""
 
     name: str = "qwen_image"
     sample_shape: tuple[int, ...] = (64, 64, 16)
-    layers: int = 60
-    heads: int = 24
-    head_dim: int = 128
-    latent_channels: int = 16
-    patch: int = 2
-    text_width: int = 3584
-    rope_axes: tuple[int, ...] = (16, 56, 56)
-    zero_cond_t: bool = False
-    second_embedder: bool = True
-    num_classes: int = 0
-    dtype: str = "float32"
-    remat: str = "none"
+    layers: int = option(60, "of the transformer", least=1)
+    heads: int = option(24, "of attention", least=1)
+    head_dim: int = option(128, "channels of a head", least=1)
+    latent_channels: int = option(16, "of the autoencoder", least=1)
+    patch: int = option(2, "latents a token covers along each side", least=1)
+    text_width: int = option(3584, "of the text tokens", least=1)
+    rope_axes: tuple[int, int, int] = option(
+        (16, 56, 56), "channels of a head rotated by its token's frame, row and column", least=1
+    )
+    zero_cond_t: bool = option(
+        False, "whether reference images are modulated as at t = 0 (Edit-2511)"
+    )
+    second_embedder: bool = option(
+        True, "whether r has an embedder; without, r is ignored"
+    )
 
     def __post_init__(self):
-        counts = ("layers", "heads", "head_dim", "latent_channels", "patch", "text_width")
-        problems = settings.not_positive(self, counts)
-        axes = self.rope_axes
-        if len(axes) != 3 or sum(axes) != self.head_dim or any(axis % 2 for axis in axes):
+        super().__post_init__()
+        problems, axes = [], self.rope_axes
+        if sum(axes) != self.head_dim or any(axis % 2 for axis in axes):
             problems.append(
                 f"rope_axes {axes} must be three even numbers that add up to head_dim "
                 f"{self.head_dim}"
             )
         problems += settings.not_latents_from_text(self)
         settings.refuse("model 'qwen_image'", problems)
-        remat.check(self.remat)
 
     @property
     def any_size(self) -> bool:

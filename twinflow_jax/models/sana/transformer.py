@@ -15,12 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names, remat, settings
+from twinflow_jax.keys import option
+from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import rows
 from twinflow_jax.models.conditioning import sinusoid
 from twinflow_jax.models.convolution import Depthwise
 from twinflow_jax.models.linear_attention import linear_attention
+from twinflow_jax.models.settings import LayeredSettings
 from twinflow_jax.models.stack import run_layers
 
 EPSILON = 1e-6  # of the norms before self-attention, MLP and output
@@ -50,45 +52,29 @@ _DERIVED = ("out_channels", "cross_attention_dim", "sample_size", "qk_norm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The published values of SANA-0.6B at 512 pixels.
-
-    text_width: of the text tokens. cross_heads, cross_head_dim: of the attention to the text.
-    mlp_ratio: of the MLP's width to the model's. qk_norm: whether queries and keys are
-    normalised (1.5, Sprint). guidance_embeds: whether the guidance scale, multiplied by
-    guidance_embeds_scale, has an embedder (Sprint). timestep_scale: what diffusers multiplies
-    its times by, see `time_scale`. second_embedder: whether r has an embedder; without, r is
-    ignored. dtype: of computation. remat: one of remat.POLICIES. sample_shape: (H, W,
-    latent_channels) of training's latents.
-    """
+class Config(LayeredSettings):
+    """The published values of SANA-0.6B at 512 pixels."""
 
     name: str = "sana"
     sample_shape: tuple[int, ...] = (16, 16, 32)
-    layers: int = 28
-    heads: int = 36
-    head_dim: int = 32
-    cross_heads: int = 16
-    cross_head_dim: int = 72
-    latent_channels: int = 32
-    text_width: int = 2304
-    mlp_ratio: float = 2.5
-    qk_norm: bool = False
-    guidance_embeds: bool = False
-    guidance_embeds_scale: float = 0.1
-    timestep_scale: float = 1.0
-    second_embedder: bool = True
-    num_classes: int = 0
-    dtype: str = "float32"
-    remat: str = "none"
+    layers: int = option(28, "of the transformer", least=1)
+    heads: int = option(36, "of attention", least=1)
+    head_dim: int = option(32, "channels of a head", least=1)
+    cross_heads: int = option(16, "of the attention to the text", least=1)
+    cross_head_dim: int = option(72, "channels of such a head", least=1)
+    latent_channels: int = option(32, "of the autoencoder", least=1)
+    text_width: int = option(2304, "of the text tokens", least=1)
+    mlp_ratio: float = option(2.5, "of the MLP's width to the model's", above=0)
+    qk_norm: bool = option(False, "whether queries and keys are normalised (1.5, Sprint)")
+    guidance_embeds: bool = option(False, "whether the guidance scale has an embedder (Sprint)")
+    guidance_embeds_scale: float = option(0.1, "that the guidance scale is multiplied by")
+    timestep_scale: float = option(1.0, "that diffusers multiplies its times by", above=0)
+    second_embedder: bool = option(True, "whether r has an embedder; without, r is ignored")
 
     def __post_init__(self):
-        positive = (
-            "layers", "heads", "head_dim", "cross_heads", "cross_head_dim", "latent_channels",
-            "text_width", "mlp_width",
-        )
-        problems = settings.not_positive(self, positive) + settings.not_latents_from_text(self)
-        settings.refuse("model 'sana'", problems)
-        remat.check(self.remat)
+        super().__post_init__()
+        problems = settings.not_positive(self, ("mlp_width",))
+        settings.refuse("model 'sana'", problems + settings.not_latents_from_text(self))
 
     @property
     def any_size(self) -> bool:

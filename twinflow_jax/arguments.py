@@ -1,0 +1,85 @@
+"""What the verbs' command lines share. Imports nothing slow: `--help` answers at once."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from twinflow_jax.errors import UserError
+
+SAMPLER = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
+
+
+def parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a verb, which is called as `twinflow VERB` or `python -m twinflow_jax.VERB`."""
+    called = pathlib.Path(sys.argv[0]).name == "twinflow"
+    return argparse.ArgumentParser(
+        prog=f"twinflow {verb}" if called else f"python -m twinflow_jax.{verb}",
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_sampler(parser: argparse.ArgumentParser) -> None:
+    """Adds the sampler's settings; what is not given follows the recommendation."""
+    group = parser.add_argument_group("sampler", "default: recommended for the number of steps")
+    group.add_argument("--style", help="target time told to the network: few, any or mul")
+    group.add_argument("--stochastic", type=_share, help="share of fresh noise in [0, 1], or SDE")
+    group.add_argument("--gap", type=float, nargs=2, metavar=("START", "END"),
+                       help="part of the time axis left out at noise and at data")
+    group.add_argument("--warp", type=float, nargs=3, metavar=("A", "B", "C"),
+                       help="Kumaraswamy warp of the time grid")
+    group.add_argument("--extrapolation", type=float, help="ratio against the step before")
+    group.add_argument("--order", type=int, help="1, or 2 with a corrector")
+
+
+def sampler(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given, for `sampling.few_step`."""
+    given = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
+    if ("style" in given or "order" in given) and "stochastic" not in given:
+        given["stochastic"] = None  # the default that goes with that style
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def overrides(rest: Sequence[str]) -> list[str]:
+    """`["KEY=VALUE"]` of a command line's `--config.KEY=VALUE`.
+
+    Raises:
+      UserError: an argument is something else.
+    """
+    for flag in rest:
+        if not flag.startswith("--config."):
+            raise UserError(f"unknown argument {flag!r}; config keys are --config.KEY=VALUE")
+    return [flag.removeprefix("--config.") for flag in rest]
+
+
+def refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Raises UserError where one of these arguments was given."""
+    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if flags:
+        raise UserError(f"{', '.join(flags)} cannot be used: {reason}")
+
+
+def evaluations(text: str) -> list[int]:
+    """The numbers of `--steps 1,2,4`.
+
+    Raises:
+      UserError: there is something else, or a number below 1.
+    """
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--steps is {text!r}; give numbers like 1,2,4") from error
+    if min(steps) < 1:
+        raise UserError(f"--steps is {text!r}; sampling takes at least 1")
+    return steps
+
+
+def _share(text: str) -> float | str:
+    if text.upper() == "SDE":
+        return "SDE"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share in [0, 1] and not SDE") from error

@@ -1,0 +1,29 @@
+"""The command `twinflow`: each verb is also `python -m twinflow_jax.VERB`."""
+
+import importlib
+import sys
+
+from twinflow_jax.errors import run_verb
+
+VERBS = {
+    "train": "train a network, or go on where a run was stopped",
+    "sample": "draw pictures, by class or from prompts",
+    "evaluate": "score runs",
+    "plan": "what training would take on TPUs that are not here",
+    "convert": "published checkpoints in and out",
+    "encode": "pictures and captions to training records",
+    "features": "convert the weights that evaluation sees with",
+}
+
+
+def main() -> None:
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: twinflow VERB ...; twinflow VERB --help says what it takes\n")
+        print("\n".join(f"  {name:9} {what}" for name, what in VERBS.items()))
+        return
+    if verb not in VERBS:
+        print(f"error: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)
+    del sys.argv[1]
+    run_verb(importlib.import_module(f"twinflow_jax.{verb}").main)

@@ -1,0 +1,144 @@
+"""Config files, overrides from the command line, and the record that a run keeps of them.
+
+A config file is Python with `get_config()`, perhaps taking a variant: `configs/x.py:tiny` calls
+`get_config("tiny")`. Overrides are `--config.a.b=value`. A misspelled key is refused with the
+nearest name, and so is a value of another type.
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+import pathlib
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+from twinflow_jax.config.run import Run, keys_of, parts
+from twinflow_jax.errors import UserError, reason
+
+
+def parse(path: str, overrides: Sequence[str] = ()) -> Run:
+    """The run that a config file describes, with overrides like "train.steps=100" applied.
+
+    Raises:
+      UserError: no such file, not a config file, an unknown variant or key, or values that no run
+        can have.
+    """
+    return Run.of(overridden(load(path).to_dict(), overrides))
+
+
+def load(path: str) -> ml_collections.ConfigDict:
+    """What a config file gives, locked; for other config files to start from.
+
+    Raises:
+      UserError: no such file, not a config file, or an unknown variant.
+    """
+    name, _, variant = path.partition(":")
+    file = pathlib.Path(name)
+    if not file.is_file():
+        raise UserError(f"no config file {name!r}; the ones that come along are in configs/")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None:
+        raise UserError(f"{name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{name} has no get_config(), so it is not a config file")
+        takes_variant = bool(inspect.signature(module.get_config).parameters)
+        if variant and not takes_variant:
+            raise UserError(f"{name} has no variants, but {variant!r} was asked for")
+        config = module.get_config(variant) if variant else module.get_config()
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UserError(f"{name}: get_config() gives no ConfigDict; start from defaults.get()")
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{name} line {error.lineno} is not valid Python: {error.msg}") from error
+    except Exception as error:  # the file is the user's, and its mistakes are too
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if f.filename == str(file)), "?")
+        kind = type(error).__name__
+        raise UserError(f"{name} line {line}: {kind}: {reason(error)}") from error
+    return config.lock()
+
+
+def overridden(fields: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested fields with "section.key=value" overrides applied.
+
+    Raises:
+      UserError: no such key, or a value of another type.
+    """
+    def is_choice(text: str) -> bool:  # of which keys there are
+        return text.startswith(("model.name=", "objective.form="))
+
+    for text in sorted(overrides, key=is_choice, reverse=True):
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"override {text!r} has no value; write --config.{name}=VALUE")
+        section, _, leaf = name.rpartition(".")
+        changed = {leaf: value_of(name, value, fields)}
+        fields = fields | ({section: fields.get(section, {}) | changed} if section else changed)
+    return fields
+
+
+def value_of(name: str, text: str, fields: dict[str, Any]) -> Any:
+    """The value that a text means for a key of the run of these fields."""
+    known = keys_of(fields)
+    if name in parts(fields):
+        mine = ", ".join(key for key in known if key.startswith(f"{name}."))
+        raise UserError(f"config key {name!r} is a section; set one of {mine}")
+    if name not in known:
+        raise UserError(f"no config key {name!r}" + _nearest(list(known), name))
+    if known[name].kind is str:
+        return text
+    try:
+        return known[name].fit(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError) as error:
+        if known[name].kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        present = flatten(fields).get(name, known[name].default)
+        raise UserError(
+            f"config key {name!r} takes {known[name].type} (now {present!r}), not {text!r}"
+        ) from error
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a.b": value}` of nested dicts."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_json(run: Run) -> str:
+    return json.dumps(run.fields(), indent=2)
+
+
+def from_json(text: str) -> Run:
+    """The run of a record; nothing in it is executed, and keys that it lacks have their defaults.
+
+    Raises:
+      UserError: it is no record of a run, or one of another version.
+    """
+    fields = json.loads(text)
+    try:
+        return Run.of(fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"it describes no run ({error!r})") from error
+
+
+def _nearest(known: list[str], key: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not close:  # perhaps the right name in the wrong section
+        leaf = key.rsplit(".", 1)[-1]
+        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

@@ -1,0 +1,226 @@
+"""A run's description: what trains, on what, how, and what is drawn meanwhile.
+
+It is made once, at the door, and checked there; behind it functions take the part that they need.
+The keys of `model` and `objective` are those of the family's and the form's own Config.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+from twinflow_jax import keys, models, objectives, parallel
+from twinflow_jax.errors import UserError
+from twinflow_jax.keys import option
+from twinflow_jax.models.settings import DTYPES, Settings
+from twinflow_jax.objectives.config import Shared
+
+RANDOM = "random"  # the `pipeline` of runs that make small random networks for themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(keys.Part):
+    """What is trained on."""
+
+    section: ClassVar[str] = "data"
+
+    name: str = option("mnist5k", "labelled images: digits, mnist5k or mnist")
+    records: tuple[str, ...] = option((), "in their place: folders that tools/encode.py wrote")
+    weights: tuple[float, ...] = option(
+        (), "each folder's share of the rows; none: by its records", above=0, below=float("inf")
+    )
+    batch_size: int = option(256, "rows of a step", least=1)
+    text_tokens: int = option(64, "that every caption is cut or padded to", least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weights and len(self.weights) != len(self.records):
+            raise UserError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.records)} folders of "
+                "data.records: give one for each, or none"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(keys.Part):
+    """How a gradient becomes an update. Paper Table 6: AdamW or RAdam, constant, no decay."""
+
+    section: ClassVar[str] = "optimizer"
+
+    name: str = option("adamw", "the rule", choices=("adamw", "adam", "radam"))
+    learning_rate: float = option(1e-4, "of an update, after warm-up", least=0)
+    betas: tuple[float, float] = option(
+        (0.9, 0.99), "decays of the gradient's two moments", least=0, below=1
+    )
+    eps: float = option(1e-8, "added to the second moment's root", least=0)
+    weight_decay: float = option(0.0, "of adamw", least=0)
+    clip_norm: float = option(0.0, "limit on the gradient's global norm; 0 is none", least=0)
+    warmup: int = option(0, "steps of linear warm-up", least=0)
+    decay_to: float = option(
+        1.0, "share of the rate that a cosine ends at; 1 is constant", least=0
+    )
+    moments: str = option(
+        "float32", "that moments are kept in; bfloat16 halves their memory", choices=DTYPES
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weight_decay and self.name != "adamw":
+            raise UserError(
+                f"optimizer.weight_decay is {self.weight_decay}, but {self.name!r} has none: "
+                "use optimizer.name=adamw"
+            )
+        if self.moments != "float32" and self.betas[1] > 0.995:
+            raise UserError(
+                f"optimizer.moments is {self.moments!r}, whose three digits a beta of "
+                f"{self.betas[1]} never moves: use optimizer.betas up to .995, or "
+                "optimizer.moments=float32"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(parallel.MeshConfig):
+    """How devices share the work, and how layers come by their weights."""
+
+    strategy: str = option(
+        "partitioner", "how layers come by weights that are split", choices=parallel.STRATEGIES
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(keys.Part):
+    """How long, from what, and what is kept."""
+
+    section: ClassVar[str] = "train"
+
+    steps: int = option(1000, "optimizer steps in all", least=1)
+    seed: int = option(42, "of initial weights, data order and all draws", least=0)
+    weights: str = option(
+        "float32", "that trained weights are kept in; bfloat16 is rounded stochastically",
+        choices=DTYPES,
+    )
+    micro_steps: int = option(1, "parts of a batch whose gradients add up to one update", least=1)
+    ema_decay: float = option(
+        0.99, "of the average of the weights that is sampled; 0: sample the raw ones",
+        least=0, below=1,
+    )
+    unconditional: str = option(
+        "empty", "what stands for no condition in guidance; permuted: other rows' conditions",
+        choices=("empty", "permuted"),
+    )
+    condition_dropout: float = option(
+        0.0, "share of rows that train without their condition", least=0, below=1
+    )
+    flow_matching_steps: int = option(0, "first steps that only learn velocities", least=0)
+    init_from: str = option("", "a run or an imported checkpoint whose weights to start from")
+    log_every: int = option(50, "steps between two lines of metrics.jsonl", least=1)
+    sample_every: int = option(500, "steps between two sheets of samples", least=1)
+    checkpoint_every: int = option(500, "steps between two checkpoints", least=1)
+    keep: int = option(3, "checkpoints that stay", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(keys.Part):
+    """The pictures and metrics that are made while training."""
+
+    section: ClassVar[str] = "sample"
+
+    steps: tuple[int, ...] = option((1, 2, 4), "evaluations of each block of pictures", least=1)
+    columns: int = option(8, "pictures of each class or prompt", least=1)
+    prompts: tuple[str, ...] = option((), "what to draw from text; none: the data's captions")
+    score_count: int = option(1000, "samples behind each metric; 0: pictures only", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.steps:
+            raise UserError("sample.steps is (); give evaluations like (1, 2, 4)")
+
+
+PARTS = {part.section: part for part in (Data, Optimizer, Mesh, Train, Sample)}
+PIPELINE = keys.Key(str, "", "for text: an imported checkpoint, or random for small networks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A whole run. model: a family's Config; objective: a form's.
+
+    Raises:
+      UserError: parts that do not go together; names the keys.
+    """
+
+    data: Data
+    model: Settings
+    objective: Shared
+    optimizer: Optimizer
+    mesh: Mesh
+    train: Train
+    sample: Sample
+    pipeline: str = ""
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Self:
+        """The run of nested fields, as config files and records of runs have them.
+
+        Raises:
+          UserError: a key that there is not, or values that no run can have; names the key.
+        """
+        known = parts(fields)
+        for name in fields:
+            if name not in known and name != "pipeline":
+                raise UserError(f"no config section {name!r}; there are {', '.join(known)}")
+        made = {name: part.of(fields.get(name, {})) for name, part in known.items()}
+        return cls(**made, pipeline=fields.get("pipeline", ""))
+
+    @property
+    def family(self) -> models.Family:
+        return models.FAMILIES[self.model.name]
+
+    @property
+    def bound_objective(self) -> objectives.Objective:
+        return objectives.Objective(self.objective)
+
+    def fields(self) -> dict[str, Any]:
+        """Every key's value, nested; the inverse of `of`."""
+        return dataclasses.asdict(self)
+
+    def __post_init__(self):
+        train, rows = self.train, self.data.batch_size
+        self.bound_objective.counts(rows)  # refuses a batch too small for the roles
+        if rows % train.micro_steps:
+            raise UserError(
+                f"train.micro_steps is {train.micro_steps}, which does not divide the batch of "
+                f"{rows}"
+            )
+        if self.objective.teacher_decay == 1 and not train.init_from:
+            raise UserError(
+                "objective.teacher_decay is 1, a frozen teacher, but it would be random weights: "
+                "set train.init_from to a trained run"
+            )
+        conditional = self.pipeline or self.model.num_classes
+        untrained = train.unconditional == "empty" and not (
+            train.condition_dropout or train.init_from
+        )
+        if self.objective.guidance and conditional and untrained:
+            raise UserError(
+                "objective.guidance compares with the empty condition, which nothing trains here: "
+                "set train.unconditional=permuted, train.condition_dropout=0.1, or train.init_from"
+            )
+
+
+def parts(fields: dict[str, Any]) -> dict[str, type[keys.Part]]:
+    """The class of each part that nested fields describe, by section.
+
+    Raises:
+      UserError: no such family of networks, or form of the objective.
+    """
+    of_run = {
+        "model": models.config_of(fields.get("model", {}).get("name")),
+        "objective": objectives.config_of(fields.get("objective", {}).get("form")),
+    } | PARTS
+    return {field.name: of_run[field.name] for field in dataclasses.fields(Run)[:-1]}
+
+
+def keys_of(fields: dict[str, Any]) -> dict[str, keys.Key]:
+    """Every key of the run that nested fields describe, by "section.name"."""
+    found = {"pipeline": PIPELINE}
+    for section, part in parts(fields).items():
+        found |= {f"{section}.{name}": one for name, one in keys.keys_of(part).items()}
+    return found

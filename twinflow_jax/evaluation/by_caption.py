@@ -1,0 +1,78 @@
+"""Text-to-image runs in one table, judged on the captions of held-out records."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.evaluation import captioned, drawing, features
+from twinflow_jax.evaluation.report import Scores
+from twinflow_jax.sampling import few_step
+
+ROWS = 8  # captions on the sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What pictures are drawn from and judged by.
+
+    records, train_records: folders of held-out and of training pairs. features: the file of an
+    independent network's weights. seeds: pictures of each caption. guidance: of runs trained by
+    flow matching, which then take plain Euler steps. pipeline: the imported checkpoint to use
+    instead of the one that each run names.
+    """
+
+    records: str
+    train_records: str
+    features: str
+    seeds: int = 4
+    guidance: float | None = None
+    pipeline: str | None = None
+
+
+def score(
+    folders: Sequence[str], steps: Sequence[int], sampler: dict[str, Any], count: int | None,
+    seed: int, raw: bool, source: Source,
+) -> Scores:
+    """Of `count` held-out captions (default: all). sampler: for `sampling.few_step`.
+
+    Raises:
+      UserError: too few captions, or runs, records and features that do not go together.
+    """
+    seeds, guidance = source.seeds, source.guidance
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}; draw at least one sample of each caption")
+    if count is not None and count < 2:
+        raise UserError(f"--count is {count}; scores need at least 2 captions")
+    grids = {n: few_step(n, **sampler) for n in steps} if guidance is None else {}
+    held_out, train = drawing.open_pair(source.records, source.train_records)
+    runs = {
+        folder: drawing.open_run(folder, raw, source.pipeline, held_out) for folder in folders
+    }
+    samplers = {
+        (name, grids[n].nfe if grids else n): run.pipeline.few_step(grids[n])
+        if grids else drawing.plain(run, n, guidance)
+        for name, run in runs.items() for n in steps
+    }
+    network = features.load(source.features)
+    decode = drawing.decoder(held_out, next(iter(runs.values())).pipeline)
+    captions = drawing.hold_out(held_out, count, decode)
+    judge = drawing.create_judge(network.remembered, train, captions, decode)
+    owners = drawing.owners_of(captions, seeds)
+    some, pictures = drawing.shown(captions, seeds, ROWS)
+    rows, blocks = [], {"real": captions.real[some]}
+    for (name, nfe), sampler in samplers.items():
+        run = runs[name]
+        x = drawing.draw(run, captions, seeds, seed, sampler, decode)
+        scores = judge.score(captioned.Pictures.see(network, [x]), owners)
+        rows.append({"run": name, "step": run.step, "nfe": nfe} | scores)
+        print(f"{name}, {nfe} NFE: R@1 {scores['retrieval']:.3f}", flush=True)
+        label = f"{name}, {nfe} NFE: {scores['retrieval']:.3f} / {scores['frechet']:.1f}"
+        blocks[label] = x[pictures]
+    settings = {
+        "captions": len(captions.texts), "seeds": seeds, "seed": seed, "guidance": guidance,
+    }
+    return Scores(
+        rows, judge.real(len(owners)), blocks, "R@1 / Frechet distance", settings, seeds,
+        tuple(captions.texts[i] for i in some),
+    )

@@ -1,0 +1,169 @@
+"""Keys of a run's description: default, type, meaning and bounds of each stand in one place.
+
+A part of the description (`train`, `optimizer`, a network's fields ...) is a frozen dataclass that
+derives from Part, whose fields are made by `option`. It checks itself when it is made.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from twinflow_jax.errors import UserError
+
+WORDS = {int: "int", float: "float", str: "str", bool: "bool"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a value, or each value of a tuple, may be: least <= value <= most,
+    above < value < below, or one of choices."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """In words; "" where there are none."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        low = self.least if self.above is None else self.above
+        high = self.most if self.below is None else self.below
+        if low is None:
+            return ""
+        if high is None:
+            return f"more than {low:g}" if self.least is None else f"{low:g} or more"
+        opening = "(" if self.least is None else "["
+        closing = ")" if self.most is None else "]"
+        return f"a number in {opening}{low:g}, {high:g}{closing}"
+
+    def hold(self, value: Any) -> bool:
+        """Whether a value lies within."""
+        if self.choices:
+            return value in self.choices
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key: the type of its values, its default, what it means, and what it may be."""
+
+    kind: Any
+    default: Any
+    meaning: str
+    bounds: Bounds = Bounds()
+
+    @property
+    def type(self) -> str:
+        """The type in words, such as "int" or "tuple of float"."""
+        if self.kind in WORDS:
+            return WORDS[self.kind]
+        each, length = _elements(self.kind)
+        return f"tuple of {'' if length is None else f'{length} '}{WORDS[each]}"
+
+    def fit(self, value: Any) -> Any:
+        """A value as this key holds it: lists become tuples, whole numbers floats where they are.
+
+        Raises:
+          TypeError: it is of another type.
+        """
+        if self.kind in WORDS:
+            return _fit(self.kind, value)
+        each, length = _elements(self.kind)
+        if not isinstance(value, tuple | list) or length not in (None, len(value)):
+            raise TypeError
+        return tuple(_fit(each, one) for one in value)
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value of the right type lies within the bounds."""
+        return all(map(self.bounds.hold, value if isinstance(value, tuple) else (value,)))
+
+    @property
+    def told(self) -> str:
+        """Its meaning and bounds in words."""
+        return f"{self.meaning}; {self.bounds}" if str(self.bounds) else self.meaning
+
+
+def option(default: Any, meaning: str, **bounds: Any) -> Any:
+    """A field of a Part. meaning: for the person who sets it; bounds: those of Bounds."""
+    return dataclasses.field(
+        default=default, metadata={"meaning": meaning, "bounds": Bounds(**bounds)}
+    )
+
+
+class Part:
+    """A part of a run's description. section: the name that stands before its keys."""
+
+    section: ClassVar[str]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """The part with these values, its defaults for what is missing.
+
+        Raises:
+          UserError: a key that there is not, or a value that it cannot have.
+        """
+        known = keys_of(cls)
+        for name in fields:
+            if name not in known:
+                raise UserError(f"{cls.section} has no key {name!r}; it has {', '.join(known)}")
+        return cls(**fields)
+
+    def __post_init__(self):
+        """Brings values to their types and refuses those that no key may have.
+
+        Raises:
+          UserError: names every such key with its value and what it takes.
+        """
+        problems = []
+        for name, one in keys_of(type(self)).items():
+            value = getattr(self, name)
+            try:
+                value = one.fit(value)
+            except TypeError:
+                problems.append(
+                    f"{self.section}.{name} is {value!r}; it takes {one.type}, like {one.default!r}"
+                )
+                continue
+            object.__setattr__(self, name, value)  # a frozen dataclass, being made
+            if not one.takes(value):
+                problems.append(f"{self.section}.{name} is {value!r}; give {one.bounds}")
+        if problems:
+            raise UserError("; ".join(problems))
+
+
+def keys_of(part: type) -> dict[str, Key]:
+    """The keys of a Part's class by name, in order.
+
+    A class that changes only a default says only that: meaning and bounds are its base's.
+    """
+    hints, found = typing.get_type_hints(part), {}
+    for field in dataclasses.fields(part):
+        declared = (base.__dataclass_fields__.get(field.name) for base in part.__mro__[:-1]
+                    if dataclasses.is_dataclass(base))
+        told = next(one.metadata for one in declared if one is not None and one.metadata)
+        found[field.name] = Key(hints[field.name], field.default, **told)
+    return found
+
+
+def _elements(kind: Any) -> tuple[type, int | None]:
+    """The type of a tuple's elements, and how many there are: None for any number."""
+    assert isinstance(kind, types.GenericAlias), kind
+    each, *others = typing.get_args(kind)
+    return each, None if others == [...] else 1 + len(others)
+
+
+def _fit(kind: type, value: Any) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value

@@ -1,0 +1,43 @@
+"""What the Configs of all forms share: their keys, and what none of them can train with."""
+
+import dataclasses
+from typing import ClassVar
+
+from twinflow_jax import keys
+from twinflow_jax.errors import UserError
+from twinflow_jax.keys import option
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(keys.Part):
+    """Hyperparameters of a form, which derives from this and adds its own.
+
+    Raises:
+      UserError: a value that no form can train with, such as guidance >= 1 with a moving teacher:
+        the teacher learns the guided target, so the effective guidance is the fixed point
+        1 / (1 - g), which then diverges.
+    """
+
+    section: ClassVar[str] = "objective"
+    guidance = 0.0  # a key only of the forms that have it
+
+    form: str = option("", "the form of the loss: twinflow, tutorial or paper")
+    order: int = option(2, "teacher sub-steps of a jump", least=0)
+    dt: float = option(0.01, "length of the step along the known velocity", above=0, below=1)
+    clip: float = option(1.0, "limit on the RCGM error; 0 is none", least=0)
+    rectify_weight: float = option(0.5, "weight of the rectification loss; 0 is none", least=0)
+    teacher_decay: float = option(
+        0.99,
+        "0: the student is the teacher; below 1: its moving average with this decay; 1: frozen "
+        "(it gives guidance only, and the student takes the sub-steps, as released)",
+        least=0, most=1,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.guidance >= 1 and self.teacher_decay < 1:
+            raise UserError(
+                f"objective.guidance is {self.guidance} with a moving teacher, which diverges "
+                "(effective guidance 1/(1-g)): stay below 1, or freeze the teacher with "
+                "objective.teacher_decay=1"
+            )
