@@ -33,7 +33,7 @@ class Model:
 
     apply(params, x_t (B, ...), t (B,), r (B,), cond) -> velocity of x_t's shape.
     init(key) -> params. axes() -> the logical axes of each parameter. null: the condition that
-    stands for none, of one row.
+    stands for none, of one row. fixed: see `Family`.
     """
 
     config: Any
@@ -41,6 +41,7 @@ class Model:
     apply: Callable[..., jax.Array]
     axes: Callable[[], Any]
     null: dict[str, jax.Array]
+    fixed: tuple[str, ...] = ()
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -114,4 +115,5 @@ def build(settings: Settings, null: dict[str, jax.Array] | None = None) -> Model
     return Model(
         settings, init=lambda key: nn.meta.unbox(boxed(key)), apply=apply,
         axes=lambda: logical_axes(jax.eval_shape(boxed, jax.random.key(0))), null=null or {},
+        fixed=family.fixed,
     )

@@ -180,8 +180,10 @@ class TextToImage:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """config, module: of the velocity network, called with (x_t, t, r, cond)."""
+    """config, module: of the velocity network, called with (x_t, t, r, cond). fixed: patterns of
+    the paths of its parameters that are never trained, such as a published table of positions."""
 
     config: Any
     module: Callable[[Any], nn.Module]
     text_to_image: TextToImage | None = None
+    fixed: tuple[str, ...] = ()

@@ -198,7 +198,7 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     """The state to go on from: the newest checkpoint, another run's weights, or fresh ones."""
     restored = saver.restore(state.to_parts(prepared.abstract_state()))
     if restored is not None:
-        return state.from_parts(restored)
+        return state.from_parts(restored, prepared.model.fixed)
     train, model = prepared.run.train, prepared.model
     source = train.init_from
     if not source:

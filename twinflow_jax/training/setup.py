@@ -31,7 +31,7 @@ class Setup:
 
     def fresh(self, params) -> state.TrainState:
         """The state of step 0 with these weights."""
-        return fresh(self.run.train, self.optimizer, self.teacher_decay, params)
+        return fresh(self.run.train, self.optimizer, self.teacher_decay, self.model.fixed, params)
 
     def place(self, make, *arguments):
         """`make(*arguments)`, a state, with every part where it belongs."""
@@ -105,7 +105,8 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     check_tokens(model, mesh, model.sample_shape)
     strategy = parallel.create(shared.strategy, mesh, abstract, model.axes(), model.dtype)
     decay = run.objective.teacher_decay
-    shapes = jax.eval_shape(lambda params: fresh(train, optimizer, decay, params), abstract)
+    start = functools.partial(fresh, train, optimizer, decay, model.fixed)
+    shapes = jax.eval_shape(start, abstract)
     layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh))
 
     learned = {}
@@ -123,9 +124,11 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     )
 
 
-def fresh(train: Train, optimizer, teacher_decay: float, params) -> state.TrainState:
+def fresh(
+    train: Train, optimizer, teacher_decay: float, fixed: tuple[str, ...], params
+) -> state.TrainState:
     """The state of step 0 with these weights."""
-    return state.create(params, optimizer, teacher_decay, train.ema_decay, train.weights)
+    return state.create(params, optimizer, teacher_decay, train.ema_decay, train.weights, fixed)
 
 
 def check_divisible(rows: int, model: models.Model, mesh: jax.sharding.Mesh) -> None:

@@ -11,7 +11,7 @@ from twinflow_jax.config import Train
 from twinflow_jax.objectives import Batch, Objective
 from twinflow_jax.objectives.draws import counts_of
 from twinflow_jax.training import ema, optimizers
-from twinflow_jax.training.state import TrainState
+from twinflow_jax.training.state import TrainState, trained, whole
 
 
 def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
@@ -34,29 +34,30 @@ def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
 
 def loss_and_gradient(
     objective: Objective, apply, params, teacher_params, batch: Batch, draws,
-    micro_steps: int = 1, strategy: parallel.Strategy | None = None,
+    micro_steps: int = 1, strategy: parallel.Strategy | None = None, fixed: tuple[str, ...] = (),
 ):
     """`((loss, terms), gradient)` of a whole batch, computed in micro-steps.
 
     The same value and gradient for any micro_steps: each part is normalised by the whole
     batch's rows per role. Consecutive parts with the same rows per role run in one scan.
     teacher_params: None where the teacher is the student. strategy: of the weights on a mesh.
+    fixed: see TrainState; those weights have no gradient.
     """
     roles = objective.form.ROLES
     totals = counts_of(draws, roles)
     hold, weights = lambda params: None, lambda params, held: params
     if strategy is not None:
         hold, weights = strategy.hold, strategy.weights
-    held = hold(params)
+    held, learned = hold(params), trained(params, fixed)
     teacher = None if teacher_params is None else weights(teacher_params, hold(teacher_params))
 
     def part(batch: Batch, draws):
-        def loss(params):
-            student = weights(params, held)
+        def loss(learned):
+            student = weights(whole(learned, params), held)
             theirs = student if teacher is None else teacher
             return objective.loss(apply, student, theirs, batch, draws, totals)
 
-        value, gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        value, gradient = jax.value_and_grad(loss, has_aux=True)(learned)
         # In float32 also where weights are kept in less: half the digits are no sum.
         return value, jax.tree.map(lambda a: a.astype(jnp.float32), gradient)
 
@@ -68,7 +69,7 @@ def loss_and_gradient(
         same = groups and counts_of(groups[-1][0][1], roles) == counts_of(piece[1], roles)
         groups[-1].append(piece) if same else groups.append([piece])
 
-    gradient = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), params)
+    gradient = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), learned)
     loss, terms = jnp.float32(0), {}
     for group in groups:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
@@ -127,25 +128,28 @@ def make_step(
             )
 
         decay = objective.config.teacher_decay
-        teacher = state.teacher
+        teacher, learned = state.teacher, trained(state.params, state.fixed)
         if teacher is not None and decay < 1:
-            teacher = ema.update(teacher, state.params, decay)
+            teacher = ema.update(teacher, learned, decay)
+        theirs = None if teacher is None else whole(teacher.params, state.params)
         (loss, terms), gradient = loss_and_gradient(
-            objective, apply, state.params, None if teacher is None else teacher.params,
-            Batch(x, cond, null), draws, train.micro_steps, strategy,
+            objective, apply, state.params, theirs, Batch(x, cond, null), draws,
+            train.micro_steps, strategy, state.fixed,
         )
-        weights = jax.tree.map(lambda a: a.astype(jnp.float32), state.params)
+        weights = jax.tree.map(lambda a: a.astype(jnp.float32), learned)
         updates, opt_state = optimizer.update(gradient, state.opt_state, weights)
-        params = optimizers.apply_updates(round_key, state.params, updates)
+        learned = optimizers.apply_updates(round_key, learned, updates)
         average = state.average
         if average is not None:
-            average = ema.update(average, params, train.ema_decay)
+            average = ema.update(average, learned, train.ema_decay)
+        params = whole(learned, state.params)
         metrics = {f"loss/{name}": value for name, value in terms.items()} | {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradient),
             "parameter_norm": optax.tree.norm(params),
         }
-        return TrainState(state.step + 1, params, opt_state, teacher, average), metrics
+        done = state.step + 1
+        return TrainState(done, params, opt_state, teacher, average, state.fixed), metrics
 
     outputs = None if layouts is None else (layouts, None)
     return jax.jit(step, donate_argnums=0, out_shardings=outputs)
