@@ -26,7 +26,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     Raises:
       UserError: no such file, not a config file, unknown variant, key or type.
     """
-    name, _, variant = path.partition(":")
+    name, _, variant = path.rpartition(":")  # a folder's name may have a colon
+    if not name or pathlib.Path(path).is_file():
+        name, variant = path, ""
     file = pathlib.Path(name)
     if not file.is_file():
         raise UserError(f"no config file {name!r}; the ones that come along are in configs/")

@@ -1,6 +1,7 @@
 """Whole files and folders or none: local or object-storage paths through etils.epath."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -17,14 +18,30 @@ def write(path: epath.PathLike, data: bytes) -> None:
     """Writes a file so that it appears complete or not at all; makes its folder."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process's id, which another machine's process may have too.
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    temporary = beside(path)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def beside(path: epath.Path) -> epath.Path:
+    """A new hidden name in the same folder, for what is not yet whole."""
+    # Cut, since names have a longest length. No process's id: another machine's may have it too.
+    return path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a disk without room is behind an error, which tensorstore says in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    while error is not None:
+        words = any(os.strerror(number) in str(error) for number in full)
+        if words or getattr(error, "errno", None) in full:
+            return True
+        error = error.__cause__
+    return False
 
 
 def is_plain(name: str) -> bool:

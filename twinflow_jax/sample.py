@@ -111,7 +111,7 @@ def draw_classes(args, run) -> int:
 
     text = describe(args, at_step=step, raw=args.raw, **grid_settings(grid))
     weights = f"step{step}{'_raw' if args.raw else ''}"
-    run = epath.Path(args.checkpoint).name
+    run = epath.Path(args.checkpoint).name[:80]
     name = f"{run}_{weights}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
     out = epath.Path(args.out)
     if args.sheet:

@@ -11,7 +11,7 @@ from twinflow_jax import config as configs
 from twinflow_jax import files, models
 from twinflow_jax.checkpoints import store
 from twinflow_jax.checkpoints.imported import FORMAT
-from twinflow_jax.checkpoints.saver import Saver
+from twinflow_jax.checkpoints.saver import Saver, stored
 from twinflow_jax.errors import UserError
 
 RANDOM = "random"  # the `pipeline` of runs that make small random networks for themselves
@@ -37,6 +37,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict, rows: str 
     """
     if "://" in str(workdir):
         raise UserError(f"{workdir}: a run's folder must be local for now; copy it out afterwards")
+    store.absolute(workdir)  # where checkpoints can be
     folder = epath.Path(workdir)
     record = folder / "config.json"
     if folder.exists() and not folder.is_dir():
@@ -127,18 +128,7 @@ def open_weights(
     config = read_config(run)
     with _reader(run, config, step) as (saver, step):
         folder = saver.folder / str(step) / _which(config, raw)
-    base = store.location(folder)
-    metadata = json.loads((folder / "_METADATA").read_text())
-    paths = [
-        "/".join(part["key"] for part in entry["key_metadata"])
-        for entry in metadata["tree_metadata"].values()
-    ]
-    return config, {
-        path: store.open_array(
-            {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
-        )
-        for path in paths
-    }, step
+    return config, stored(folder), step
 
 
 def pipeline_of(run: epath.PathLike, config: ml_collections.ConfigDict) -> str:
