@@ -19,7 +19,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, models, parallel, sampling
+from twinflow_jax import checkpoints, models, parallel, sampling, seeds
 from twinflow_jax.checkpoints import imported, store, tensors
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.errors import UserError
@@ -297,7 +297,7 @@ class Pipeline:
         stage, mesh = "denoising", self.mesh()
         batch = min(batch or parallel.row_parts(mesh), len(owners))
         owners, numbers = np.asarray(owners), np.asarray(numbers, np.uint32)
-        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers)
+        keys = jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers)
         pairs = jax.vmap(jax.random.split)(keys)
         over = parallel.over_rows(mesh, batch)
         with self.loaded("transformer", stage) as (config, params):

@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from twinflow_jax import seeds
 from twinflow_jax.sampling.any_step import sample
 from twinflow_jax.sampling.grids import Grid
 
@@ -23,7 +24,7 @@ def generate(
     places = np.zeros(len(labels), np.uint32)
     for i, label in enumerate(labels):
         places[i], seen[label] = seen[label], seen[label] + 1
-    key = jax.random.key(seed)
+    key = seeds.key(seed)
     keys = jax.vmap(lambda c, k: jax.random.fold_in(jax.random.fold_in(key, c), k))(labels, places)
     shape = model.sample_shape
     size = min(BATCH, len(labels))

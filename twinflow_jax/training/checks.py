@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from twinflow_jax import checkpoints, data, models, objectives
+from twinflow_jax import checkpoints, data, models, objectives, seeds
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.data.records import Records
@@ -20,7 +20,7 @@ def check_values(config) -> None:
     objectives.build(config.objective)
     train, sample = config.train, config.sample
     least = {
-        "train.steps": 1, "train.seed": 0, "train.micro_steps": 1, "train.log_every": 1,
+        "train.steps": 1, "train.micro_steps": 1, "train.log_every": 1,
         "train.sample_every": 1, "train.checkpoint_every": 1, "train.keep": 1,
         "train.flow_matching_steps": 0, "data.batch_size": 1, "sample.columns": 1,
         "data.text_tokens": 1,
@@ -30,6 +30,7 @@ def check_values(config) -> None:
     for key, bound in least.items():
         if flat[key] < bound:
             raise UserError(f"{key} is {flat[key]}; give {bound} or more")
+    seeds.check(train.seed, "train.seed")
     for key in ("train.ema_decay", "train.condition_dropout"):
         if not 0 <= flat[key] < 1:
             raise UserError(f"{key} is {flat[key]}; it lies in [0, 1)")

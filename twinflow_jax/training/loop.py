@@ -11,7 +11,7 @@ import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, data, models, parallel
+from twinflow_jax import checkpoints, data, models, parallel, seeds
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.errors import UserError
@@ -208,7 +208,7 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     config, model = prepared.config, prepared.model
     source = config.train.init_from
     if not source:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), 2**31 - 1)  # no step's key
+        key = jax.random.fold_in(seeds.key(config.train.seed), 2**31 - 1)  # no step's key
         return prepared.place(lambda: prepared.fresh(model.init(key)))
     abstract = prepared.abstract_state().params
     if imported.is_imported(source):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from twinflow_jax import parallel
+from twinflow_jax import parallel, seeds
 from twinflow_jax.errors import UserError
 from twinflow_jax.objectives import Batch, Objective
 from twinflow_jax.objectives.draws import counts_of
@@ -124,7 +124,7 @@ def make_step(
         )
 
     def step(state: TrainState, data: dict):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(seeds.key(config.seed), state.step)
         draw_key, null_key, drop_key = jax.random.split(key, 3)
         round_key = jax.random.fold_in(key, 3)
         x, cond = data["x"], data["cond"]
