@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.test_verbs import call
-from twinflow_jax import sample, train
+from twinflow_jax import checkpoints, files, sample, train
 from twinflow_jax.checkpoints.random import write_random
+from twinflow_jax.errors import UserError
 from twinflow_jax.models.minilm_dit import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -39,9 +40,10 @@ MODEL = {
 }
 
 
-@pytest.mark.parametrize("name", [ODD])
-def test_any_path_will_do_everywhere(tmp_path, name):
-    folder = tmp_path / name
+def test_any_path_will_do_everywhere(tmp_path, monkeypatch):
+    """Odd ones in every place that takes one, each given from the home folder."""
+    folder = tmp_path / ODD
+    monkeypatch.setenv("HOME", str(folder))
     (folder / "in").mkdir(parents=True)
     lines = []
     for number in range(8):
@@ -54,21 +56,37 @@ def test_any_path_will_do_everywhere(tmp_path, name):
     write_random("minilm_dit", folder / "pipeline", seed=0)
 
     assert call(
-        encode, str(folder / "in" / "all.jsonl"), str(folder / "records"), "--size", "8",
-        "--min-side", "8", "--pipeline", str(folder / "pipeline"),
+        encode, "~/in/all.jsonl", "~/records", "--size", "8", "--min-side", "8",
+        "--pipeline", "~/pipeline",
     ) == 0
     settings = [
-        "--config", f"{folder / 'config.py'}:two", f"--config.pipeline={folder / 'pipeline'}",
-        f"--config.data.records={(str(folder / 'records'),)!r}",
+        "--config", "~/config.py:two", "--config.pipeline=~/pipeline",
+        "--config.data.records=('~/records',)",
     ]
-    assert call(train, *settings, "--workdir", str(folder / "run")) == 0
+    assert call(train, *settings, "--workdir=~/run") == 0
+    assert call(train, *settings, "--workdir=~/second", "--config.train.init_from=~/run") == 0
+    assert checkpoints.read_config(folder / "second").train.init_from == str(folder / "run")
     assert call(
-        train, *settings, "--workdir", str(folder / "second"),
-        f"--config.train.init_from={folder / 'run'}",
-    ) == 0
-    assert call(
-        sample, "--checkpoint", str(folder / "second"), "--out", str(folder / "out"),
-        "--prompts", str(folder / "prompts.txt"),
-        "--save-latents", str(folder / "latents.safetensors"),
+        sample, "--checkpoint", "~/second", "--out", "~/out", "--prompts", "~/prompts.txt",
+        "--save-latents", "~/latents.safetensors",
     ) == 0
     assert len(list((folder / "out").iterdir())) == 2
+    assert {entry.name for entry in folder.iterdir()} == {
+        "in", "prompts.txt", "config.py", "pipeline", "records", "run", "second", "out",
+        "latents.safetensors",
+    }
+
+
+@pytest.mark.parametrize("text, expanded", [
+    ("~/x", "{home}/x"), ("~", "{home}"), ("a~/b", "a~/b"), ("./~", "./~"), ("$HOME/x", "$HOME/x"),
+    ("gs://bucket/~", "gs://bucket/~"), ("", ""), ("a//b/", "a//b/"),
+])
+def test_home_is_expanded_and_nothing_else(monkeypatch, tmp_path, text, expanded):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.path(text) == expanded.format(home=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "two\rlines", "http://host/x", "file:///x"])
+def test_what_is_no_path_is_refused(text):
+    with pytest.raises(UserError, match="path"):
+        files.path(text)

@@ -17,7 +17,10 @@ from typing import Any
 
 import ml_collections
 
+from twinflow_jax import files
 from twinflow_jax.errors import UserError, reason
+
+PATHS = {"pipeline", "data.records", "train.init_from"}  # keys that name folders
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -84,6 +87,10 @@ def override(
             if depth < len(parts) - 1:
                 section = section[part]
         section[parts[-1]] = parse(key, value, section[parts[-1]])
+    for key in PATHS & (flat := flatten(config.to_dict())).keys():
+        value = flat[key]
+        path = files.path(value) if isinstance(value, str) else tuple(map(files.path, value))
+        config.update_from_flattened_dict({key: path})
     return config.lock()
 
 

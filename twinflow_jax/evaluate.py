@@ -18,8 +18,8 @@ import json
 import numpy as np
 from jaxtyping import Float
 
-from twinflow_jax import checkpoints, data, evaluation, files, images
-from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax import checkpoints, data, evaluation, files, images, seeds
+from twinflow_jax.errors import Parser, UserError, run_verb
 from twinflow_jax.evaluation import captioned, drawing, features, report, sample_labels
 from twinflow_jax.sampling import arguments, generate
 
@@ -66,30 +66,34 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m twinflow_jax.evaluate", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
-    parser.add_argument("--checkpoint", required=True, action="append", metavar="RUN",
+    parser = Parser(prog="python -m twinflow_jax.evaluate", description=__doc__)
+    parser.add_argument("--checkpoint", type=files.path, required=True, action="append",
+                        metavar="RUN",
                         help="the --workdir of a training run; may be given several times")
-    parser.add_argument("--json", metavar="FILE", help="write the scores there")
-    parser.add_argument("--plot", metavar="FILE", help="draw scores over evaluations (PNG)")
-    parser.add_argument("--sheet", metavar="FILE", help="draw samples of every run (PNG)")
+    parser.add_argument("--json", type=files.path, metavar="FILE", help="write the scores there")
+    parser.add_argument("--plot", type=files.path, metavar="FILE",
+                        help="draw scores over evaluations (PNG)")
+    parser.add_argument("--sheet", type=files.path, metavar="FILE",
+                        help="draw samples of every run (PNG)")
     parser.add_argument("--steps", default="1,2,4", help="evaluations (default 1,2,4)")
     parser.add_argument("--count", type=int,
                         help="samples per score (default 1000), or held-out captions (all)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seeds.parse, default=0)
     parser.add_argument("--raw", action="store_true", help="raw weights instead of the average")
     group = parser.add_argument_group("from captions")
-    group.add_argument("--records", metavar="FOLDER", help="held-out records to draw and compare")
-    group.add_argument("--train-records", metavar="FOLDER", help="that the runs were trained on")
-    group.add_argument("--features", metavar="FILE", help="what tools/features.py wrote")
+    group.add_argument("--records", type=files.path, metavar="FOLDER",
+                       help="held-out records to draw and compare")
+    group.add_argument("--train-records", type=files.path, metavar="FOLDER",
+                       help="that the runs were trained on")
+    group.add_argument("--features", type=files.path, metavar="FILE",
+                       help="what tools/features.py wrote")
     group.add_argument("--seeds", type=int, help="samples of each caption (default 4)")
     group.add_argument(
         "--guidance", type=float,
         help="of runs trained by flow matching: plain Euler steps of two evaluations; 1 is none",
     )
-    group.add_argument("--pipeline", help="the imported checkpoint of the runs (default: as each "
+    group.add_argument("--pipeline", type=files.path,
+                       help="the imported checkpoint of the runs (default: as each "
                        "says)")
     arguments.add(parser)
     args = parser.parse_args()

@@ -14,6 +14,22 @@ from twinflow_jax.errors import UserError
 UNFINISHED = "UNFINISHED"  # a file that is in a folder for as long as the folder is written
 
 
+def path(text: str) -> str:
+    """A path that a user gave, as an argument or in a config, with `~` expanded.
+
+    Shells leave it alone in `--workdir=~/runs`; `$HOME` they expand everywhere.
+    Raises:
+      UserError: it has a line break, or is an address of a kind that is not known.
+    """
+    if "\n" in text or "\r" in text:
+        raise UserError(f"the path {text!r} has a line break: rename it")
+    try:
+        expanded = str(epath.Path(text).expanduser())
+    except KeyError as error:
+        raise UserError(f"{text} is no path: give a local one, or gs://BUCKET/FOLDER") from error
+    return expanded if text.startswith("~") else text
+
+
 def write(path: epath.PathLike, data: bytes) -> None:
     """Writes a file so that it appears complete or not at all; makes its folder."""
     path = epath.Path(path)

@@ -4,12 +4,12 @@ Any config key can be overridden: `--config.train.steps=500`. The same command a
 where a stopped run left off. On several hosts, start it on each with --coordinator (docs/pods.md).
 """
 
-import argparse
 import signal
 import sys
 
 from twinflow_jax import config as configs
-from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax import files
+from twinflow_jax.errors import Parser, UserError, run_verb
 from twinflow_jax.parallel import hosts
 from twinflow_jax.training.loop import Interrupted, train
 
@@ -17,12 +17,11 @@ UNREACHED = 75  # exit status where the processes did not find each other: worth
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m twinflow_jax.train", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
-    parser.add_argument("--workdir", required=True, help="folder of the run, seen by every host")
+    parser = Parser(prog="python -m twinflow_jax.train", description=__doc__)
+    parser.add_argument("--config", type=files.path, required=True, metavar="FILE[:VARIANT]",
+                        help="a config file")
+    parser.add_argument("--workdir", type=files.path, required=True,
+                        help="folder of the run, seen by every host")
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT",
         help="of process 0, on several hosts; auto on a TPU pod, GKE or Slurm",
