@@ -14,9 +14,9 @@ import signal
 
 from etils import epath
 
-from twinflow_jax import checkpoints, models
+from twinflow_jax import checkpoints, files, models
 from twinflow_jax.checkpoints import exporting, imported, importing
-from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax.errors import Parser, UserError, run_verb
 
 README = """\
 # {name}
@@ -34,14 +34,11 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python tools/convert.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python tools/convert.py", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("import", help="a published folder into a checkpoint of ours")
-    verb.add_argument("source", metavar="SRC")
-    verb.add_argument("target", metavar="DST")
+    verb.add_argument("source", type=files.path, metavar="SRC")
+    verb.add_argument("target", type=files.path, metavar="DST")
     verb.add_argument("--dtype", choices=importing.DTYPES, help="default: the source's")
     verb.add_argument(
         "--family", choices=[k for k, family in models.FAMILIES.items() if family.text_to_image],
@@ -52,16 +49,18 @@ def parse() -> argparse.Namespace:
         help="lay weights out for N devices, each of which reads only its part",
     )
     verb = verbs.add_parser("export", help="a checkpoint or a run into a folder for diffusers")
-    verb.add_argument("source", metavar="SRC", help="an imported checkpoint, or a run's --workdir")
-    verb.add_argument("target", metavar="DST")
+    verb.add_argument("source", type=files.path, metavar="SRC",
+                      help="an imported checkpoint, or a run's --workdir")
+    verb.add_argument("target", type=files.path, metavar="DST")
     verb.add_argument(
         "--dtype", choices=importing.DTYPES,
         help="of the transformer (default: as it was trained or published)",
     )
     _weights(verb)
     verb = verbs.add_parser("verify", help="compare a published folder with a checkpoint")
-    verb.add_argument("source", metavar="SRC")
-    verb.add_argument("target", metavar="CHECKPOINT", help="imported, or a run's --workdir")
+    verb.add_argument("source", type=files.path, metavar="SRC")
+    verb.add_argument("target", type=files.path, metavar="CHECKPOINT",
+                      help="imported, or a run's --workdir")
     _weights(verb)
     return parser.parse_args()
 
@@ -69,7 +68,8 @@ def parse() -> argparse.Namespace:
 def _weights(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--raw", action="store_true", help="a run's raw weights, not the average")
     verb.add_argument("--at-step", type=int, help="a run's checkpoint (default: the newest)")
-    verb.add_argument("--pipeline", help="the imported checkpoint of a run (default: as it says)")
+    verb.add_argument("--pipeline", type=files.path,
+                      help="the imported checkpoint of a run (default: as it says)")
 
 
 def run_import(args) -> int:

@@ -13,7 +13,6 @@ A concept is an emoji with all its skin tones, genders and directions. Which are
 on their names alone, so that it is the same for everybody.
 """
 
-import argparse
 import collections
 import dataclasses
 import hashlib
@@ -29,7 +28,7 @@ from etils import epath
 from PIL import Image
 
 from twinflow_jax import files, images
-from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax.errors import Parser, UserError, run_verb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +92,11 @@ class Emoji:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python tools/emoji.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("target", metavar="DST")
+    parser = Parser(prog="python tools/emoji.py", description=__doc__)
+    parser.add_argument("target", type=files.path, metavar="DST")
     parser.add_argument("--size", type=int, default=PIXELS, help=f"pixels (default {PIXELS})")
     parser.add_argument(
-        "--archives", metavar="FOLDER",
+        "--archives", type=files.path, metavar="FOLDER",
         help="of the packages' .tgz files, as `npm pack` names them, in place of a network",
     )
     args = parser.parse_args()

@@ -19,11 +19,11 @@ import sys
 
 from etils import epath
 
-from twinflow_jax import encoding
+from twinflow_jax import encoding, files, seeds
 from twinflow_jax.drawing import codec, open_pipeline
 from twinflow_jax.encoding import sizes
 from twinflow_jax.encoding.workspace import SKIPPED, Workspace
-from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax.errors import Parser, UserError, run_verb
 
 
 def main() -> int:
@@ -43,13 +43,10 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python tools/encode.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("target", metavar="DST")
-    parser.add_argument("--pipeline", required=True, help="an imported checkpoint")
+    parser = Parser(prog="python tools/encode.py", description=__doc__)
+    parser.add_argument("source", type=files.path, metavar="SOURCE")
+    parser.add_argument("target", type=files.path, metavar="DST")
+    parser.add_argument("--pipeline", type=files.path, required=True, help="an imported checkpoint")
     parser.add_argument("--size", help="of all pictures, like 512 or 768x512 (width x height); "
                         "default: what the transformer was made for")
     parser.add_argument("--buckets", help="several sizes, like 1024x1024,1216x832, or 1024 for "
@@ -76,7 +73,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--steps", type=int, help="of the base sampling (default: as usual)")
     group.add_argument("--guidance", type=float, help="default: the model's own")
     group.add_argument("--count", type=int, help="pictures of each prompt (default 1)")
-    group.add_argument("--seed", type=int, help="of the noise (default 0)")
+    group.add_argument("--seed", type=seeds.parse, help="of the noise (default 0)")
     return parser.parse_args()
 
 

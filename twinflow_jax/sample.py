@@ -12,7 +12,7 @@ same picture, whatever else is drawn with it.
 
 import argparse
 
-from twinflow_jax import arguments
+from twinflow_jax import arguments, files, seeds
 from twinflow_jax.errors import UserError, run_verb
 
 CLASS_ONLY = ("classes",)
@@ -26,7 +26,7 @@ def main() -> int:
     args = parse()
     from etils import epath
 
-    from twinflow_jax import checkpoints, files
+    from twinflow_jax import checkpoints
     from twinflow_jax.checkpoints import imported
     from twinflow_jax.drawing import by_class, by_prompt
 
@@ -50,11 +50,12 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = arguments.parser("sample", __doc__)
-    parser.add_argument("--checkpoint", required=True, help="a run's --workdir, or imported")
-    parser.add_argument("--out", required=True, help="folder for the pictures")
+    parser.add_argument("--checkpoint", type=files.path, required=True,
+                        help="a run's --workdir, or imported")
+    parser.add_argument("--out", type=files.path, required=True, help="folder for the pictures")
     parser.add_argument("--steps", type=int, help="of the sampler (default 1, --base: as usual)")
     parser.add_argument("--count", type=int, help="samples per class (8) or per prompt (1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seeds.parse, default=0)
     parser.add_argument("--sheet", action="store_true", help="one labelled sheet instead of files")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of the average")
     parser.add_argument("--at-step", type=int, help="checkpoint to read (default: the newest)")
@@ -62,10 +63,13 @@ def parse() -> argparse.Namespace:
     group.add_argument("--classes", help="comma-separated classes (default: all)")
     group = parser.add_argument_group("from prompts")
     group.add_argument("--prompt", action="append", help="what to draw; may be given again")
-    group.add_argument("--prompts", help="a file with one prompt a line")
-    group.add_argument("--embeddings", help="encoded prompts, from --save-embeddings")
-    group.add_argument("--save-embeddings", help="write the encoded prompts to this file")
-    group.add_argument("--save-latents", help="write the samples before decoding to this file")
+    group.add_argument("--prompts", type=files.path, help="a file with one prompt a line")
+    group.add_argument("--embeddings", type=files.path,
+                       help="encoded prompts, from --save-embeddings")
+    group.add_argument("--save-embeddings", type=files.path,
+                       help="write the encoded prompts to this file")
+    group.add_argument("--save-latents", type=files.path,
+                       help="write the samples before decoding to this file")
     group.add_argument("--size", help="pixels, like 1024 or 1328x800 (width x height)")
     group.add_argument("--batch", type=int,
                        help="pictures denoised at once (default: the least that uses all devices)")
@@ -79,7 +83,8 @@ def parse() -> argparse.Namespace:
     group.add_argument("--dtype", choices=("float32", "bfloat16"),
                        help="of the computation (default: bfloat16, float32 on a CPU)")
     group.add_argument("--tile", type=int, help="decode larger pictures in tiles of these pixels")
-    group.add_argument("--pipeline", help="the imported checkpoint of a run (default: as it says)")
+    group.add_argument("--pipeline", type=files.path,
+                       help="the imported checkpoint of a run (default: as it says)")
     arguments.add_sampler(parser)
     return parser.parse_args()
 

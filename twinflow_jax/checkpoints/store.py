@@ -28,12 +28,29 @@ T = TypeVar("T")
 # Local files reach the disk when their folder is finished (files.whole_folder), not one by one.
 CONTEXT = ts.Context({"file_io_sync": False})
 
+# What tensorstore takes for a slash, orbax for the beginning of an address, or neither for text.
+MISREAD = re.compile(r"\\|gs:/|[\ud800-\udfff]")
+
+
+def absolute(folder: epath.PathLike) -> epath.Path:
+    """A folder's absolute path.
+
+    Raises:
+      UserError: tensorstore or orbax would write to another.
+    """
+    path = epath.Path(folder).resolve()
+    if "://" not in str(path) and (found := MISREAD.search(f"{path}/")):
+        raise UserError(
+            f"arrays cannot be stored in a folder with {found[0]!r} in its path: rename "
+            f"{str(path)!r}"
+        )
+    return path
+
 
 def location(folder: epath.PathLike) -> str:
     """A folder as tensorstore names it, a URL: `gs://...`, `file://...` for local paths."""
-    text = str(folder).rstrip("/")
-    scheme, path = text.split("://") if "://" in text else ("file", epath.Path(text).resolve())
-    return f"{scheme}://{urllib.parse.quote(str(path))}/"
+    scheme, _, path = str(absolute(folder)).rpartition("://")
+    return f"{scheme or 'file'}://{urllib.parse.quote(path)}/"
 
 
 def create(

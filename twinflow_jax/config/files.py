@@ -37,7 +37,9 @@ def load(path: str) -> ml_collections.ConfigDict:
     Raises:
       UserError: no such file, not a config file, or an unknown variant.
     """
-    name, _, variant = path.partition(":")
+    name, _, variant = path.rpartition(":")  # a folder's name may have a colon
+    if not name or pathlib.Path(path).is_file():
+        name, variant = path, ""
     file = pathlib.Path(name)
     if not file.is_file():
         raise UserError(f"no config file {name!r}; the ones that come along are in configs/")

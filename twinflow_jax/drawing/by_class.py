@@ -30,7 +30,7 @@ def sample(args: argparse.Namespace) -> int:
         **grid.told(),
     )
     which = f"step{step}{'_raw' if args.raw else ''}"
-    folder = epath.Path(args.checkpoint).name
+    folder = epath.Path(args.checkpoint).name[:80]
     name = f"{folder}_{which}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
     out = epath.Path(args.out)
     if args.sheet:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from twinflow_jax import parallel, sampling
+from twinflow_jax import parallel, sampling, seeds
 from twinflow_jax.drawing.conditions import Embeddings
 from twinflow_jax.drawing.pipeline import Pipeline
 from twinflow_jax.errors import UserError
@@ -70,7 +70,7 @@ def denoise(
     stage, mesh = "denoising", pipeline.mesh()
     batch = min(batch or parallel.row_parts(mesh), len(owners))
     owners, numbers = np.asarray(owners), np.asarray(numbers, np.uint32)
-    keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers)
+    keys = jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers)
     over = parallel.over_rows(mesh, batch)
     empty = null.rows(np.zeros(batch, int)) if null else None
     with pipeline.loaded("transformer", stage) as (config, params):

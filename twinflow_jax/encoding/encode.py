@@ -113,8 +113,9 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
 def write(space: Workspace, shard: Shard, manifest: Manifest, examples: Callable, bar) -> None:
     """A file of records, then its report."""
     file, tally, count = space.shard_file(shard), Tally(), 0
-    for stale in space.folder.glob(f".{file.name}.*"):  # of a process that was killed
-        stale.unlink()
+    for entry in space.folder.iterdir():  # no glob: the folder's own name may hold a pattern
+        if entry.name.startswith(f".{file.name}."):  # of a process that was killed
+            entry.unlink()
 
     def counted() -> Iterator[Example]:
         nonlocal count

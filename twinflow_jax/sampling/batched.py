@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from twinflow_jax import seeds
 from twinflow_jax.sampling.any_step import sample
 from twinflow_jax.sampling.grids import Grid
 
@@ -55,7 +56,7 @@ def by_class(
     seed: int,
 ) -> Iterator[Float[np.ndarray, "B ..."]]:
     """The samples of `generate` batch by batch; places: which of its class each one is."""
-    key = jax.random.key(seed)
+    key = seeds.key(seed)
     keys = jax.vmap(lambda c, k: jax.random.fold_in(jax.random.fold_in(key, c), k))(labels, places)
 
     def draw(rows, noise, keys):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from twinflow_jax import parallel
+from twinflow_jax import parallel, seeds
 from twinflow_jax.config import Train
 from twinflow_jax.objectives import Batch, Objective
 from twinflow_jax.objectives.draws import counts_of
@@ -101,10 +101,9 @@ def make_step(
     All randomness is `fold_in(seed, step)`, so a run can stop and resume anywhere.
     """
 
-    seed = train.seed if seed is None else seed
-
     def step(state: TrainState, data: dict):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        of_run = seeds.key(train.seed) if seed is None else jax.random.key(seed)
+        key = jax.random.fold_in(of_run, state.step)
         draw_key, null_key, drop_key = jax.random.split(key, 3)
         round_key = jax.random.fold_in(key, 3)
         x, cond = data["x"], data["cond"]
