@@ -1,22 +1,16 @@
 """Paths as users have them: whatever a file system takes, in every place where one is given."""
 
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.test_verbs import call
-from twinflow_jax import checkpoints, files, sample, train
+from twinflow_jax import checkpoints, encode, files, sample, train
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.minilm_dit import tiny
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tools"))
-import encode  # noqa: E402
 
 # Patterns, addresses, formats, shells; the same letter in both normal forms; a long name.
 ODD = "runs [v1] *?%41#{x}%s ~$HOME 'a' \"b\" `id` a:b@c \u00e9 e\u0301 " + "x" * 150
@@ -65,7 +59,7 @@ def test_any_path_will_do_everywhere(tmp_path, monkeypatch):
     ]
     assert call(train, *settings, "--workdir=~/run") == 0
     assert call(train, *settings, "--workdir=~/second", "--config.train.init_from=~/run") == 0
-    assert checkpoints.read_config(folder / "second").train.init_from == str(folder / "run")
+    assert checkpoints.read_run(folder / "second").train.init_from == str(folder / "run")
     assert call(
         sample, "--checkpoint", "~/second", "--out", "~/out", "--prompts", "~/prompts.txt",
         "--save-latents", "~/latents.safetensors",

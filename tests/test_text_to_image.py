@@ -340,7 +340,7 @@ def test_bad_inputs_get_one_line(made, tmp_path, capsys):
         ([*fox, "--out", str(tmp_path / "empty.txt")], "empty.txt is a file: choose a folder"),
         ([*fox, "--save-embeddings", str(tmp_path)], "cannot be written: .* is a directory"),
         (on(tmp_path / "nothing"), "is no run and no imported checkpoint"),
-        (on(made.folder / "pipeline"), "what `tools/convert.py import` wrote"),
+        (on(made.folder / "pipeline"), "what `twinflow convert import` wrote"),
         (on(unfinished), "was not imported to its end: run the import again"),
         (on(transformer), "holds only transformer, no vae: import the whole pipeline"),
         (on(without("tokenizer")), "holds no tokenizer"),

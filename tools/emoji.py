@@ -1,7 +1,7 @@
 """A captioned set of about 10,000 emoji: python tools/emoji.py DST
 
 Three styles (Google's Noto, Twitter's Twemoji, Microsoft's Fluent 3D) with the names and tags of
-emojibase, from npm packages. Written for tools/encode.py:
+emojibase, from npm packages. Written for twinflow encode:
 
     DST/train.jsonl
     DST/held_out_concepts.jsonl   concepts that no training picture shows, in any style

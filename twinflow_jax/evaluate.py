@@ -18,7 +18,7 @@ diversity within a class, distance to the nearest training image."""
 
 CAPTIONS = """Samples of text-to-image runs, drawn from the captions of held-out records and judged
 through the features of an independent network, by a map to captions that is fitted to training
-records (tools/encode.py writes records, tools/features.py the features' weights)."""
+records (twinflow encode writes records, twinflow features the features' weights)."""
 
 
 def main() -> int:
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     captions.add_argument("--train-records", type=files.path, metavar="FOLDER", required=True,
                           help="that the runs were trained on")
     captions.add_argument("--features", type=files.path, metavar="FILE", required=True,
-                          help="what tools/features.py wrote")
+                          help="what twinflow features wrote")
     captions.add_argument("--seeds", type=int, default=4, help="samples of each caption")
     captions.add_argument(
         "--guidance", type=float,

@@ -4,7 +4,7 @@
     python -m twinflow_jax.sample --checkpoint checkpoints/qwen_image --out samples \\
         --prompt "a fox in the snow" --steps 2
 
-The checkpoint is a training run's --workdir, or an imported one (tools/convert.py). Writes one PNG
+The checkpoint is a training run's --workdir, or an imported one (twinflow convert). Writes one PNG
 per sample as soon as it is drawn, or one labelled sheet with --sheet; pictures that are there
 already are not drawn again. The settings are in each PNG's text chunks; the same seed gives the
 same picture, whatever else is drawn with it.
@@ -34,7 +34,7 @@ def main() -> int:
     if not imported.is_imported(folder) and not (folder / "config.json").exists():
         raise UserError(
             f"{folder} is no run and no imported checkpoint: give the --workdir of training, or "
-            "what `tools/convert.py import` wrote"
+            "what `twinflow convert import` wrote"
         )
     files.check_folder("--out", args.out)
     run = None if imported.is_imported(folder) else checkpoints.read_run(folder)

@@ -1,4 +1,4 @@
-"""Published folders, written by diffusers, through tools/convert.py and back."""
+"""Published folders, written by diffusers, through twinflow convert and back."""
 
 import codecs
 import dataclasses

@@ -1,4 +1,4 @@
-"""tools/encode.py: the same records however many processes make them and are killed."""
+"""twinflow encode: the same records however many processes make them and are killed."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import numpy as np
 import pictures
 import pytest
 
+from twinflow_jax import encode as tool
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.data import records
 from twinflow_jax.data.records import open_records
@@ -21,8 +22,6 @@ from twinflow_jax.drawing import Embeddings, codec, denoising, open_pipeline, te
 from twinflow_jax.encoding import sizes, workspace
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tools"))
-import encode as tool  # noqa: E402
 
 BUCKETS = ((96, 64), (64, 64), (64, 96))
 
@@ -79,7 +78,7 @@ def reference(tmp_path_factory, photos, pixels) -> dict:
     """What one process makes of the photos without being stopped."""
     target = tmp_path_factory.mktemp("whole") / "records"
     done = subprocess.run(
-        [sys.executable, "tools/encode.py", *bucketed(photos, target, pixels)], cwd=ROOT,
+        [sys.executable, "-m", "twinflow_jax.encode", *bucketed(photos, target, pixels)], cwd=ROOT,
         capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -129,7 +128,7 @@ def killed_often(photos, pixels, target: pathlib.Path, processes: int, rounds: i
     for number in range(rounds + 1):
         started = [
             subprocess.Popen(
-                [sys.executable, "tools/encode.py", *bucketed(
+                [sys.executable, "-m", "twinflow_jax.encode", *bucketed(
                     photos, target, pixels, "--process", str(k), "--processes", str(processes),
                 )],
                 cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

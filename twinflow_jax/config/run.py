@@ -24,7 +24,7 @@ class Data(keys.Part):
 
     name: str = option("mnist5k", "labelled images: digits, mnist5k or mnist")
     records: tuple[str, ...] = option(
-        (), "in their place: folders that tools/encode.py wrote", is_path=True
+        (), "in their place: folders that twinflow encode wrote", is_path=True
     )
     weights: tuple[float, ...] = option(
         (), "each folder's share of the rows; none: by its records", above=0, below=float("inf")

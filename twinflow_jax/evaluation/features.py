@@ -1,6 +1,6 @@
 """Features of natural images by EfficientNet-lite0: independent of what is judged, and not FID's.
 
-Its weights come from a file that tools/features.py writes.
+Its weights come from a file that twinflow features writes.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Network:
 
 
 def load(file: epath.PathLike) -> Network:
-    """The network with weights from a file of tools/features.py.
+    """The network with weights from a file of twinflow features.
 
     Raises:
       UserError: no such file, or not of this network.
@@ -88,6 +88,6 @@ def check(file: epath.PathLike, shapes: dict[str, tuple[int, ...]]) -> list[str]
         raise UserError(
             f"{file} does not hold the weights of EfficientNet-lite0: {len(wrong)} of "
             f"{len(expected)} tensors are missing or of another shape, as {wrong[0]}; write it "
-            "with tools/features.py"
+            "with twinflow features"
         )
     return list(expected)

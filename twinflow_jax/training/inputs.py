@@ -2,7 +2,7 @@
 
 Labelled images train a class-conditional network as they are. For a text-to-image family each
 label stands for its caption, and images and captions go through the pipeline's autoencoder and
-text encoder once, before training; or the run reads what tools/encode.py made of them before.
+text encoder once, before training; or the run reads what twinflow encode made of them before.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ def of_records(
     pipeline: Pipeline, folders: Sequence[Records], rows: Data,
     prompts: tuple[str, ...],
 ) -> Inputs:
-    """Rows that tools/encode.py made; previews draw prompts, or captions of theirs."""
+    """Rows that twinflow encode made; previews draw prompts, or captions of theirs."""
     settings, tokens = pipeline.settings, rows.text_tokens
     if prompts:
         embeddings = text.embed(pipeline, prompts, tokens)

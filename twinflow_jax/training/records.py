@@ -1,4 +1,4 @@
-"""Training from what tools/encode.py wrote: the folders of a config as streams of rows."""
+"""Training from what twinflow encode wrote: the folders of a config as streams of rows."""
 
 import dataclasses
 import hashlib

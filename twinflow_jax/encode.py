@@ -1,9 +1,11 @@
 """Pictures and captions into training records: latents (or pixels) and embeddings of captions.
 
-    python tools/encode.py photos/ records/photos --pipeline checkpoints/sana06b --size 512
-    python tools/encode.py photos.jsonl records/photos --pipeline checkpoints/sana06b --buckets 1024
-    python tools/encode.py prompts.txt records/prompts --pipeline checkpoints/qwen_image
-    python tools/encode.py prompts.txt records/drawn --pipeline checkpoints/qwen_image --generate
+    python -m twinflow_jax.encode photos/ records/photos --pipeline checkpoints/sana06b --size 512
+    python -m twinflow_jax.encode photos.jsonl records/photos --pipeline checkpoints/sana06b \\
+        --buckets 1024
+    python -m twinflow_jax.encode prompts.txt records/prompts --pipeline checkpoints/qwen_image
+    python -m twinflow_jax.encode prompts.txt records/drawn --pipeline checkpoints/qwen_image \\
+        --generate
 
 SOURCE is a folder of pictures with captions beside them (CAT.jpg and CAT.txt or CAT.json), a file
 of JSON lines, .parquet or WebDataset .tar files or a folder of them, a TFDS dataset (NAME:SPLIT or
@@ -19,11 +21,8 @@ import sys
 
 from etils import epath
 
-from twinflow_jax import encoding, files, seeds
-from twinflow_jax.drawing import codec, open_pipeline
-from twinflow_jax.encoding import sizes
-from twinflow_jax.encoding.workspace import SKIPPED, Workspace
-from twinflow_jax.errors import Parser, UserError, run_verb
+from twinflow_jax import arguments, files, seeds
+from twinflow_jax.errors import UserError, run_verb
 
 
 def main() -> int:
@@ -43,7 +42,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(prog="python tools/encode.py", description=__doc__)
+    parser = arguments.parser("encode", __doc__)
     parser.add_argument("source", type=files.path, metavar="SOURCE")
     parser.add_argument("target", type=files.path, metavar="DST")
     parser.add_argument("--pipeline", type=files.path, required=True, help="an imported checkpoint")
@@ -62,8 +61,8 @@ def parse() -> argparse.Namespace:
                         help="that captions are padded or cut to (default: the family's lengths)")
     parser.add_argument("--shard-size", type=int, default=1024, help="records in a file")
     parser.add_argument("--batch", type=int,
-                        help="pictures of 512x512 encoded at once, of larger ones fewer (default "
-                        f"{codec.BATCH}); with --generate, drawn at once")
+                        help="pictures of 512x512 encoded at once, of larger ones fewer; with "
+                        "--generate, drawn at once")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="of the computation (default: bfloat16, float32 on a CPU)")
     parser.add_argument("--process", type=int, default=0, help="which one this is, from 0")
@@ -105,6 +104,10 @@ def given(args, name: str) -> bool:
 
 
 def run(args) -> int:
+    from twinflow_jax import encoding
+    from twinflow_jax.drawing import codec, open_pipeline
+    from twinflow_jax.encoding.workspace import SKIPPED, Workspace
+
     pipeline = open_pipeline(args.pipeline, dtype=args.dtype)
     source = encoding.open_source(
         args.source, not args.prompts_only and not args.generate, args.shard_size,
@@ -140,29 +143,34 @@ def run(args) -> int:
     return 0
 
 
-def drawing_of(args, pipeline) -> encoding.Drawing:
+def drawing_of(args, pipeline):
     """How the base model draws: as it usually does, where nothing else is asked for."""
+    from twinflow_jax import encoding
+
     usual = pipeline.family.base_steps, pipeline.family.base_guidance, 1, 0
     asked = args.steps, args.guidance, args.count, args.seed
     return encoding.Drawing(*(u if a is None else a for u, a in zip(usual, asked, strict=True)))
 
 
-def sizes_of(args, pipeline) -> tuple[sizes.Size, ...]:
+def sizes_of(args, pipeline) -> tuple[tuple[int, int], ...]:
     """The sizes that pictures go to.
 
     Raises:
       UserError: one that the networks cannot have.
     """
+    from twinflow_jax.drawing import denoising
+    from twinflow_jax.encoding import sizes
+
     scale = pipeline.config("vae").downscale
     if args.buckets:
         found = sizes.buckets(args.buckets, pipeline.config("transformer").patch * scale)
     elif args.size:
         found = (sizes.parse(args.size, "--size"),)
     else:
-        height, width, _ = pipeline.latent_shape(None)
+        height, width, _ = denoising.latent_shape(pipeline, None)
         found = ((width * scale, height * scale),)
     for width, height in found:
-        pipeline.latent_shape((height, width))
+        denoising.latent_shape(pipeline, (height, width))
     return found
 
 
