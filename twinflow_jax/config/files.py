@@ -20,7 +20,6 @@ import ml_collections
 from twinflow_jax.config.run import Run, keys_of, parts
 from twinflow_jax.errors import UserError, reason
 
-
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
