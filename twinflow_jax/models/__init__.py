@@ -5,13 +5,15 @@ touches its own file or folder and one line here. Flax lives only in this room.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from twinflow_jax.arrays import AnyArray, Apply
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import dit, minilm_dit, mlp, qwen_image, sana, unet
 from twinflow_jax.models.family import Family, logical_axes
@@ -37,9 +39,9 @@ class Model:
 
     config: Any
     init: Callable[[jax.Array], Any]
-    apply: Callable[..., jax.Array]
+    apply: Apply
     axes: Callable[[], Any]
-    null: dict[str, jax.Array]
+    null: Mapping[str, AnyArray]
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -68,7 +70,7 @@ class Model:
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
-def settings_of(config: dict[str, Any]) -> tuple[Family, Any]:
+def settings_of(config: Mapping[str, Any] | ConfigDict) -> tuple[Family, Any]:
     """The family and settings that a config's `model` fields describe.
 
     Raises:
@@ -86,7 +88,9 @@ def settings_of(config: dict[str, Any]) -> tuple[Family, Any]:
     return family, family.config(**fields)
 
 
-def create(config: dict[str, Any], null: dict[str, jax.Array] | None = None) -> Model:
+def create(
+    config: Mapping[str, Any] | ConfigDict, null: Mapping[str, AnyArray] | None = None
+) -> Model:
     """The network that a config's `model` fields describe.
 
     null: the condition that stands for none, of one row (default: the class after the last one,
