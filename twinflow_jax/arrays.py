@@ -7,10 +7,11 @@
     h w c           the same of a smaller map: an image's latents, what a layer makes
     S, T            places in a sequence: an image's, or an image's and a text's together
     L               tokens of a text, padding included
-    D, E            features of each place, of a row, of a head
+    K               vectors of a row, one beside the other: modulations
+    D, E            features of a place, of a row, of a head
     heads, ...      a word is what it says
 
-A number is that size, and `{...}` an argument's. Within one call an axis has one size.
+A number is that size, `{...}` an argument's, `_` any. Within one call an axis has one size.
 """
 
 from collections.abc import Callable

@@ -14,9 +14,10 @@ from twinflow_jax.training import ema
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """step: optimizer steps done. teacher: moving or frozen teacher, None where it is the
-    student. average: what is sampled from, None where it is the student."""
+    student. average: what is sampled from, None where it is the student. Leaves are arrays, or
+    what stands for them: shapes, layouts."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
     teacher: ema.Average | None
