@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from twinflow_jax.arrays import HostLatents
 from twinflow_jax.drawing import codec, denoising, text
 from twinflow_jax.drawing.conditions import Embeddings, same_length
 from twinflow_jax.drawing.denoising import Base, FewStep, Sampler
@@ -22,7 +23,7 @@ def pictures(
     pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Sequence[int],
     numbers: Sequence[int], shape: tuple[int, int, int], seed: int, batch: int | None = None,
     null: Embeddings | None = None, tile: int = codec.TILE,
-    seen: Callable[[Float[np.ndarray, "N h w c"]], None] | None = None,
+    seen: Callable[[HostLatents], None] | None = None,
 ) -> Iterator[Float[np.ndarray, "H W 3"]]:
     """Pictures in [-1, 1], each as soon as it is decoded; arguments as of `denoising.denoise`.
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from twinflow_jax import parallel
+from twinflow_jax.arrays import HostImages, HostLatents
 from twinflow_jax.drawing.pipeline import Pipeline
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import tiling
@@ -20,8 +21,8 @@ TILE = 1536  # pixels a side that are decoded whole: attention takes 5 GiB there
 
 
 def encode(
-    pipeline: Pipeline, images: Float[np.ndarray, "N H W 3"]
-) -> Float[np.ndarray, "N h w c"]:
+    pipeline: Pipeline, images: HostImages
+) -> HostLatents:
     """Normalised latents of images in [-1, 1]."""
     size = min(BATCH, len(images))
     starts = range(0, len(images), size)
@@ -33,7 +34,7 @@ def encode(
 @contextlib.contextmanager
 def encoder(
     pipeline: Pipeline,
-) -> Iterator[Callable[[Float[np.ndarray, "N H W 3"], int], Float[np.ndarray, "N h w c"]]]:
+) -> Iterator[Callable[[HostImages, int], HostLatents]]:
     """`(images in [-1, 1], batch) -> latents`, for as long as the autoencoder stays loaded.
 
     batch: images that are encoded at once, always; N is at most that.
@@ -51,7 +52,7 @@ def encoder(
 
 
 def decode(
-    pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], tile: int = TILE
+    pipeline: Pipeline, latents: HostLatents, tile: int = TILE
 ) -> Iterator[Float[np.ndarray, "H W 3"]]:
     """Images in [-1, 1], one after the other; those beyond `tile` pixels a side in tiles."""
     stage = "decoding"

@@ -7,10 +7,10 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Float
 from tqdm import tqdm
 
 from twinflow_jax import parallel, sampling, seeds
+from twinflow_jax.arrays import HostLatents
 from twinflow_jax.drawing.conditions import Embeddings
 from twinflow_jax.drawing.pipeline import Pipeline
 from twinflow_jax.errors import UserError
@@ -61,7 +61,7 @@ def denoise(
     pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Sequence[int],
     numbers: Sequence[int], shape: tuple[int, int, int], seed: int, batch: int | None = None,
     null: Embeddings | None = None,
-) -> Float[np.ndarray, "N h w c"]:
+) -> HostLatents:
     """Latents: one for each of `owners`, the row of `cond` that it is of.
 
     numbers: which noise each starts from; the same number with the same seed gives the same

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Images, Latents, Maps
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
@@ -94,12 +95,12 @@ class CausalConv(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W features"]:
+    def __call__(self, x: Maps) -> Float[Array, "B H W {self.features}"]:
         shape = (self.size, self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel[-1], bias, dtype=self.dtype)
-        return bias + jax.lax.conv_general_dilated(
+        return jax.lax.broadcast_to_rank(bias, x.ndim) + jax.lax.conv_general_dilated(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
@@ -110,12 +111,13 @@ class Norm(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         channels = x.shape[-1]
         gamma = self.param("gamma", nn.initializers.ones, (channels,))
         x = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
-        return (x / jnp.maximum(length, 1e-12) * channels**0.5 * gamma).astype(self.dtype)
+        unit = x / jnp.maximum(length, 1e-12)
+        return (unit * channels**0.5 * jax.lax.broadcast_to_rank(gamma, x.ndim)).astype(self.dtype)
 
 
 class ResBlock(nn.Module):
@@ -123,7 +125,7 @@ class ResBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W features"]:
+    def __call__(self, x: Maps) -> Float[Array, "B H W {self.features}"]:
         h = nn.silu(Norm(self.dtype, name="norm1")(x))
         h = CausalConv(self.features, 3, self.dtype, name="conv1")(h)
         h = nn.silu(Norm(self.dtype, name="norm2")(h))
@@ -139,7 +141,7 @@ class AttentionBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         rows, height, width, channels = x.shape
         h = Norm(self.dtype, name="norm")(x).reshape(rows, height * width, 1, channels)
         qkv = nn.Dense(3 * channels, dtype=self.dtype, name="to_qkv")(h)
@@ -151,7 +153,7 @@ class MidBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         x = ResBlock(x.shape[-1], self.dtype, name="resnets_0")(x)
         x = AttentionBlock(self.dtype, name="attentions_0")(x)
         return ResBlock(x.shape[-1], self.dtype, name="resnets_1")(x)
@@ -161,7 +163,7 @@ class Downsample(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 C"]:
+    def __call__(self, x: Maps) -> Float[Array, "B H//2 W//2 C"]:
         return nn.Conv(
             x.shape[-1], (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype,
             name="resample_1",
@@ -174,7 +176,7 @@ class Upsample(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C/2"]:
+    def __call__(self, x: Maps) -> Float[Array, "B 2*H 2*W C//2"]:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         return nn.Conv(x.shape[-1] // 2, (3, 3), dtype=self.dtype, name="resample_1")(x)
 
@@ -186,7 +188,7 @@ class UpBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C2"]:
+    def __call__(self, x: Maps) -> Float[Array, "B h w c"]:
         for i in range(self.res_blocks):
             x = ResBlock(self.features, self.dtype, name=f"resnets_{i}")(x)
         return Upsample(self.dtype, name="upsamplers_0")(x) if self.upsample else x
@@ -196,7 +198,7 @@ class Encoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w 2*latent_channels"]:
+    def __call__(self, x: Images) -> Latents:
         c = self.config
         x = CausalConv(c.base_width, 3, c.dtype, name="conv_in")(x)
         for level, width in enumerate(c.widths):
@@ -214,7 +216,7 @@ class Decoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, z: Float[Array, "B h w latent_channels"]) -> Float[Array, "B H W 3"]:
+    def __call__(self, z: Latents) -> Images:
         c = self.config
         x = CausalConv(c.widths[-1], 3, c.dtype, name="conv_in")(z)
         x = MidBlock(c.dtype, name="mid_block")(x)
@@ -238,9 +240,7 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = CausalConv(c.latent_channels, 1, c.dtype)
         self.decoder = Decoder(c)
 
-    def encode(
-        self, images: Float[Array, "B H W 3"]
-    ) -> Float[Array, "B H/downscale W/downscale latent_channels"]:
+    def encode(self, images: Images) -> Latents:
         """Normalised latents of images in [-1, 1]: the posterior's mean, without its noise.
 
         Raises UserError for sides that `config.downscale` does not divide.
@@ -253,18 +253,21 @@ class Autoencoder(nn.Module):
                 f"{c.downscale}"
             )
         mean, _ = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
-        return (mean.astype(jnp.float32) - jnp.array(c.latents_mean)) / jnp.array(c.latents_std)
+        shift, scale = self._statistics()
+        return (mean.astype(jnp.float32) - shift) / scale
 
-    def decode(
-        self, latents: Float[Array, "B h w latent_channels"]
-    ) -> Float[Array, "B h*downscale w*downscale 3"]:
+    def decode(self, latents: Latents) -> Images:
         """Images in [-1, 1] of normalised latents."""
-        c = self.config
-        z = latents * jnp.array(c.latents_std) + jnp.array(c.latents_mean)
-        images = self.decoder(self.post_quant_conv(z))
+        shift, scale = self._statistics()
+        images = self.decoder(self.post_quant_conv(latents * scale + shift))
         return jnp.clip(images.astype(jnp.float32), -1, 1)
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    def _statistics(self) -> tuple[Float[Array, "1 1 1 c"], Float[Array, "1 1 1 c"]]:
+        """Mean and standard deviation of each latent channel."""
+        c = self.config
+        return tuple(jnp.array(a)[None, None, None] for a in (c.latents_mean, c.latents_std))
+
+    def __call__(self, images: Images) -> Images:
         """The reconstruction; meets every parameter, for `init`."""
         return self.decode(self.encode(images))
 
