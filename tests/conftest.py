@@ -9,6 +9,8 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from twinflow_jax import errors  # noqa: E402 - it imports no JAX, which reads what is set below
+
 # One compilation cache for the whole test run, also for the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
@@ -16,6 +18,9 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TWINFLOW_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+# A verb that is interrupted in a test must not end the tests.
+errors.end = sys.exit
 
 # A shell starts background jobs with SIGINT ignored, which what is tested would inherit.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
