@@ -155,12 +155,6 @@ def test_eight_devices_compute_what_one_does(name):
     assert process.returncode == 0, process.stderr[-3000:]
 
 
-def test_strategies_that_are_none():
-    message = "mesh.strategy is 'gather'; choose from partitioner, gather_layers"
-    with pytest.raises(UserError, match=message):
-        parallel.create("gather", parallel.make_mesh(), {"a": 1}, {"a": ()}, "float32")
-
-
 def test_networks_without_layers_are_left_to_the_partitioner():
     with pytest.raises(UserError, match="stacked layers"):
         parallel.create("gather_once", parallel.make_mesh(), {"a": 1}, {"a": ()}, "float32")

@@ -83,7 +83,8 @@ class Mesh(parallel.MeshConfig):
     """How devices share the work, and how layers come by their weights."""
 
     strategy: str = option(
-        "partitioner", "how layers come by weights that are split", choices=parallel.STRATEGIES
+        "partitioner", "how layers come by weights that are split",
+        choices=tuple(parallel.STRATEGIES),
     )
 
 

@@ -12,6 +12,7 @@ context axes are left to the partitioner. Neither networks nor objectives nor th
 any of this: `Strategy.applied` is what they are traced in, `Strategy.weights` what they are given.
 """
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -29,8 +30,6 @@ from twinflow_jax.models.stack import Placement
 from twinflow_jax.parallel.mesh import BATCH, FSDP, row_parts
 from twinflow_jax.parallel.rules import RULES, shardings
 
-STRATEGIES = ("partitioner", "gather_layers", "gather_once")
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -43,89 +42,59 @@ class Held:
 
 
 @dataclasses.dataclass(frozen=True)
-class Strategy:
-    """A network's weights on a mesh.
+class Strategy(abc.ABC):
+    """A network's weights on a mesh. A strategy derives from this, says how one stack's layers come
+    by their weights (`placement`), and stands in STRATEGIES.
 
     layouts: of its parameters (`parallel.shardings`). stacks: the names of its stacks of layers.
     dtype: of computation.
     """
 
-    name: str
     mesh: Mesh
     layouts: Any
     stacks: tuple[str, ...]
     dtype: str
 
+    @abc.abstractmethod
+    def placement(self, name: str) -> Placement:
+        """How the layers of a stack come by their weights, and are run."""
+
+    def hold(self, params) -> Any:
+        """What a step keeps of `params`, for `weights`; None for nothing."""
+        return None
+
+    def weights(self, params, held) -> Any:
+        """What the network's `apply` takes; gradients reach `params`."""
+        return params
+
     @contextlib.contextmanager
     def applied(self):
         """Trace and lower inside: layers then run by this strategy, and the names that models
         give to activations mean this mesh."""
-        placements = {
-            "partitioner": self._constrained, "gather_layers": self._mapped,
-            "gather_once": self._mapped,
-        }
-        with applied(self.mesh), stack.placed(placements[self.name]):
+        with applied(self.mesh), stack.placed(self.placement):
             yield
-
-    @property
-    def _mapped_axes(self) -> set[str]:
-        """Those that split rows; all, where the others split nothing: the compiler then leaves
-        every collective as it is written."""
-        others = self.mesh.size // row_parts(self.mesh)
-        return set(BATCH) if others > 1 else set(self.mesh.axis_names)
-
-    def hold(self, params):
-        """What a step keeps of `params`, for `weights`; nothing, unless it gathers once."""
-        if self.name != "gather_once":
-            return None
-        return {
-            name: jax.tree.map(self._gather_all, params[name], self._specs_over_fsdp(name))
-            for name in self.stacks
-        }
-
-    def weights(self, params, held):
-        """What the network's `apply` takes; gradients reach `params`."""
-        if held is None:
-            return params
-        join = lambda part, whole: part if whole is None else Held(part, whole)
-        return params | {
-            name: jax.tree.map(join, params[name], copies) for name, copies in held.items()
-        }
 
     def _specs(self, name: str):
         """Of a stack's weights."""
         return jax.tree.map(lambda layout: layout.spec, self.layouts[name])
 
-    def _specs_over_fsdp(self, name: str):
-        """What a map over the rows' axes has to know of them; the rest is the partitioner's."""
-        def kept(spec):
-            entries = ([a for a in _axes_at(spec, i) if a in FSDP] for i in range(len(spec)))
-            return PartitionSpec(*(tuple(entry) or None for entry in entries))
+    def _filled(self, run):
+        """`run(loop, carry, ...)` with rows that the mesh divides: copies of rows fill them up."""
+        def around(loop, carry, weights, per_layer, per_row):
+            rows = jax.tree.leaves(carry)[0].shape[0]
+            fill = functools.partial(_fill, rows=-rows % row_parts(self.mesh))
+            carry, per_row = jax.tree.map(fill, (carry, per_row))
+            per_layer = jax.tree.map(functools.partial(fill, axis=1), per_layer)
+            carry = run(loop, carry, weights, per_layer, per_row)
+            return jax.tree.map(lambda a: a[:rows], carry)
 
-        return jax.tree.map(kept, self._specs(name))
+        return around
 
-    def _gather_all(self, part, spec):
-        """Each device's copy of a weight (devices, layers, ...), or None where it is whole."""
-        if _split_at(spec) is None:
-            return None
-        gather = lambda x: self._gather(x, spec)[None]
-        return jax.shard_map(
-            gather, mesh=self.mesh, in_specs=spec, out_specs=PartitionSpec(BATCH),
-            axis_names=self._mapped_axes, check_vma=False,
-        )(jax.lax.stop_gradient(part))
 
-    def _gather(self, part, spec):
-        """The whole of a weight, from inside the map; its gradient is scattered again."""
-        at = _split_at(spec)
-        if at is None:
-            return part
-        part = part.astype(self.dtype)
-        for axis in reversed(_axes_at(spec, at)):
-            part = jax.lax.all_gather(part, axis, axis=at, tiled=True)
-        return part
+class Partitioner(Strategy):
+    """The partitioner gathers a layer's weights, in as many steps as `fsdp` has axes."""
 
-    def _constrained(self, name: str) -> Placement:
-        """The partitioner gathers a layer's weights, in as many steps as `fsdp` has axes."""
+    def placement(self, name: str) -> Placement:
         def gather(part, spec):
             spec, at = _without_layers(spec), _split_at(_without_layers(spec))
             if at is None:
@@ -143,19 +112,11 @@ class Strategy:
             around=self._filled(lambda loop, *arguments: loop(*arguments)),
         )
 
-    def _filled(self, run):
-        """`run(loop, carry, ...)` with rows that the mesh divides: copies of rows fill them up."""
-        def around(loop, carry, weights, per_layer, per_row):
-            rows = jax.tree.leaves(carry)[0].shape[0]
-            fill = functools.partial(_fill, rows=-rows % row_parts(self.mesh))
-            carry, per_row = jax.tree.map(fill, (carry, per_row))
-            per_layer = jax.tree.map(functools.partial(fill, axis=1), per_layer)
-            carry = run(loop, carry, weights, per_layer, per_row)
-            return jax.tree.map(lambda a: a[:rows], carry)
 
-        return around
+class GatherLayers(Strategy):
+    """Each layer's weights are gathered where the layer runs, in each pass."""
 
-    def _mapped(self, name: str) -> Placement:
+    def placement(self, name: str) -> Placement:
         """Layers run inside a map over the axes that split rows."""
         over_fsdp = self._specs_over_fsdp(name)
 
@@ -185,6 +146,62 @@ class Strategy:
 
         return Placement(fetch, self._filled(mapped))
 
+    @property
+    def _mapped_axes(self) -> set[str]:
+        """Those that split rows; all, where the others split nothing: the compiler then leaves
+        every collective as it is written."""
+        others = self.mesh.size // row_parts(self.mesh)
+        return set(BATCH) if others > 1 else set(self.mesh.axis_names)
+
+    def _specs_over_fsdp(self, name: str):
+        """What a map over the rows' axes has to know of them; the rest is the partitioner's."""
+        def kept(spec):
+            entries = ([a for a in _axes_at(spec, i) if a in FSDP] for i in range(len(spec)))
+            return PartitionSpec(*(tuple(entry) or None for entry in entries))
+
+        return jax.tree.map(kept, self._specs(name))
+
+    def _gather(self, part, spec):
+        """The whole of a weight, from inside the map; its gradient is scattered again."""
+        at = _split_at(spec)
+        if at is None:
+            return part
+        part = part.astype(self.dtype)
+        for axis in reversed(_axes_at(spec, at)):
+            part = jax.lax.all_gather(part, axis, axis=at, tiled=True)
+        return part
+
+
+class GatherOnce(GatherLayers):
+    """All layers' weights are gathered once in a step, and kept."""
+
+    def hold(self, params) -> Any:
+        return {
+            name: jax.tree.map(self._gather_all, params[name], self._specs_over_fsdp(name))
+            for name in self.stacks
+        }
+
+    def weights(self, params, held) -> Any:
+        join = lambda part, whole: part if whole is None else Held(part, whole)
+        return params | {
+            name: jax.tree.map(join, params[name], copies) for name, copies in held.items()
+        }
+
+    def _gather_all(self, part, spec):
+        """Each device's copy of a weight (devices, layers, ...), or None where it is whole."""
+        if _split_at(spec) is None:
+            return None
+        gather = lambda x: self._gather(x, spec)[None]
+        return jax.shard_map(
+            gather, mesh=self.mesh, in_specs=spec, out_specs=PartitionSpec(BATCH),
+            axis_names=self._mapped_axes, check_vma=False,
+        )(jax.lax.stop_gradient(part))
+
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "partitioner": Partitioner, "gather_layers": GatherLayers, "gather_once": GatherOnce,
+}
+
 
 def create(name: str, mesh: Mesh, abstract, axes, dtype: str) -> Strategy:
     """The strategy of that name, one of STRATEGIES, for a network with these parameters.
@@ -198,7 +215,7 @@ def create(name: str, mesh: Mesh, abstract, axes, dtype: str) -> Strategy:
             f"mesh.strategy {name!r} is for networks with stacked layers; this one has none: use "
             "mesh.strategy=partitioner"
         )
-    return Strategy(name, mesh, shardings(mesh, abstract, axes), stacks, dtype)
+    return STRATEGIES[name](mesh, shardings(mesh, abstract, axes), stacks, dtype)
 
 
 @contextlib.contextmanager
