@@ -23,7 +23,7 @@ from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import contract_in_place, tokens
 from twinflow_jax.models.conditioning import sinusoid
-from twinflow_jax.models.settings import LayeredSettings
+from twinflow_jax.models.settings import TextSettings
 from twinflow_jax.models.stack import run_layers
 
 EPSILON = 1e-6  # of every norm
@@ -48,7 +48,7 @@ _HARMLESS = ("pooled_projection_dim",)  # written by the published pipeline, rea
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(LayeredSettings):
+class Config(TextSettings):
     """The published values."""
 
     name: str = "qwen_image"
@@ -69,26 +69,16 @@ class Config(LayeredSettings):
         True, "whether r has an embedder; without, r is ignored"
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        problems, axes = [], self.rope_axes
+    splits_tokens = True
+
+    def problems(self) -> list[str]:
+        found, axes = super().problems(), self.rope_axes
         if sum(axes) != self.head_dim or any(axis % 2 for axis in axes):
-            problems.append(
+            found.append(
                 f"rope_axes {axes} must be three even numbers that add up to head_dim "
                 f"{self.head_dim}"
             )
-        problems += settings.not_latents_from_text(self)
-        settings.refuse("model 'qwen_image'", problems)
-
-    @property
-    def any_size(self) -> bool:
-        """Whether samples of other sizes than `sample_shape` can be drawn."""
-        return True
-
-    @property
-    def splits_tokens(self) -> bool:
-        """Whether a mesh's context axis has something to split."""
-        return True
+        return found
 
     @property
     def width(self) -> int:

@@ -22,7 +22,7 @@ from twinflow_jax.models.axes import rows
 from twinflow_jax.models.conditioning import sinusoid
 from twinflow_jax.models.convolution import Depthwise
 from twinflow_jax.models.linear_attention import linear_attention
-from twinflow_jax.models.settings import LayeredSettings
+from twinflow_jax.models.settings import TextSettings
 from twinflow_jax.models.stack import run_layers
 
 EPSILON = 1e-6  # of the norms before self-attention, MLP and output
@@ -52,7 +52,7 @@ _DERIVED = ("out_channels", "cross_attention_dim", "sample_size", "qk_norm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(LayeredSettings):
+class Config(TextSettings):
     """The published values of SANA-0.6B at 512 pixels."""
 
     name: str = "sana"
@@ -71,20 +71,8 @@ class Config(LayeredSettings):
     timestep_scale: float = option(1.0, "that diffusers multiplies its times by", above=0)
     second_embedder: bool = option(True, "whether r has an embedder; without, r is ignored")
 
-    def __post_init__(self):
-        super().__post_init__()
-        problems = settings.not_positive(self, ("mlp_width",))
-        settings.refuse("model 'sana'", problems + settings.not_latents_from_text(self))
-
-    @property
-    def any_size(self) -> bool:
-        """Whether samples of other sizes than `sample_shape` can be drawn."""
-        return True
-
-    @property
-    def patch(self) -> int:
-        """Latents a token covers along each side."""
-        return 1
+    def problems(self) -> list[str]:
+        return settings.not_positive(self, ("mlp_width",)) + super().problems()
 
     @property
     def width(self) -> int:
