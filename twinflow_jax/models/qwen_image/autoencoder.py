@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from twinflow_jax.errors import UserError
-from twinflow_jax.models import names, settings
+from twinflow_jax.models import autoencoder, names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.family import image_inputs
 
@@ -226,8 +225,8 @@ class Decoder(nn.Module):
         return CausalConv(3, 3, c.dtype, name="conv_out")(x)
 
 
-class Autoencoder(nn.Module):
-    """Use as `module.apply({"params": params}, images, method="encode")`."""
+class Autoencoder(autoencoder.Autoencoder):
+    """Of the published class; the posterior's mean is taken."""
 
     config: Config
 
@@ -238,35 +237,15 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = CausalConv(c.latent_channels, 1, c.dtype)
         self.decoder = Decoder(c)
 
-    def encode(
-        self, images: Float[Array, "B H W 3"]
-    ) -> Float[Array, "B H/downscale W/downscale latent_channels"]:
-        """Normalised latents of images in [-1, 1]: the posterior's mean, without its noise.
-
-        Raises UserError for sides that `config.downscale` does not divide.
-        """
+    def to_latents(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
         c = self.config
-        height, width = images.shape[1:3]
-        if height % c.downscale or width % c.downscale:
-            raise UserError(
-                f"cannot encode images of {height}x{width}: crop or resize them to multiples of "
-                f"{c.downscale}"
-            )
         mean, _ = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
         return (mean.astype(jnp.float32) - jnp.array(c.latents_mean)) / jnp.array(c.latents_std)
 
-    def decode(
-        self, latents: Float[Array, "B h w latent_channels"]
-    ) -> Float[Array, "B h*downscale w*downscale 3"]:
-        """Images in [-1, 1] of normalised latents."""
+    def to_images(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         c = self.config
         z = latents * jnp.array(c.latents_std) + jnp.array(c.latents_mean)
-        images = self.decoder(self.post_quant_conv(z))
-        return jnp.clip(images.astype(jnp.float32), -1, 1)
-
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-        """The reconstruction; meets every parameter, for `init`."""
-        return self.decode(self.encode(images))
+        return self.decoder(self.post_quant_conv(z))
 
 
 def _layout(path: str, ndim: int) -> str:

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Attention, GatedMLP, init_of
+from twinflow_jax.models.decoder import Attention, GatedMLP
+from twinflow_jax.models.projections import init_of
 
 ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
 
