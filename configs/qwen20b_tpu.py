@@ -1,7 +1,7 @@
 """Qwen-Image 20B, all parameters, into a one-step generator: TwinFlow's settings for it.
 
-    python tools/convert.py import Qwen/Qwen-Image checkpoints/qwen_image
-    python tools/encode.py photos/ records/train --pipeline checkpoints/qwen_image --size 512
+    python -m twinflow_jax.convert import Qwen/Qwen-Image checkpoints/qwen_image
+    python -m twinflow_jax.encode photos/ records/train --pipeline checkpoints/qwen_image --size 512
     python -m twinflow_jax.train --config configs/qwen20b_tpu.py --workdir runs/qwen
 
 docs/data.md says which pictures, and in which forms. Variants, as `configs/qwen20b_tpu.py:NAME`:

@@ -1,8 +1,8 @@
 """SANA-0.6B, all parameters, into a one-step generator: TwinFlow's settings for it.
 
-    python tools/convert.py import Efficient-Large-Model/Sana_600M_1024px_diffusers \\
+    python -m twinflow_jax.convert import Efficient-Large-Model/Sana_600M_1024px_diffusers \\
         checkpoints/sana06b
-    python tools/encode.py photos/ records/train --pipeline checkpoints/sana06b --size 1024
+    python -m twinflow_jax.encode photos/ records/train --pipeline checkpoints/sana06b --size 1024
     python -m twinflow_jax.train --config configs/sana06b_tpu.py --workdir runs/sana06b
 
 docs/data.md says which pictures, and in which forms. Variants, as `configs/sana06b_tpu.py:NAME`:

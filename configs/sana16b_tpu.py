@@ -1,8 +1,8 @@
 """SANA-1.6B, all parameters, into a one-step generator: TwinFlow's settings for it.
 
-    python tools/convert.py import Efficient-Large-Model/Sana_1600M_1024px_diffusers \\
+    python -m twinflow_jax.convert import Efficient-Large-Model/Sana_1600M_1024px_diffusers \\
         checkpoints/sana16b
-    python tools/encode.py photos/ records/train --pipeline checkpoints/sana16b --size 1024
+    python -m twinflow_jax.encode photos/ records/train --pipeline checkpoints/sana16b --size 1024
     python -m twinflow_jax.train --config configs/sana16b_tpu.py --workdir runs/sana16b
 
 The variants are those of configs/sana06b_tpu.py. Hardware: master weights, RAdam's moments and

@@ -53,6 +53,7 @@ while (($#)); do
 done
 [[ $config ]] || fail "give --config FILE (launch/local.sh --help)"
 [[ $workdir ]] || fail "give --workdir DIR (launch/local.sh --help)"
+workdir=${workdir/#~\//"$HOME/"} # the shell leaves --workdir=~/runs alone
 logs=${workdir%/}.logs
 
 # shares[I]: the setting that gives process I its part of the devices, where they can be divided.

@@ -114,7 +114,7 @@ install() {
   root=$(cd "$(dirname "$0")/.." && pwd)
   folder=$(mktemp -d)
   run bash -c "git -C $(quote "$root") ls-files -z --cached --others --exclude-standard |
-    tar -C $(quote "$root") --null -T - -czf $folder/twinflow.tar.gz" &&
+    tar -C $(quote "$root") --null -T - -czf $(quote "$folder/twinflow.tar.gz")" &&
     run gcloud compute tpus queued-resources scp "$folder/twinflow.tar.gz" "$name:" \
       "${place[@]}" --node=all --worker=all &&
     on_all "mkdir -p twinflow && tar -xzf twinflow.tar.gz -C twinflow && cd twinflow &&

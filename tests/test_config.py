@@ -104,7 +104,7 @@ def test_bad_overrides_name_what_is_meant(override, message):
 
 
 def test_bad_config_files(tmp_path):
-    with pytest.raises(UserError, match="no config file"):
+    with pytest.raises(UserError, match="no config file .*: digits, emoji"):
         configs.load("configs/nothing.py")
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     with pytest.raises(UserError, match="line 1 is not valid Python"):
@@ -121,6 +121,15 @@ def test_bad_config_files(tmp_path):
         configs.load(str(tmp_path / "typo.py"))
     with pytest.raises(UserError, match="no variants"):
         configs.load("configs/digits.py:tiny")
+
+
+def test_configs_that_come_along_have_names(tmp_path, monkeypatch):
+    here = configs.parse("configs/qwen20b_tpu.py:tiny")
+    monkeypatch.chdir(tmp_path)
+    for name in ("qwen20b_tpu:tiny", "configs/qwen20b_tpu.py:tiny", "qwen20b_tpu.py:tiny"):
+        assert configs.parse(name) == here
+    with pytest.raises(UserError, match="no config file"):
+        configs.parse("elsewhere/mnist.py")
 
 
 def test_unknown_model_and_objective_fields():

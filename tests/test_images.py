@@ -1,6 +1,12 @@
-"""Sheets: blocks of images under their captions."""
+"""Sheets: blocks of images under their captions. Pictures that people have."""
+
+import io
+import struct
+import zlib
 
 import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from twinflow_jax import images
 
@@ -16,3 +22,47 @@ def test_a_caption_wider_than_its_block_moves_the_next_block():
     starts = [np.flatnonzero(columns < 50)[0] for columns in below]
     assert starts[0] < 300 and starts[1] > 1000
     assert all(sheet.shape[1] > start for sheet, start in zip(sheets, starts, strict=True))
+
+
+def test_long_captions_of_rows_are_broken_and_shortened():
+    blocks = {"a": np.ones((2, 8, 8, 3))}
+    captions = ["a cat on a wall " * 190, "one\nline"]
+    made = images.sheet(blocks, 1, rows=captions)
+    short = images.sheet(blocks, 1, rows=["a cat", "one line"])
+    assert made.width < short.width + 500 and made.height == short.height
+    assert images.sheet(blocks, 1, rows=[captions[1]] * 2).width == images.sheet(
+        blocks, 1, rows=["one line"] * 2
+    ).width
+
+
+def saved(picture: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_what_a_png_says_beside_its_pixels_does_not_matter():
+    """Texts and profiles of megabytes, compressed or not; damage and what is up still count."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 4), np.uint8)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    info.add_itxt("prompt", "y" * 3_000_000, zip=True)
+    for _ in range(70):
+        info.add_text("more", "z" * 1_000_000)
+    picture = Image.fromarray(pixels)
+    data = saved(picture, "PNG", pnginfo=info, icc_profile=b"p" * 3_000_000)
+    assert np.array_equal(np.asarray(images.opened(data + b"more")), pixels)
+    with pytest.raises(OSError, match="truncated"):
+        images.opened(data[:-200]).load()
+    late = saved(picture, "PNG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(turned) - 4) + turned + struct.pack(">I", zlib.crc32(turned))
+    late = late[:-12] + chunk + late[-12:]
+    assert images.opened(late).getexif()[0x0112] == 6
+
+
+def test_formats_that_run_programs_are_no_pictures():
+    with pytest.raises(UnidentifiedImageError):
+        images.opened(saved(Image.new("RGB", (8, 8)), "EPS"))

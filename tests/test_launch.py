@@ -187,6 +187,13 @@ def test_all_processes_start_again_when_one_dies(place):
     assert out == "attempt 1 of process 0\ntold to end\nattempt 2 of process 0\n"
 
 
+def test_logs_lie_beside_a_workdir_in_the_home_folder(place):
+    program(place, "python", "echo started")
+    arguments = ["--config", "c", "--workdir=~/a [b]/run", "--processes", "2"]
+    assert call(place, "local.sh", *arguments, HOME=str(place / "home & ~"))[0] == 0
+    assert len(list((place / "home & ~" / "a [b]" / "run.logs").iterdir())) == 2
+
+
 @pytest.mark.parametrize("ends, expected, starts", [(2, 2, 1), (143, 143, 1), (0, 0, 1)])
 def test_what_is_no_crash_does_not_start_again(place, ends, expected, starts):
     program(place, "python", f"echo >$calls/$RANDOM\nexit {ends}")

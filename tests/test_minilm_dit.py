@@ -12,9 +12,10 @@ from PIL import Image
 from tests.qwen_folder import randomise
 from tests.test_text_to_image import draw
 from tests.test_verbs import call
-from twinflow_jax import checkpoints, objectives, sample, text_to_image
+from twinflow_jax import checkpoints, objectives, sample
 from twinflow_jax.checkpoints import exporting, imported, importing
 from twinflow_jax.config import Run
+from twinflow_jax.drawing import Pipeline, text
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.minilm_dit import tiny
 from twinflow_jax.training import defaults
@@ -92,7 +93,7 @@ def test_prompts_of_a_pipeline_folder_are_the_same(folder, checkpoint, tmp_path)
         str(tmp_path / "published"), str(tmp_path / "checkpoint"), progress=False
     )
     one, other = (
-        text_to_image.Pipeline(each, "float32", progress=False).embed(["A fox", "two"], negative="")
+        text.embed(Pipeline(each, "float32", progress=False), ["A fox", "two"], negative="")
         for each in (checkpoint, again)
     )
     np.testing.assert_array_equal(one.tokens, other.tokens)

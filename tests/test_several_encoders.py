@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twinflow_jax import models, text_to_image
+from twinflow_jax import models
 from twinflow_jax.checkpoints import imported, random
+from twinflow_jax.drawing import Pipeline, text
 from twinflow_jax.encoding.captions import Captions, Tally
 from twinflow_jax.encoding.encode import manifest_of
 from twinflow_jax.models import minilm_dit, sana
@@ -60,10 +61,10 @@ def test_prompts_go_through_all_encoders(checkpoint):
     assert sorted(p.name for p in (checkpoint.folder / "files").iterdir()) == [
         "tokenizer", "tokenizer_2"
     ]
-    pipeline = text_to_image.Pipeline(checkpoint, "float32", progress=False)
-    made = pipeline.embed(PROMPTS, 16, negative="")
+    pipeline = Pipeline(checkpoint, "float32", progress=False)
+    made = text.embed(pipeline, PROMPTS, 16, negative="")
     alone = dataclasses.replace(checkpoint, record=checkpoint.record | {"family": "sana"})
-    theirs = text_to_image.Pipeline(alone, "float32", progress=False).embed(PROMPTS, negative="")
+    theirs = text.embed(Pipeline(alone, "float32", progress=False), PROMPTS, negative="")
     np.testing.assert_allclose(made.tokens[:, 1:], theirs.tokens, atol=1e-5)
     np.testing.assert_array_equal(made.mask[:, 1:], theirs.mask)
     pooled = made.tokens[:, 0]
@@ -75,9 +76,10 @@ def test_prompts_go_through_all_encoders(checkpoint):
     both = [checkpoint.identity(name) for name in family.encoders]
     assert manifest.text_encoder == " + ".join(both) and both[0] != both[1]
     assert both[0] == alone.text_identity
-    with pipeline.text_encoder(8) as encode:
+    with text.encoder(pipeline, 8) as encode:
         (rows,), _ = Captions(pipeline, encode, 16)([PROMPTS[:1], PROMPTS[1:]], Tally())
     valid = made.tokens[0, made.mask[0]]
     np.testing.assert_allclose(rows, valid, atol=1e-5)
-    null = pipeline.null()
-    np.testing.assert_array_equal(null.tokens, pipeline.null().tokens)  # once more, from its file
+    null = text.null(pipeline)
+    again = text.null(pipeline)  # from its file
+    np.testing.assert_array_equal(null.tokens, again.tokens)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from PIL import Image
 
 from tests import qwen_folder
 from tests.test_verbs import call
-from twinflow_jax import files, images, models, sample, sampling, text_to_image
+from twinflow_jax import drawing, files, images, models, sample, sampling
 from twinflow_jax.checkpoints import importing, store
+from twinflow_jax.models.qwen_image import autoencoder, text_encoder
 
 PROMPTS = [
     "a red fox",
@@ -42,7 +44,8 @@ def made(tmp_path_factory):
         embeddings=folder / "kept" / "embeddings.safetensors",
     )
     importing.import_folder(str(folder / "pipeline"), str(made.checkpoint), progress=False)
-    (folder / "prompts.txt").write_text("\n\n".join(PROMPTS))
+    lines = "\n \r\n".join(PROMPTS)  # as editors of several systems leave them
+    (folder / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\xef\xbb\xbf\r\n")
     made.two_steps = draw(
         made.checkpoint, folder / "two_steps", *made.prompts, "--steps", "2",
         "--save-embeddings", str(made.embeddings),
@@ -180,9 +183,11 @@ def test_base_sampling_is_the_published_pipeline(made, tmp_path, size, negative)
 def test_guidance_is_counted_as_the_family_does(none, guidance):
     """pos + w (pos - neg), w from 0, is neg + (1 + w) (pos - neg)."""
     family = dataclasses.replace(models.FAMILIES["sana"].text_to_image, no_guidance=none)
-    pipeline = text_to_image.Pipeline(types.SimpleNamespace(text_to_image=family), "float32")
+    pipeline = drawing.Pipeline(types.SimpleNamespace(text_to_image=family), "float32")
     apply = lambda params, x, t, r, cond: cond
-    draw = pipeline.base(sampling.Schedule((1.0, 0.0), (1.0,), "euler"), guidance)
+    draw = drawing.denoising.base(
+        pipeline, sampling.Schedule((1.0, 0.0), (1.0,), "euler"), guidance
+    )
     positive, negative = np.float32([[2.0]]), None if guidance == none else np.float32([[0.5]])
     x = draw(apply, {}, np.zeros((1, 1), np.float32), positive, negative, None)
     assert x == -(2.0 + (guidance - none) * (2.0 - (negative or 0.0)))
@@ -234,23 +239,45 @@ def test_bfloat16_on_a_sheet(made, tmp_path):
 
 def test_tiles(made):
     """Attention sees a tile and not the picture, so that there is some difference."""
-    pipeline = text_to_image.open_pipeline(made.checkpoint)
+    pipeline = drawing.open_pipeline(made.checkpoint)
     x = noise_of(0, (32, 288))[0]
     latents = made.pipeline._unpack_latents(x, 32, 288, 8)[0, :, 0].permute(1, 2, 0).numpy()
-    [ours] = pipeline.decode(latents[None], pipeline.tile_of(256))
+    codec = drawing.codec
+    [ours] = codec.decode(pipeline, latents[None], codec.tile_of(pipeline, 256))
     theirs = decoded(made.pipeline, x, (32, 288))
     assert theirs.std() > 20 and 0 < np.abs(images.to_uint8(ours) - theirs).mean() < 3
+
+
+def test_batches_share_one_program(made, monkeypatch):
+    """Of the encoders and of the sampler; the last batch has fewer rows than the others."""
+    def once(owner, name):
+        guarded = chex.assert_max_traces(getattr(owner, name), 1)
+        monkeypatch.setattr(owner, name, guarded)
+
+    pipeline = text_to_image.open_pipeline(made.checkpoint)
+    prompts = pipeline.family.tokenize(pipeline.tokenizer(), PROMPTS[:1] * 5)
+    with pipeline.text_encoder(batch=2) as encode:
+        once(text_encoder.TextEncoder, "__call__")
+        tokens = encode(*prompts)
+        encode(*(a[:1] for a in prompts))
+    with pipeline.image_encoder() as encode:
+        once(autoencoder.Autoencoder, "encode")
+        for rows in (2, 1):
+            encode(np.zeros((rows, *SIZE, 3), np.float32), 2)
+    draw = chex.assert_max_traces(pipeline.few_step(sampling.few_step(2)), 1)
+    numbers, shape = np.arange(3), pipeline.latent_shape(SIZE)
+    assert len(pipeline.denoise(draw, tokens, numbers, numbers, shape, 0, batch=2)) == 3
 
 
 SHARDED = """
 import sys
 import jax
-from twinflow_jax import sample, text_to_image
+from twinflow_jax import drawing, sample
 from twinflow_jax.errors import run_verb
 
 assert len(jax.devices()) == 8
-pipeline = text_to_image.open_pipeline(sys.argv[2])
-pipeline = text_to_image.Pipeline(pipeline.checkpoint, "float32", progress=False)
+pipeline = drawing.open_pipeline(sys.argv[2])
+pipeline = drawing.Pipeline(pipeline.checkpoint, "float32", progress=False)
 for name in ("transformer", "text_encoder"):
     with pipeline.loaded(name, name) as (_, params):
         leaves = jax.tree.leaves(params)
@@ -336,7 +363,7 @@ def test_bad_inputs_get_one_line(made, tmp_path, capsys):
         ([*fox, "--out", str(tmp_path / "empty.txt")], "empty.txt is a file: choose a folder"),
         ([*fox, "--save-embeddings", str(tmp_path)], "cannot be written: .* is a directory"),
         (on(tmp_path / "nothing"), "is no run and no imported checkpoint"),
-        (on(made.folder / "pipeline"), "what `tools/convert.py import` wrote"),
+        (on(made.folder / "pipeline"), "what `twinflow convert import` wrote"),
         (on(unfinished), "was not imported to its end: run the import again"),
         (on(transformer), "holds only transformer, no vae: import the whole pipeline"),
         (on(without("tokenizer")), "holds no tokenizer"),

@@ -58,6 +58,16 @@ def test_sample_writes_pictures_that_the_seed_decides(run, tmp_path):
         assert not np.array_equal(np.asarray(a), np.asarray(c))
 
 
+def test_seeds_have_64_bits(run, tmp_path):
+    base = ["--checkpoint", str(run), "--classes", "3", "--count", "1", "--out", str(tmp_path)]
+    seeds = (0, 2**32, 2**50, 2**64 - 1)
+    assert [call(sample, *base, "--seed", str(seed)) for seed in seeds] == [0] * 4
+    pictures = {Image.open(file).tobytes() for file in tmp_path.iterdir()}
+    assert len(pictures) == 4
+    config = ["--config", "configs/digits.py", *SMALL, f"--config.train.seed={2**64 - 1}"]
+    assert call(train, *config, "--workdir", str(tmp_path / "run")) == 0
+
+
 def test_sheet_and_raw_weights(run, tmp_path):
     out = ["--checkpoint", str(run), "--out", str(tmp_path), "--sheet"]
     assert call(sample, *out) == 0
@@ -94,6 +104,15 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         (train, ["--config", "nothing.py", *new], "no config file"),
         (train, [*digits, "--workdir", str(run)], "holds another run"),
         (train, [*digits, *new, "--config.objective.guidance=1.5"], "diverges"),
+        (train, [*digits, *new, f"--config.train.seed={2**64}"], "train.seed is .*; give a whole"),
+        (train, [*digits, *new, "--config.train.seed=-1"], "train.seed is -1; give a whole"),
+        (train, [*digits, "--workdir", "two\nlines"], "line break"),
+        (train, [*digits, "--workdir", "http://host/runs"], "is no path"),
+        (train, [*digits, *new, "--process", "one"], "--process: invalid int value: 'one'"),
+        (train, digits, "arguments are required: --workdir"),
+        (sample, [*out, "--seed", "-1"], "--seed: the seed is -1; give a whole"),
+        (sample, [*out, "--seed", str(2**64)], "--seed: the seed is 1844.*; give a whole"),
+        (evaluate, ["--checkpoint", str(run), "--seed", "-1"], "--seed: the seed is -1; give a"),
         (sample, ["--checkpoint", str(tmp_path), "--out", "x"], "is no run"),
         (sample, [*out, "--classes", "11"], "classes 0 to 9"),
         (sample, [*out, "--classes", "cat"], "give numbers"),
@@ -107,7 +126,7 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
     ]
     for verb, arguments, message in cases:
         assert call(verb, *arguments) == 2, arguments
-        error = capsys.readouterr().err.strip().splitlines()[-1]
+        [error] = capsys.readouterr().err.strip().splitlines()
         assert error.startswith("error: ") and re.search(message, error), (arguments, error)
     assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
 

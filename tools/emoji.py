@@ -1,7 +1,7 @@
 """A captioned set of about 10,000 emoji: python tools/emoji.py DST
 
 Three styles (Google's Noto, Twitter's Twemoji, Microsoft's Fluent 3D) with the names and tags of
-emojibase, from npm packages. Written for tools/encode.py:
+emojibase, from npm packages. Written for twinflow encode:
 
     DST/train.jsonl
     DST/held_out_concepts.jsonl   concepts that no training picture shows, in any style
@@ -13,7 +13,6 @@ A concept is an emoji with all its skin tones, genders and directions. Which are
 on their names alone, so that it is the same for everybody.
 """
 
-import argparse
 import collections
 import dataclasses
 import hashlib
@@ -28,8 +27,8 @@ from collections.abc import Iterator
 from etils import epath
 from PIL import Image
 
-from twinflow_jax import files
-from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax import files, images
+from twinflow_jax.errors import Parser, UserError, run_verb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +92,11 @@ class Emoji:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python tools/emoji.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("target", metavar="DST")
+    parser = Parser(prog="python tools/emoji.py", description=__doc__)
+    parser.add_argument("target", type=files.path, metavar="DST")
     parser.add_argument("--size", type=int, default=PIXELS, help=f"pixels (default {PIXELS})")
     parser.add_argument(
-        "--archives", metavar="FOLDER",
+        "--archives", type=files.path, metavar="FOLDER",
         help="of the packages' .tgz files, as `npm pack` names them, in place of a network",
     )
     args = parser.parse_args()
@@ -277,7 +273,7 @@ def on_white(data: bytes, size: int, name: str) -> bytes:
       UserError: it cannot be decoded.
     """
     try:
-        picture = Image.open(io.BytesIO(data)).convert("RGBA")
+        picture = images.opened(data).convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} cannot be read ({error}): download the packages again") from error
     side = max(picture.size)

@@ -6,18 +6,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import Parser, UserError
 
 SAMPLER = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
 
 
-def parser(verb: str, description: str) -> argparse.ArgumentParser:
+def parser(verb: str, description: str) -> Parser:
     """The parser of a verb, which is called as `twinflow VERB` or `python -m twinflow_jax.VERB`."""
     called = pathlib.Path(sys.argv[0]).name == "twinflow"
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"twinflow {verb}" if called else f"python -m twinflow_jax.{verb}",
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=description,
     )
 
 

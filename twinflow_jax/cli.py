@@ -12,7 +12,7 @@ VERBS = {
     "plan": "what training would take on TPUs that are not here",
     "convert": "published checkpoints in and out",
     "encode": "pictures and captions to training records",
-    "features": "convert the weights that evaluation sees with",
+    "features": "the weights that evaluation sees with, as safetensors",
 }
 
 

@@ -1,17 +1,32 @@
 """The one exception that a user's mistake raises, and how a verb reports it."""
 
+import argparse
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 
 
-class UserError(ValueError):
-    """Something that the user can put right: one line saying what, where, and what to do."""
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """Something that the user can put right: one line saying what, where, and what to do.
+
+    The second base lets argparse tell it as it is, where an argument's type raises it.
+    """
 
 
 class TextCut(UserWarning):
     """A text is longer than a network takes: its end is left out."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a verb's arguments: no abbreviations, help as it was written, mistakes in one line."""
+
+    def __init__(self, **options):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message} ({self.prog} --help)")
 
 
 def reason(error: BaseException, length: int = 300) -> str:

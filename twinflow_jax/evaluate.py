@@ -9,7 +9,7 @@ Several --checkpoint stand in one table. Samples are clamped to [-1, 1], as they
 
 import argparse
 
-from twinflow_jax import arguments
+from twinflow_jax import arguments, files, seeds
 from twinflow_jax.errors import run_verb
 
 CLASSES = """Samples of class-conditional runs, judged by an independent classifier that is trained
@@ -18,7 +18,7 @@ diversity within a class, distance to the nearest training image."""
 
 CAPTIONS = """Samples of text-to-image runs, drawn from the captions of held-out records and judged
 through the features of an independent network, by a map to captions that is fitted to training
-records (tools/encode.py writes records, tools/features.py the features' weights)."""
+records (twinflow encode writes records, twinflow features the features' weights)."""
 
 
 def main() -> int:
@@ -49,29 +49,32 @@ def parse() -> argparse.Namespace:
     classes = judges.add_parser("classes", help="of class-conditional runs", description=CLASSES)
     captions = judges.add_parser("captions", help="of text-to-image runs", description=CAPTIONS)
     for judge in (classes, captions):
-        judge.add_argument("--checkpoint", required=True, action="append", metavar="RUN",
+        judge.add_argument("--checkpoint", type=files.path, required=True, action="append",
+                           metavar="RUN",
                            help="the --workdir of a training run; may be given several times")
-        judge.add_argument("--json", metavar="FILE", help="write the scores there")
-        judge.add_argument("--plot", metavar="FILE", help="draw scores over evaluations (PNG)")
-        judge.add_argument("--sheet", metavar="FILE", help="draw samples of every run (PNG)")
+        judge.add_argument("--json", type=files.path, metavar="FILE", help="write the scores there")
+        judge.add_argument("--plot", type=files.path, metavar="FILE",
+                           help="draw scores over evaluations (PNG)")
+        judge.add_argument("--sheet", type=files.path, metavar="FILE",
+                           help="draw samples of every run (PNG)")
         judge.add_argument("--steps", default="1,2,4", help="evaluations (default 1,2,4)")
-        judge.add_argument("--seed", type=int, default=0)
+        judge.add_argument("--seed", type=seeds.parse, default=0)
         judge.add_argument("--raw", action="store_true", help="raw weights, not the average")
     classes.add_argument("--count", type=int, default=1000, help="samples per score")
     captions.add_argument("--count", type=int, help="held-out captions to draw (default: all)")
-    captions.add_argument("--records", metavar="FOLDER", required=True,
+    captions.add_argument("--records", type=files.path, metavar="FOLDER", required=True,
                           help="held-out records to draw and compare")
-    captions.add_argument("--train-records", metavar="FOLDER", required=True,
+    captions.add_argument("--train-records", type=files.path, metavar="FOLDER", required=True,
                           help="that the runs were trained on")
-    captions.add_argument("--features", metavar="FILE", required=True,
-                          help="what tools/features.py wrote")
+    captions.add_argument("--features", type=files.path, metavar="FILE", required=True,
+                          help="what twinflow features wrote")
     captions.add_argument("--seeds", type=int, default=4, help="samples of each caption")
     captions.add_argument(
         "--guidance", type=float,
         help="of runs trained by flow matching: plain Euler steps of two evaluations; 1 is none",
     )
-    captions.add_argument("--pipeline", help="the imported checkpoint of the runs (default: as "
-                          "each says)")
+    captions.add_argument("--pipeline", type=files.path,
+                          help="the imported checkpoint of the runs (default: as each says)")
     for judge in (classes, captions):
         arguments.add_sampler(judge)
     args = parser.parse_args()

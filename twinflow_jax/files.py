@@ -1,6 +1,7 @@
 """Whole files and folders or none: local or object-storage paths through etils.epath."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -13,18 +14,78 @@ from twinflow_jax.errors import UserError
 UNFINISHED = "UNFINISHED"  # a file that is in a folder for as long as the folder is written
 
 
+def path(text: str) -> str:
+    """A path that a user gave, as an argument or in a config, with `~` expanded.
+
+    Shells leave it alone in `--workdir=~/runs`; `$HOME` they expand everywhere.
+    Raises:
+      UserError: it has a line break, or is an address of a kind that is not known.
+    """
+    if "\n" in text or "\r" in text:
+        raise UserError(f"the path {text!r} has a line break: rename it")
+    try:
+        expanded = str(epath.Path(text).expanduser())
+    except KeyError as error:
+        raise UserError(f"{text} is no path: give a local one, or gs://BUCKET/FOLDER") from error
+    return expanded if text.startswith("~") else text
+
+
 def write(path: epath.PathLike, data: bytes) -> None:
     """Writes a file so that it appears complete or not at all; makes its folder."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process's id, which another machine's process may have too.
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    temporary = beside(path)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_folder(flag: str, folder: str) -> None:
+    """Refuses a folder that cannot be written to, before there is something to write.
+
+    Raises:
+      UserError: it is a file, or lies where nothing can be written; names the flag.
+    """
+    path = epath.Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{flag} {folder} is a file: choose a folder")
+    if "://" in folder:
+        return
+    there = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{flag} {folder} cannot be written to: {there} takes no files")
+
+
+def text_lines(data: bytes, errors: str = "strict") -> list[tuple[int, str]]:
+    """(number, text) of each line of a text in UTF-8 that is not blank.
+
+    Byte order marks and blanks around a line are no part of it. errors: as bytes.decode has them.
+    Raises:
+      UnicodeDecodeError: it is not UTF-8.
+    """
+    lines = re.split(r"\r\n|\r|\n", data.decode("utf-8", errors))
+    stripped = ((number, line.lstrip("\ufeff").strip()) for number, line in enumerate(lines, 1))
+    return [(number, line) for number, line in stripped if line]
+
+
+def beside(path: epath.Path) -> epath.Path:
+    """A new hidden name in the same folder, for what is not yet whole."""
+    # Cut, since names have a longest length. No process's id: another machine's may have it too.
+    return path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a disk without room is behind an error, which tensorstore says in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    while error is not None:
+        words = any(os.strerror(number) in str(error) for number in full)
+        if words or getattr(error, "errno", None) in full:
+            return True
+        error = error.__cause__
+    return False
 
 
 def is_plain(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Samples as pictures: PNG files and labelled sheets, settings kept in the PNG's text."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,47 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from twinflow_jax import files
 
+# Pillow's names of what is read; it knows formats that run programs, as EPS does.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")
+PNG, UNUSED = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+ORIENTED = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may say what is up
+ORIENTED_BYTES = 1 << 16  # of those that are read
 MARGIN, LINE = 4, 90
+LETTERS, LEADING = 60, 20  # in a line of a row's text; pixels from one line to the next
+
+
+def opened(data: bytes) -> Image.Image:
+    """A picture from its file's bytes, of which only the start is read.
+
+    Raises:
+      Exception: of many kinds, where they are no picture.
+    """
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    return Image.open(io.BytesIO(_essential(data)), formats=formats)
+
+
+def _essential(data: bytes) -> bytes:
+    """A PNG without its texts and its colour profile, its orientation before its pixels.
+
+    These are unpacked when a PNG is opened, and their size is limited for that: a picture does not
+    fail for what nobody asks for. Bytes of anything else as they are.
+    """
+    if not data.startswith(PNG):
+        return data
+    view, first, others, start, kind = memoryview(data), [], [], len(PNG), b""
+    while start < len(data) and kind != b"IEND":
+        kind = data[start + 4 : start + 8]
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        turns = kind == b"eXIf" or (
+            kind in UNUSED and data.startswith(ORIENTED, start + 8) and end - start < ORIENTED_BYTES
+        )
+        if turns or not first:  # the header stays the first of all
+            first.append(view[start:end])
+        elif kind not in UNUSED:
+            others.append(view[start:end])
+        start = end
+    return b"".join([PNG, *first, *others])
 
 
 def to_uint8(x: Float[np.ndarray, "... C"]) -> UInt8[np.ndarray, "... 3"]:
@@ -36,14 +77,18 @@ def sheet(
 ) -> Image.Image:
     """Blocks of images side by side, each under its caption, enlarged to be looked at.
 
-    rows: what the rows show, written before them; a block may then have fewer columns.
+    rows: what the rows show, written before them as far as there is room; a block may then have
+    fewer columns.
     """
     tiles = [tile(x, len(x) // len(rows) if rows else columns) for x in blocks.values()]
     scale = max(1, round(220 / max(t.shape[1] for t in tiles)))
     tiles = [np.kron(t, np.ones((scale, scale, 1), np.uint8)) for t in tiles]
     font = ImageFont.load_default(14)
     head = 22 + (22 if title else 0)
-    left = MARGIN + max((int(font.getlength(row)) + 2 * MARGIN for row in rows), default=0)
+    room = max(tiles[0].shape[0] // (max(len(rows), 1) * LEADING), 1)
+    rows = [textwrap.wrap(row, LETTERS, max_lines=room, placeholder=" ...") for row in rows]
+    written = [int(font.getlength(line)) + 2 * MARGIN for row in rows for line in row]
+    left = MARGIN + max(written, default=0)
     widths = [  # a caption may be wider than its block
         max(t.shape[1], int(font.getlength(caption)) + 2 * MARGIN) + MARGIN
         for caption, t in zip(blocks, tiles, strict=True)
@@ -55,7 +100,7 @@ def sheet(
         draw.text((MARGIN + 2, 3), title, fill="black", font=font)
     for i, row in enumerate(rows):
         middle = head + (2 * i + 1) * tiles[0].shape[0] // (2 * len(rows))
-        draw.text((MARGIN + 2, middle), row, fill="black", font=font, anchor="lm")
+        draw.text((MARGIN + 2, middle), "\n".join(row), fill="black", font=font, anchor="lm")
     for caption, pixels, step in zip(blocks, tiles, widths, strict=True):
         draw.text((left + 2, head - 19), caption, fill="black", font=font)
         picture.paste(Image.fromarray(pixels), (left, head))

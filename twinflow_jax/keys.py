@@ -10,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+from twinflow_jax import files
 from twinflow_jax.errors import UserError
 
 WORDS = {int: "int", float: "float", str: "str", bool: "bool"}
@@ -60,6 +61,7 @@ class Key:
     default: Any
     meaning: str
     bounds: Bounds = Bounds()
+    is_path: bool = False
 
     @property
     def type(self) -> str:
@@ -76,11 +78,13 @@ class Key:
           TypeError: it is of another type.
         """
         if self.kind in WORDS:
-            return _fit(self.kind, value)
+            value = _fit(self.kind, value)
+            return files.path(value) if self.is_path else value
         each, length = _elements(self.kind)
         if not isinstance(value, tuple | list) or length not in (None, len(value)):
             raise TypeError
-        return tuple(_fit(each, one) for one in value)
+        found = tuple(_fit(each, one) for one in value)
+        return tuple(map(files.path, found)) if self.is_path else found
 
     def takes(self, value: Any) -> bool:
         """Whether a value of the right type lies within the bounds."""
@@ -92,11 +96,11 @@ class Key:
         return f"{self.meaning}; {self.bounds}" if str(self.bounds) else self.meaning
 
 
-def option(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A field of a Part. meaning: for the person who sets it; bounds: those of Bounds."""
-    return dataclasses.field(
-        default=default, metadata={"meaning": meaning, "bounds": Bounds(**bounds)}
-    )
+def option(default: Any, meaning: str, is_path: bool = False, **bounds: Any) -> Any:
+    """A field of a Part. meaning: for the person who sets it; is_path: whether it names folders,
+    whose `~` is expanded; bounds: those of Bounds."""
+    told = {"meaning": meaning, "bounds": Bounds(**bounds), "is_path": is_path}
+    return dataclasses.field(default=default, metadata=told)
 
 
 class Part:

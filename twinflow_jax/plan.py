@@ -15,7 +15,7 @@ import json
 import os
 import sys
 
-from twinflow_jax import arguments
+from twinflow_jax import arguments, files
 from twinflow_jax.errors import UserError, run_verb
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU would only be in the way
@@ -31,7 +31,6 @@ def main() -> int:
     from tqdm import tqdm
 
     from twinflow_jax import config as configs
-    from twinflow_jax import files
     from twinflow_jax.planning import plan, report, topology
     from twinflow_jax.training import setup
 
@@ -77,7 +76,8 @@ def main() -> int:
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = arguments.parser("plan", __doc__)
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
+    parser.add_argument("--config", type=files.path, required=True, metavar="FILE[:VARIANT]",
+                        help="a config file")
     parser.add_argument(
         "--topology", required=True, nargs="+", metavar="NAME",
         help="v5p:4x4x4, 2*v5p:4x4x4 for two slices, or a cloud name like v5p-128, v6e-256",
@@ -88,12 +88,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--remat", nargs="+", help="instead of model.remat")
     parser.add_argument("--scale", nargs="+", type=int, help="multiples of data.batch_size")
     parser.add_argument("--search", action="store_true", help="try the usual of the three above")
-    parser.add_argument("--json", metavar="FILE", help="write the plans")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw memory and time")
+    parser.add_argument("--json", type=files.path, metavar="FILE", help="write the plans")
+    parser.add_argument("--plot", type=files.path, metavar="FILE.png", help="draw memory and time")
     parser.add_argument(
         "--parameters", action="store_true", help="only where each weight lies; compiles nothing"
     )
-    parser.add_argument("--hlo", metavar="FILE", help="write the compiled program")
+    parser.add_argument("--hlo", type=files.path, metavar="FILE", help="write the compiled program")
     args, rest = parser.parse_known_args()
     return args, arguments.overrides(rest)
 

@@ -7,7 +7,7 @@ where a stopped run left off. On several hosts, start it on each with --coordina
 import signal
 import sys
 
-from twinflow_jax import arguments
+from twinflow_jax import arguments, files
 from twinflow_jax import config as configs
 from twinflow_jax.config import reference
 from twinflow_jax.errors import UserError, run_verb
@@ -19,8 +19,9 @@ UNREACHED = 75  # exit status where the processes did not find each other: worth
 
 def main() -> int:
     parser = arguments.parser("train", __doc__)
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a config file")
-    parser.add_argument("--workdir", help="folder of the run, seen by every host")
+    parser.add_argument("--config", type=files.path, required=True, metavar="FILE[:VARIANT]",
+                        help="a config file")
+    parser.add_argument("--workdir", type=files.path, help="folder of the run, seen by every host")
     parser.add_argument(
         "--help-config", action="store_true", help="print the config's keys and exit"
     )

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import runpy
-import types
 
 import numpy as np
 import safetensors.torch
@@ -11,11 +9,11 @@ import torch
 from diffusers import QwenImagePipeline
 
 from tests.test_verbs import call
+from twinflow_jax import convert as verb
 
-CONVERT = pathlib.Path(__file__).parents[2] / "tools" / "convert.py"
+CONVERT = pathlib.Path(verb.__file__)
 NETWORKS = ("transformer", "vae", "text_encoder")
 SEED = int(np.random.default_rng().integers(1 << 30))
-verb = types.SimpleNamespace(main=runpy.run_path(str(CONVERT))["main"])
 
 
 def convert(*arguments) -> int:

@@ -1,5 +1,6 @@
-"""Published folders, written by diffusers, through tools/convert.py and back."""
+"""Published folders, written by diffusers, through twinflow convert and back."""
 
+import codecs
 import dataclasses
 import json
 import os
@@ -110,6 +111,29 @@ def test_there_and_back(variant, options, stored, source, tmp_path, capsys):
     assert json.loads((back / "model_index.json").read_text()) == index
     assert ("E1(t)" in (back / "README.md").read_text()) == (not added)
     assert convert("verify", back, target) == 0
+
+
+@pytest.mark.parametrize("wrapped", [
+    "_orig_mod.{}.{}", "module._orig_mod.{}.{}", "model.diffusion_model.{}.{}",
+    "_fsdp_wrapped_module.{}._fsdp_wrapped_module._checkpoint_wrapped_module.{}",
+])
+def test_names_from_modules_in_others(wrapped, source):
+    """As compiled, sharded and checkpointed modules are saved, and networks within others."""
+    wanted = published.open_folder(str(source)).parts["transformer"].tensors.keys()
+    edit(source / "transformer", lambda all: {
+        wrapped.format(*key.split(".", 1)): tensor for key, tensor in all.items()
+    })
+    assert published.open_folder(str(source)).parts["transformer"].tensors.keys() == wanted
+
+
+def test_byte_order_marks(source, tmp_path):
+    """Before any JSON of a published folder; ours has none, as tokenizers want it."""
+    for file in source.rglob("*.json"):
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert convert("import", source, tmp_path / "ours") == 0
+    assert convert("verify", source, tmp_path / "ours") == 0
+    kept = list((tmp_path / "ours").rglob("*.json"))
+    assert len(kept) > 3 and not any(f.read_bytes().startswith(codecs.BOM_UTF8) for f in kept)
 
 
 def test_narrowed_and_widened(source, tmp_path, capsys):

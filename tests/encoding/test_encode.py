@@ -1,4 +1,4 @@
-"""tools/encode.py: the same records however many processes make them and are killed."""
+"""twinflow encode: the same records however many processes make them and are killed."""
 
 import json
 import os
@@ -14,15 +14,14 @@ import numpy as np
 import pictures
 import pytest
 
+from twinflow_jax import encode as tool
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.data import records
 from twinflow_jax.data.records import open_records
+from twinflow_jax.drawing import Embeddings, codec, denoising, open_pipeline, text
 from twinflow_jax.encoding import sizes, workspace
-from twinflow_jax.text_to_image import Embeddings, open_pipeline
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tools"))
-import encode as tool  # noqa: E402
 
 BUCKETS = ((96, 64), (64, 64), (64, 96))
 
@@ -79,7 +78,7 @@ def reference(tmp_path_factory, photos, pixels) -> dict:
     """What one process makes of the photos without being stopped."""
     target = tmp_path_factory.mktemp("whole") / "records"
     done = subprocess.run(
-        [sys.executable, "tools/encode.py", *bucketed(photos, target, pixels)], cwd=ROOT,
+        [sys.executable, "-m", "twinflow_jax.encode", *bucketed(photos, target, pixels)], cwd=ROOT,
         capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -97,7 +96,7 @@ def test_records_are_the_pictures(photos, pixels, reference):
         expected = sizes.decode(data, bucket).astype(np.float32) / 127.5 - 1
         assert split == sizes.name(bucket) and kept == captions and size == sizes.measure(data)
         assert sample == expected.tobytes()
-    embedded = pipeline.embed(["picture 7", "number 7 again"])
+    embedded = text.embed(pipeline, ["picture 7", "number 7 again"])
     for row, part in enumerate(found["007"][1][2]):
         ours = np.frombuffer(part, np.float16).reshape(-1, embedded.tokens.shape[-1])
         theirs = embedded.tokens[row][embedded.mask[row]]
@@ -129,7 +128,7 @@ def killed_often(photos, pixels, target: pathlib.Path, processes: int, rounds: i
     for number in range(rounds + 1):
         started = [
             subprocess.Popen(
-                [sys.executable, "tools/encode.py", *bucketed(
+                [sys.executable, "-m", "twinflow_jax.encode", *bucketed(
                     photos, target, pixels, "--process", str(k), "--processes", str(processes),
                 )],
                 cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -222,7 +221,11 @@ def test_folders_of_other_records_are_refused(tmp_path, monkeypatch, capsys, pho
     (["--shard-size", "0"], "--shard-size is 0"),
     (["--prompts-only", "--size", "64"], "--prompts-only has no pictures"),
     (["--guidance", "3"], "add --generate"),
-    (["--caption-column", "alt"], "none of the 35 items"),
+    (["--min-side", "500"], "none of the 35 items"),
+    (["--caption-column", "alt"], "it has image, captions, id: give one with --caption-column"),
+    (["--image-column", "file"], "has no pictures under file; names of pictures are under image"),
+    (["--prompts-only", "--min-side", "64"], "--min-side is for pictures"),
+    (["--generate", "--min-side", "64"], "--min-side is for pictures"),
     (["--size", "63"], "not divisible by 2"),
 ])
 def test_bad_input(tmp_path, monkeypatch, capsys, photos, pixels, more, words):
@@ -282,7 +285,7 @@ def test_latents(tmp_path, monkeypatch, capsys, latents):
     rows = [found.read("64x64", i) for i in range(3)]
     by_captions = {captions: data for _, captions, data in pictures.good(3)}
     images = np.stack([sizes.decode(by_captions[row.captions], (64, 64)) for row in rows])
-    expected = pipeline.encode(images.astype(np.float32) / 127.5 - 1)
+    expected = codec.encode(pipeline, images.astype(np.float32) / 127.5 - 1)
     np.testing.assert_allclose(np.stack([r.sample for r in rows]), expected, atol=2e-3, rtol=2e-3)
 
 
@@ -300,9 +303,13 @@ def test_pictures_drawn_by_the_base_model(tmp_path, monkeypatch, capsys, latents
         "prompts.txt:1#0", "prompts.txt:1#1", "prompts.txt:2#0", "prompts.txt:2#1"
     ]
     pipeline = open_pipeline(latents)
-    embeddings, null = pipeline.embed(["a fox", "a hen"]), pipeline.embed([], negative="")
-    draw = pipeline.base(pipeline.schedule(2, (2, 2, 32)), 2.0)
-    expected = pipeline.denoise(draw, embeddings, [0, 0, 1, 1], range(4), (2, 2, 32), 0, 1, null)
+    embeddings, null = (
+        text.embed(pipeline, ["a fox", "a hen"]), text.embed(pipeline, [], negative="")
+    )
+    sampler = denoising.base(pipeline, denoising.schedule(pipeline, 2, (2, 2, 32)), 2.0)
+    expected = denoising.denoise(
+        pipeline, sampler, embeddings, np.array([0, 0, 1, 1]), np.arange(4), (2, 2, 32), 0, 1, null
+    )
     np.testing.assert_allclose(np.stack([r.sample for r in rows]), expected, atol=5e-3, rtol=5e-3)
     shutil.rmtree(tmp_path / "records")
     assert run(monkeypatch, capsys, [*args, "--seed", "1"])[0] == 0

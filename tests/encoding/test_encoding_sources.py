@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import io
 import json
 import tarfile
+import warnings
 
 import numpy as np
 import pictures
@@ -66,6 +68,185 @@ def test_a_list_of_prompts(tmp_path):
     assert not source.pictures
 
 
+def test_lines_are_those_that_an_editor_shows(tmp_path):
+    """Byte order marks, other systems' ends of lines, blanks; a separator within a prompt."""
+    text = "\ufeffa fox\r\n\u3000\r\ufeff\na\u2028hen \n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    found = [e.captions for e in listed(opened(tmp_path / "prompts.txt"))]
+    assert found == [("a fox",), ("a\u2028hen",)]
+    lines = ['{"prompt": "a fox"}', "", '{"prompt": "a\u2028hen"}']
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [e.captions for e in listed(opened(tmp_path / "p.jsonl"))] == found
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "a fox"}\n{"prompt": "\xe9"}'.encode("latin-1"))
+    good, bad = listed(opened(tmp_path / "p.jsonl"))
+    assert good.captions == ("a fox",) and bad.problem[0] == "unreadable"
+
+
+ROWS = [  # fields, and the captions in them
+    ({"caption": None, "text": "a cat"}, ("a cat",)),
+    ({"caption": " \n", "text": "a cat"}, ("a cat",)),
+    ({"caption": "a dog", "text": "a cat"}, ("a dog",)),
+    ({"caption": None, "text": None}, ()),
+]
+
+
+def test_the_first_field_that_has_text(tmp_path):
+    """In every form; as prompts too."""
+    (tmp_path / "folder").mkdir()
+    lines, members = [], {}
+    for number, (fields, _) in enumerate(ROWS):
+        members |= {f"{number}.png": pictures.png(number), f"{number}.json": json.dumps(fields)}
+        lines.append(json.dumps({"file_name": f"folder/{number}.png"} | fields))
+    for name, data in members.items():
+        (tmp_path / "folder" / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    pack(tmp_path / "x.tar", tmp_path / "folder")
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    images = [members[f"{number}.png"] for number in range(len(ROWS))]
+    columns = {key: [row.get(key) for row, _ in ROWS] for key in ("caption", "text")}
+    empty = {"image_bytes": [images[0], None, None, None], "image": [None, *images[1:]]}
+    pyarrow.parquet.write_table(pyarrow.table(columns | empty), tmp_path / "x.parquet")
+    for name in ("folder", "x.tar", "x.jsonl", "x.parquet"):
+        for wanted in (True, False):
+            entries = listed(opened(tmp_path / name, wanted))
+            assert [entry.captions for entry in entries] == [of for _, of in ROWS], name
+            assert entries[3].problem[0] == "no caption"
+            assert all(entry.image for entry in entries[:3]) == wanted
+
+
+def pack(file, folder) -> None:
+    """A tar of a folder's files."""
+    with tarfile.open(file, "w") as archive:
+        for member in sorted(folder.rglob("*")):
+            archive.add(member, str(member.relative_to(folder)), recursive=False)
+
+
+BESIDE = {  # names of files, and by picture the file that has its captions
+    ("a.png", "a.txt", "a.json"): {"a.png": "a.txt"},
+    ("a.PNG", "a.TXT"): {"a.PNG": "a.TXT"},
+    ("a.png", "a.caption"): {"a.png": "a.caption"},
+    ("a.png", "a.png.txt"): {"a.png": "a.png.txt"},
+    ("d.1/i.00.png", "d.1/i.00.txt", "d.1/i.01.png", "d.1/i.01.txt"): {
+        "d.1/i.00.png": "d.1/i.00.txt", "d.1/i.01.png": "d.1/i.01.txt",
+    },
+    ("i.00.png", "i.01.txt"): {"i.00.png": None},
+    ("v1.0 cat.png", "v1.0 dog.txt"): {"v1.0 cat.png": None},
+    ("a.left.png", "a.right.png", "a.txt"): {"a.left.png": None, "a.right.png": None},
+    ("a.png", "a.mask.png", "a.txt"): {"a.png": "a.txt", "a.mask.png": None},
+    ("a.image.png", "a.words.txt"): {"a.image.png": "a.words.txt"},
+    ("a.png", "a.long.txt", "a.short.txt"): {"a.png": None},
+    ("a.png", "a.cls", "b.heic", "b.txt", "c.heic"): {"a.png": None},
+}
+
+
+@pytest.mark.parametrize("names", BESIDE, ids=" ".join)
+def test_which_file_has_a_pictures_captions(tmp_path, names):
+    """The same in folders and tars, and nothing is passed over."""
+    for number, name in enumerate(names):
+        file = tmp_path / "x" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(name) if name.endswith(".json") else name
+        file.write_bytes(pictures.png(number) if name.lower().endswith("png") else text.encode())
+    pack(tmp_path / "x.tar", tmp_path / "x")
+    expected = BESIDE[names]
+    files = {pictures.png(number): name for number, name in enumerate(names)}
+    both = []
+    for path in (tmp_path / "x", tmp_path / "x.tar"):
+        source = opened(path)
+        entries = listed(source)
+        found = {files[source.read(e.place)]: e.captions[0] for e in entries if not e.problem}
+        assert found == {name: text for name, text in expected.items() if text}
+        assert len({entry.id for entry in entries}) == len(entries)
+        both.append(sorted(entry.problem for entry in entries if entry.problem))
+        told = " ".join(entry.id for entry in entries)
+        assert all(name.partition(".")[0] in told for name in names)
+    assert both[0] == both[1]
+    assert len(both[0]) >= len([name for name in expected if not expected[name]])
+
+
+def test_blank_captions_beside_others(tmp_path):
+    (tmp_path / "a.png").write_bytes(pictures.png(0))
+    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "a.json").write_text('{"caption": "a cat"}')
+    assert [entry.captions for entry in listed(opened(tmp_path))] == [("a cat",)]
+
+
+def test_a_name_that_comes_twice_in_a_tar(tmp_path):
+    (tmp_path / "a.png").write_bytes(pictures.png(0))
+    (tmp_path / "a.txt").write_text("a cat")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in ("a.png", "a.txt", "a.txt"):
+            archive.add(tmp_path / name, name)
+    good, again = listed(opened(tmp_path / "x.tar"))
+    assert good.captions == ("a cat",) and again.problem[1] == "a file of this name came before"
+
+
+def test_pictures_under_other_names_are_no_prompts(tmp_path):
+    (tmp_path / "a.png").write_bytes(pictures.png(0))
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"image_path": "a.png", "caption": "a cat", "alt": "b"}\n')
+    with pytest.raises(UserError, match="are under image_path: give one with --image-column"):
+        opened(file)
+    with pytest.raises(UserError, match="no pictures under photo; .* under image_path"):
+        opened(file, image="photo")
+    with pytest.raises(UserError, match="it has image_path, caption, alt: give .*--caption-column"):
+        opened(file, caption="words")
+    [entry] = listed(opened(file, image="image_path"))
+    assert entry.size == sizes.measure(pictures.png(0))
+    assert not opened(file, wanted=False).pictures
+
+
+def test_shards_with_their_descriptions(tmp_path):
+    """As img2dataset writes them: tars or folders, beside tables without pictures and figures."""
+    tars = pictures.write_tars(tmp_path / "tars", COUNT)
+    before = listed(opened(tars))
+    for number in (0, 1):
+        table = pyarrow.table({"url": ["x"], "caption": ["y"], "status": ["success"]})
+        for folder in (tmp_path / "tars", tmp_path / "files"):
+            folder.mkdir(exist_ok=True)
+            pyarrow.parquet.write_table(table, folder / f"{number}.parquet")
+            (folder / f"{number}_stats.json").write_text("{}")
+        (tmp_path / "files" / f"{number}").mkdir()
+        (tmp_path / "files" / f"{number}" / "a.png").write_bytes(pictures.png(number))
+        (tmp_path / "files" / f"{number}" / "a.txt").write_text("a cat")
+    assert listed(opened(tars)) == before
+    assert [e.id for e in listed(opened(tmp_path / "files"))] == ["0/a.png", "1/a.png"]
+
+
+def test_files_that_a_folders_form_leaves_out(tmp_path):
+    tars = pictures.write_tars(tmp_path / "tars", COUNT)
+    (tars / "2.tar.gz").write_bytes(b"x")
+    (tars / "cat.png").write_bytes(pictures.png(0))
+    (tars / "more").mkdir()
+    with pytest.warns(UserWarning, match="2 others are left out, as cat.png"):
+        entries = listed(opened(tars))
+    assert entries[-1].id == "2.tar.gz/*" and "unpack" in entries[-1].problem[1]
+    pictures.write_parquet(tmp_path / "parquet", COUNT).joinpath("0.parquet").rename(
+        tars / "x.parquet"
+    )
+    with pytest.raises(UserError, match="holds x.parquet and 0.tar: give a folder of either"):
+        opened(tars)
+
+
+def test_paths_to_give_instead(tmp_path):
+    """Hugging Face's folders: pictures with a list, and tables one level below."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "logo.png").write_bytes(pictures.png(0))
+    pictures.write_parquet(tmp_path / "hub" / "data", COUNT)
+    with pytest.raises(UserError, match=r"holds data/0.parquet: give \S+/hub/data, or"):
+        opened(tmp_path / "hub")
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    (tmp_path / "images" / "train" / "a.png").write_bytes(pictures.png(0))
+    listing = tmp_path / "images" / "train" / "metadata.jsonl"
+    listing.write_text('{"file_name": "a.png", "text": "a cat"}\n')
+    for folder in (tmp_path / "images", tmp_path / "images" / "train"):
+        with pytest.raises(UserError, match=r"metadata.jsonl: give \S+/train/metadata.jsonl"):
+            opened(folder)
+    assert [e.captions for e in listed(opened(listing))] == [("a cat",)]
+    listing.rename(listing.with_suffix(".csv"))
+    with pytest.raises(UserError, match="write it as JSON lines"):
+        opened(tmp_path / "images")
+
+
 def test_lines_do_not_leave_their_folder(tmp_path):
     inner = tmp_path / "inner"
     inner.mkdir()
@@ -110,6 +291,17 @@ def test_archives_that_are_cut_or_of_other_members(tmp_path):
     assert any("archive" in detail for _, detail in problems.values())
     assert problems["2.tar/away"][0] == "unreadable"
     assert sum(not entry.problem for entry in entries) >= 4
+
+
+def test_captions_in_a_storage_that_is_away_are_not_left_out(tmp_path, monkeypatch):
+    source = opened(pictures.write_folder(tmp_path / "in", COUNT))
+
+    def away(name):
+        raise OSError(errno.EIO, "the storage is away")
+
+    monkeypatch.setattr(source, "read", away)
+    with pytest.raises(OSError, match="is away"):
+        listed(source)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +391,38 @@ def test_kinds_of_pictures(tmp_path):
     assert sizes.measure((tmp_path / "p.png").read_bytes()) == (128, 64)
     with pytest.raises(ValueError, match="64x100000, too long"):  # 4 GB to cover the size
         decoded(Image.new("L", (64, 100_000)), (1024, 1024))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_what_is_measured_is_decoded(kind, orientation):
+    """A picture of two halves, cut at nothing: its size, upright, is the one it was listed with."""
+    picture = Image.new("L", (64, 128))
+    picture.paste(255, (0, 0, 64, 64))
+    exif = Image.Exif()
+    exif[sizes.ORIENTATION] = orientation
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, kind, exif=exif)
+    size = sizes.measure(file.getvalue())
+    assert size == ((128, 64) if orientation in range(5, 9) else (64, 128))
+    found = sizes.decode(file.getvalue(), size)[..., 0] > 128
+    first, second = np.split(found, 2, axis=int(size == (128, 64)))
+    white, black = (second, first) if orientation in (3, 4, 6, 7) else (first, second)
+    assert white.mean() > 0.9 and black.mean() < 0.1
+
+
+def test_warnings_name_the_picture(tmp_path):
+    for name in ("a", "b"):
+        exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # ends early
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.jpg", exif=exif)
+        (tmp_path / f"{name}.txt").write_text(name)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        source = opened(tmp_path)
+        index.write_chunk(tmp_path / "work", source, 0, 64)
+    found = sorted(str(warning.message) for warning in told)
+    assert [text.split(":")[0] for text in found] == ["a.jpg", "b.jpg"]
+    assert all("EXIF" in text for text in found)
 
 
 def test_plans_depend_on_the_listing_alone(tmp_path):

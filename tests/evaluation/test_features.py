@@ -1,8 +1,5 @@
-"""tools/features.py, and the network that reads what it wrote."""
+"""twinflow features, and the network that reads what it wrote."""
 
-import pathlib
-import runpy
-import types
 import zipfile
 
 import numpy as np
@@ -10,13 +7,11 @@ import torch
 
 from tests.models.test_efficientnet import oracle
 from tests.test_verbs import call
+from twinflow_jax import features as tool
 from twinflow_jax.evaluation import features
-
-TOOL = pathlib.Path(__file__).parents[2] / "tools" / "features.py"
 
 
 def convert(*arguments) -> int:
-    tool = types.SimpleNamespace(main=runpy.run_path(str(TOOL))["main"])
     return call(tool, *map(str, arguments))
 
 

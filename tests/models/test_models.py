@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,10 +58,9 @@ def change(a, b):
 def test_output_has_the_shape_and_type_of_the_sample(name):
     model, params, apply = network(name)
     out = apply(params, *inputs())
-    assert out.shape == (ROWS, *IMAGE)
-    assert out.dtype == jnp.float32
-    assert np.isfinite(out).all()
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    chex.assert_shape(out, (ROWS, *IMAGE))
+    chex.assert_type([out, *jax.tree.leaves(params)], jnp.float32)
+    chex.assert_tree_all_finite(out)
     assert model.sample_shape == IMAGE
 
 
@@ -68,9 +68,8 @@ def test_a_seed_fixes_the_fresh_parameters():
     model = network("mlp sinusoid")[0]
     init = jax.jit(model.init, compiler_options=QUICK)
     one, same, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
-    kind = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-    assert kind(one) == kind(model.abstract_params())
-    jax.tree.map(np.testing.assert_array_equal, one, same)
+    chex.assert_trees_all_equal_shapes_and_dtypes(one, model.abstract_params())
+    chex.assert_trees_all_equal(one, same)
     assert not np.array_equal(one["Dense_0"]["kernel"], other["Dense_0"]["kernel"])
 
 
@@ -171,7 +170,7 @@ def test_padding_tokens_change_nothing():
     apply = jax.jit(model.apply, compiler_options=QUICK)
     x, t, r, _ = inputs()
     tokens = jax.random.normal(jax.random.key(5), (ROWS, 5, 7))
-    mask = jnp.arange(5) < jnp.array([5, 3, 1])[:, None]
+    mask = jnp.arange(5)[None] < jnp.array([5, 3, 1])[:, None]
     out = apply(params, x, t, r, {"tokens": tokens, "mask": mask})
     noisy = jnp.where(mask[..., None], tokens, 100.0)
     np.testing.assert_allclose(
@@ -196,7 +195,7 @@ def scanned(params, depth: int) -> tuple[str, dict]:
 
 
 def dense(weights, x):
-    return x @ weights["kernel"] + weights["bias"]
+    return x @ weights["kernel"] + jax.lax.broadcast_to_rank(weights["bias"], x.ndim)
 
 
 def standardised(x):
@@ -302,8 +301,7 @@ def test_remat_keeps_value_and_gradient():
     remat_gradient = {
         name: remat_gradient[key] for name, key in zip(params, theirs, strict=True)
     }
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(remat_gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(gradient, remat_gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_remat_keeps_the_parameter_tree():

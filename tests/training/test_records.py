@@ -2,16 +2,18 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from twinflow_jax import checkpoints, text_to_image
+from twinflow_jax import checkpoints
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import random
 from twinflow_jax.config.files import overridden
 from twinflow_jax.data import records
+from twinflow_jax.drawing import Pipeline, text
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import inputs
 from twinflow_jax.training import records as training_records
@@ -34,7 +36,7 @@ MODEL = {
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "minilm"
-    return text_to_image.Pipeline(
+    return Pipeline(
         random.write_random("minilm_dit", folder, seed=0), "float32", progress=False
     )
 
@@ -43,7 +45,7 @@ def pipeline(tmp_path_factory):
 def write(pipeline, tmp_path_factory):
     """A function that writes records: (name, {split: count}, other fields) -> folder."""
     checkpoint = pipeline.checkpoint
-    embedded = [pipeline.embed(captions, 16) for captions in CAPTIONS]
+    embedded = [text.embed(pipeline, captions, 16) for captions in CAPTIONS]
 
     def make(name: str, splits: dict[str, int], **fields):
         folder = tmp_path_factory.mktemp("records") / name
@@ -70,7 +72,7 @@ def write(pipeline, tmp_path_factory):
                 ))
             path = records.shard_file(folder, split, 0, 1)
             shards[split] = [(count, records.write_shard(path, examples, manifest))]
-        pipeline.null().save(folder / records.NULL, [""])
+        text.null(pipeline).save(folder / records.NULL, [""])
         records.finish(folder, manifest, shards, {})
         return folder
 
@@ -133,8 +135,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(write, config, tmp_path, monke
         train(made, str(tmp_path / "parts"), progress=False)
     monkeypatch.undo()
     again = train(made, str(tmp_path / "parts"), progress=False)
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(again.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(whole.params, again.params)
     write_again(folders[1])
     with pytest.raises(UserError, match="started on other records"):
         train(made, str(tmp_path / "parts"), progress=False)

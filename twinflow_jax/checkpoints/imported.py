@@ -13,7 +13,6 @@ import json
 import math
 from typing import Any
 
-import ml_dtypes
 from etils import epath
 
 from twinflow_jax import files, models
@@ -153,12 +152,7 @@ class Imported:
         for key in ("transformers_version", "torch_dtype", "dtype"):  # of the file, not the network
             told.pop(key, None)
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-        arrays = self.arrays(name)
-        by_size = sorted(leaves, key=lambda path: (math.prod(leaves[path].shape), path))
-        for quarter in range(4):  # without the largest, of which a row may cost reading it whole
-            path = by_size[quarter * len(by_size) // 4]
-            row = store.read(arrays[path][(0,) * (len(leaves[path].shape) - 1)])
-            digest.update(row.astype(ml_dtypes.bfloat16).tobytes())
+        digest.update(store.sampled(self.arrays(name)))
         size = sum(math.prod(leaf.shape) for leaf in leaves.values())
         unit, letter = next(u for u in ((10**9, "B"), (10**6, "M"), (10**3, "K")) if size >= u[0])
         return f"{kind} {size / unit:.3g}{letter} {digest.hexdigest()[:6]}"

@@ -3,6 +3,7 @@
 Nothing here holds more than one published tensor and its copies, or one small stacked array.
 """
 
+import codecs
 import dataclasses
 import json
 import math
@@ -55,7 +56,10 @@ def import_folder(
             if carried[name]:
                 _write_carried(imported.carried_file(target, name), carried[name], bar)
         for name in folder.files:
-            files.write(target / "files" / name, (folder.path / name).read_bytes())
+            data = (folder.path / name).read_bytes()
+            if name.endswith(".json"):  # whose readers may refuse a byte order mark
+                data = data.removeprefix(codecs.BOM_UTF8)
+            files.write(target / "files" / name, data)
         record = {
             "format": imported.FORMAT, "family": folder.family, "source": str(source),
             "files": list(folder.files),

@@ -7,6 +7,7 @@ are safetensors, everything else is JSON or kept as bytes.
 
 import dataclasses
 import json
+import os.path
 import re
 from collections.abc import Collection
 from typing import Any
@@ -23,6 +24,8 @@ PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 FLOATS = ("float32", "float16", "bfloat16")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 BESIDE_WEIGHTS = (".json", ".txt", ".model")  # the kept files among a network's
+# What compiling, sharding and checkpointing a PyTorch module puts into its tensors' names.
+WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 KEPT_FILES_BYTES = 200 << 20  # tokenizers, schedulers and the like; weights are not kept so
 
 
@@ -206,19 +209,34 @@ def _open_part(network: Network, folder: epath.Path) -> tuple[Part | None, list[
         why = f"{type(error).__name__}: {reason(error)}"
         return None, [f"config.json holds values that make no network ({why})", *problems]
     leaves = {path: leaf.shape for path, leaf in abstract.items()}
+    shapes = table.shapes(leaves)
+    spelled = _spelled(table, found.keys() | unread, shapes)
     by_key: dict[str, tensors.Tensor] = {}
     for key, tensor in found.items():
-        name = table.published(key)
+        name = spelled[key]
         if name in by_key:
             problems.append(f"{key}: a second tensor for {name}")
         by_key[name] = tensor
-    unread = {table.published(key) for key in unread}
-    shapes, given = table.shapes(leaves), by_key.keys() | unread
+    unread = {spelled[key] for key in unread}
+    given = by_key.keys() | unread
     added = table.added(given)
     if found:
         problems += grouped("missing", [k for k in shapes if k not in given and k not in added])
     problems += _wrong(table, shapes, by_key)
     return Part(network, published, config, table, leaves, by_key, added), problems
+
+
+def _spelled(
+    table: names.NameTable, keys: Collection[str], wanted: Collection[str]
+) -> dict[str, str]:
+    """The published spelling of each key, of which a trainer may have put a module into others."""
+    bare = {key: WRAPPERS.sub("", key) for key in keys}
+    common = os.path.commonprefix(list(bare.values()))
+    for start in (0, *(i + 1 for i, letter in enumerate(common) if letter == ".")):
+        spelled = {key: table.published(name[start:]) for key, name in bare.items()}
+        if not set(wanted).isdisjoint(spelled.values()):
+            return spelled
+    return {key: table.published(key) for key in keys}
 
 
 def _wrong(
@@ -352,7 +370,7 @@ def _json(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"no {file.name}")
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())  # with or without a byte order mark
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file.name} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from twinflow_jax import files, models
+from twinflow_jax import files, models, seeds
 from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.models import names
 
@@ -18,7 +18,7 @@ def write_random(family: str, target: epath.PathLike, seed: int) -> imported.Imp
         return imported.open_imported(target)
     text_to_image = models.FAMILIES[family].text_to_image
     networks = {k: n for k, n in text_to_image.networks.items() if n.published}
-    keys = jax.random.split(jax.random.key(seed), len(networks))
+    keys = jax.random.split(seeds.key(seed), len(networks))
     with files.whole_folder(target, 0):
         for key, (name, network) in zip(keys, networks.items(), strict=True):
             config = network.config.from_published(text_to_image.tiny[name])

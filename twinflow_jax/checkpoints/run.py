@@ -10,7 +10,7 @@ from twinflow_jax import config as configs
 from twinflow_jax import files, models
 from twinflow_jax.checkpoints import store
 from twinflow_jax.checkpoints.imported import FORMAT
-from twinflow_jax.checkpoints.saver import Saver
+from twinflow_jax.checkpoints.saver import Saver, stored
 from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.errors import UserError
 
@@ -35,6 +35,7 @@ def claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
     """
     if "://" in str(workdir):
         raise UserError(f"{workdir}: a run's folder must be local for now; copy it out afterwards")
+    store.absolute(workdir)  # where checkpoints can be
     folder = epath.Path(workdir)
     record = folder / "config.json"
     if folder.exists() and not folder.is_dir():
@@ -125,18 +126,7 @@ def open_weights(
     run = read_run(folder)
     with _reader(folder, run, step) as (saver, step):
         weights = saver.folder / str(step) / _which(run, raw)
-    base = store.location(weights)
-    metadata = json.loads((weights / "_METADATA").read_text())
-    paths = [
-        "/".join(part["key"] for part in entry["key_metadata"])
-        for entry in metadata["tree_metadata"].values()
-    ]
-    return run, {
-        path: store.open_array(
-            {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
-        )
-        for path in paths
-    }, step
+    return run, stored(weights), step
 
 
 def pipeline_of(folder: epath.PathLike, run: Run) -> str:

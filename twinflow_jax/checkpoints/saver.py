@@ -5,15 +5,32 @@ WORKDIR/checkpoints/STEP/ holds each part of the state apart (`training.state.to
 """
 
 import contextlib
+import glob
+import json
 import logging
+import os
 import sys
+from collections import Counter
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from twinflow_jax import files
+from twinflow_jax.checkpoints import store
 from twinflow_jax.errors import UserError, reason
 from twinflow_jax.parallel import hosts
+
+
+class Literal(type(epath.Path())):
+    """A path whose own characters are no part of a pattern: orbax globs below the folder for the
+    files that it merges, and `runs [v1]` would stand for `runs v` and `runs 1`."""
+
+    def glob(self, pattern: str) -> Iterator["Literal"]:
+        found = glob.iglob(os.path.join(glob.escape(str(self)), pattern))
+        return map(type(self), found)
 
 
 class Saver:
@@ -24,15 +41,19 @@ class Saver:
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int, writes: bool = True):
-        self.folder = epath.Path(workdir).resolve() / "checkpoints"  # orbax wants it absolute
+        folder = store.absolute(workdir) / "checkpoints"
+        self.folder = folder if "://" in str(folder) else Literal(folder)
         if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-        # Orbax logs failures with tracebacks from its threads, and raises them too: the second
-        # is what reaches the user.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("absl").addFilter(_is_no_error)
         self._pending: int | None = None
+        self._shapes: dict[str, Counter] = {}  # of each part of the pending save
+        context = ocp.Context()
+        # No method: orbax deeply copies what it is given.
+        context.async_options.post_finalization_callback = lambda: self._check()
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
+            context=context,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=writes,
         )
@@ -52,6 +73,9 @@ class Saver:
         if step in self.steps:
             return
         self._pending = step
+        self._shapes = {
+            name: Counter(map(np.shape, jax.tree.leaves(part))) for name, part in parts.items()
+        }
         try:
             self._checkpointer.save_checkpointables_async(step, parts)
         except Exception as error:
@@ -71,11 +95,26 @@ class Saver:
             self._report(error)
         self._pending = None
 
+    def _check(self) -> None:
+        """Raises ValueError where what was written cannot be read.
+
+        Orbax calls it, on the first process, before the save becomes a checkpoint and older ones
+        are let go.
+        """
+        names = [entry.name for entry in self.folder.iterdir()]
+        [name] = [name for name in names if name.split(".")[0] == str(self._pending)]
+        for part, shapes in self._shapes.items():
+            arrays = stored(self.folder / name / part).values()
+            if Counter(tuple(array.shape) for array in arrays) != shapes:
+                raise ValueError(f"its {part} cannot be read back whole")
+
     def _report(self, error: Exception):
         step, self._pending = self._pending, None
+        self._checkpointer.reload()  # what it meant to let go is still there
+        advice = "make room there, then start" if files.is_full(error) else "start"
         raise UserError(
             f"the checkpoint of step {step} could not be saved in {self.folder} "
-            f"({first_line(error)}): make room there, then start the same command again; "
+            f"({first_line(error)}): {advice} the same command again; "
             f"complete checkpoints: {self.steps or 'none'}"
         ) from error
 
@@ -129,10 +168,12 @@ class Saver:
           UserError: it cannot be read, or is of another architecture.
         """
         own = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-        memory = ocp.options.MemoryOptions(read_concurrent_bytes=largest(abstract_parts) + 1)
+        alone = ocp.Context()
+        alone.multiprocessing_options.primary_host = own
+        alone.multiprocessing_options.active_processes = {own}
+        alone.memory_options.read_concurrent_bytes = largest(abstract_parts) + 1
         try:
-            with ocp.Context(multiprocessing_options=alone, memory_options=memory):
+            with alone:
                 return ocp.load_checkpointables(self.folder / str(step), abstract_parts)
         except Exception as error:
             raise UserError(
@@ -141,9 +182,39 @@ class Saver:
             ) from error
 
     def close(self) -> None:
-        """Lets go of the folder. A save that failed was reported by `save` or `wait`."""
-        with contextlib.suppress(Exception):
+        """Lets go of the folder; warns of a save that fails only now, beside what ended the run."""
+        try:
+            self.wait()
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        with contextlib.suppress(Exception):  # that it raises again what has been said
             self._checkpointer.close()
+
+
+def stored(part: epath.Path) -> store.Arrays:
+    """The arrays of a part of a checkpoint, open and not yet read, by tree path.
+
+    Raises:
+      UserError: one cannot be opened.
+    """
+    base = store.location(part)
+    entries = json.loads((part / "_METADATA").read_text())["tree_metadata"].values()
+    paths = [
+        [key["key"] for key in entry["key_metadata"]] for entry in entries
+        if not entry["value_metadata"]["skip_deserialize"]  # nodes that have no leaves
+    ]
+    return {
+        "/".join(path): store.open_array(
+            {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+        )
+        for path in paths
+    }
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    """Leaves out orbax's errors, logged with tracebacks from its threads: it raises them too, and
+    the second is what reaches the user."""
+    return record.levelno < logging.ERROR
 
 
 def largest(tree) -> int:

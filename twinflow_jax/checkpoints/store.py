@@ -8,10 +8,11 @@ import concurrent.futures
 import math
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import ml_dtypes
 import numpy as np
 import tensorstore as ts
 from etils import epath
@@ -27,12 +28,29 @@ T = TypeVar("T")
 # Local files reach the disk when their folder is finished (files.whole_folder), not one by one.
 CONTEXT = ts.Context({"file_io_sync": False})
 
+# What tensorstore takes for a slash, orbax for the beginning of an address, or neither for text.
+MISREAD = re.compile(r"\\|gs:/|[\ud800-\udfff]")
+
+
+def absolute(folder: epath.PathLike) -> epath.Path:
+    """A folder's absolute path.
+
+    Raises:
+      UserError: tensorstore or orbax would write to another.
+    """
+    path = epath.Path(folder).resolve()
+    if "://" not in str(path) and (found := MISREAD.search(f"{path}/")):
+        raise UserError(
+            f"arrays cannot be stored in a folder with {found[0]!r} in its path: rename "
+            f"{str(path)!r}"
+        )
+    return path
+
 
 def location(folder: epath.PathLike) -> str:
     """A folder as tensorstore names it, a URL: `gs://...`, `file://...` for local paths."""
-    text = str(folder).rstrip("/")
-    scheme, path = text.split("://") if "://" in text else ("file", epath.Path(text).resolve())
-    return f"{scheme}://{urllib.parse.quote(str(path))}/"
+    scheme, _, path = str(absolute(folder)).rpartition("://")
+    return f"{scheme or 'file'}://{urllib.parse.quote(path)}/"
 
 
 def create(
@@ -113,6 +131,21 @@ def write(array: ts.TensorStore, values: np.ndarray) -> None:
 def _reason(error: ValueError) -> str:
     """What tensorstore says, without its appendices."""
     return re.split(r" \[\w+=|\n", str(error))[0]
+
+
+def sampled(arrays: Mapping[str, Any]) -> bytes:
+    """A sample of weights, the same in whichever dtype they are kept: to tell others from them.
+
+    arrays: by path, stored or in memory.
+    """
+    size = {path: math.prod(array.shape) for path, array in arrays.items()}
+    by_size, found = sorted(arrays, key=lambda path: (size[path], path)), b""
+    for quarter in range(4):  # without the largest, of which a row may cost reading it whole
+        array = arrays[by_size[quarter * len(by_size) // 4]]
+        row = array[(0,) * (len(array.shape) - 1)]
+        row = read(row) if isinstance(row, ts.TensorStore) else np.asarray(row)
+        found += row.astype(ml_dtypes.bfloat16).tobytes()
+    return found
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

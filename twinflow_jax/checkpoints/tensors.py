@@ -8,13 +8,13 @@ checkpoint in a bucket allows neither. The format is simple: 8 bytes with the he
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
+from twinflow_jax import files
 from twinflow_jax.errors import UserError
 
 DTYPES = {
@@ -139,7 +139,7 @@ def write(
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors start at multiples of 8
-    temporary = file.parent / f".{file.name}.{os.getpid()}"
+    temporary = files.beside(file)
     try:
         with temporary.open("wb") as handle:
             handle.write(len(text).to_bytes(8, "little") + text)

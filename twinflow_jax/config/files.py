@@ -20,6 +20,8 @@ import ml_collections
 from twinflow_jax.config.run import Run, keys_of, parts
 from twinflow_jax.errors import UserError, reason
 
+PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
 
 def parse(path: str, overrides: Sequence[str] = ()) -> Run:
     """The run that a config file describes, with overrides like "train.steps=100" applied.
@@ -37,10 +39,10 @@ def load(path: str) -> ml_collections.ConfigDict:
     Raises:
       UserError: no such file, not a config file, or an unknown variant.
     """
-    name, _, variant = path.partition(":")
-    file = pathlib.Path(name)
-    if not file.is_file():
-        raise UserError(f"no config file {name!r}; the ones that come along are in configs/")
+    name, _, variant = path.rpartition(":")  # a folder's name may have a colon
+    if not name or pathlib.Path(path).is_file():
+        name, variant = path, ""
+    file = _find(name)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None:
         raise UserError(f"{name} is not a Python file")
@@ -65,6 +67,23 @@ def load(path: str) -> ml_collections.ConfigDict:
         kind = type(error).__name__
         raise UserError(f"{name} line {line}: {kind}: {reason(error)}") from error
     return config.lock()
+
+
+def _find(name: str) -> pathlib.Path:
+    """The file of a path, or of the name of a config that comes along: `mnist`, `configs/mnist.py`.
+
+    Raises:
+      UserError: there is none.
+    """
+    file = pathlib.Path(name)
+    if file.is_file():
+        return file
+    # Beside the package in a clone, inside it where it was installed.
+    coming = {file.stem: file for folder in (PACKAGE.parent / "configs", PACKAGE / "configs")
+              for file in folder.glob("*.py")}
+    if file.suffix in ("", ".py") and file.stem in coming and file.parent.name in ("", "configs"):
+        return coming[file.stem]
+    raise UserError(f"no config file {name!r}; those that come along: {', '.join(sorted(coming))}")
 
 
 def overridden(fields: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

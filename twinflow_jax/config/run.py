@@ -7,7 +7,7 @@ The keys of `model` and `objective` are those of the family's and the form's own
 import dataclasses
 from typing import Any, ClassVar, Self
 
-from twinflow_jax import keys, models, objectives, parallel
+from twinflow_jax import keys, models, objectives, parallel, seeds
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models.settings import DTYPES, Settings
@@ -23,7 +23,9 @@ class Data(keys.Part):
     section: ClassVar[str] = "data"
 
     name: str = option("mnist5k", "labelled images: digits, mnist5k or mnist")
-    records: tuple[str, ...] = option((), "in their place: folders that tools/encode.py wrote")
+    records: tuple[str, ...] = option(
+        (), "in their place: folders that twinflow encode wrote", is_path=True
+    )
     weights: tuple[float, ...] = option(
         (), "each folder's share of the rows; none: by its records", above=0, below=float("inf")
     )
@@ -92,7 +94,9 @@ class Train(keys.Part):
     section: ClassVar[str] = "train"
 
     steps: int = option(1000, "optimizer steps in all", least=1)
-    seed: int = option(42, "of initial weights, data order and all draws", least=0)
+    seed: int = option(
+        42, "of initial weights, data order and all draws", least=0, most=seeds.LARGEST
+    )
     weights: str = option(
         "float32", "that trained weights are kept in; bfloat16 is rounded stochastically",
         choices=DTYPES,
@@ -110,7 +114,9 @@ class Train(keys.Part):
         0.0, "share of rows that train without their condition", least=0, below=1
     )
     flow_matching_steps: int = option(0, "first steps that only learn velocities", least=0)
-    init_from: str = option("", "a run or an imported checkpoint whose weights to start from")
+    init_from: str = option(
+        "", "a run or an imported checkpoint whose weights to start from", is_path=True
+    )
     log_every: int = option(50, "steps between two lines of metrics.jsonl", least=1)
     sample_every: int = option(500, "steps between two sheets of samples", least=1)
     checkpoint_every: int = option(500, "steps between two checkpoints", least=1)
@@ -135,7 +141,9 @@ class Sample(keys.Part):
 
 
 PARTS = {part.section: part for part in (Data, Optimizer, Mesh, Train, Sample)}
-PIPELINE = keys.Key(str, "", "for text: an imported checkpoint, or random for small networks")
+PIPELINE = keys.Key(
+    str, "", "for text: an imported checkpoint, or random for small networks", is_path=True
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +175,7 @@ class Run:
             if name not in known and name != "pipeline":
                 raise UserError(f"no config section {name!r}; there are {', '.join(known)}")
         made = {name: part.of(fields.get(name, {})) for name, part in known.items()}
-        return cls(**made, pipeline=fields.get("pipeline", ""))
+        return cls(**made, pipeline=PIPELINE.fit(fields.get("pipeline", "")))
 
     @property
     def family(self) -> models.Family:

@@ -12,12 +12,12 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 
 THREADS, AHEAD = 4, 8  # that read, and batches that are read before they are asked for
 FOREVER = np.iinfo(np.int32).max
 
-Read = Callable[[Int[np.ndarray, "n"], Int[np.ndarray, "n 4"]], dict[str, Any]]
+Read = Callable[[Int[np.ndarray, "N"], UInt[np.ndarray, "N 4"]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Stream:
 
 def batches(
     shapes: Sequence[Sequence[Stream]], batch_size: int, seed: int, start: int = 0,
-    rows: Int[np.ndarray, "n"] | None = None,
+    rows: Int[np.ndarray, "N"] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Endless (number of the shape, batch) from step `start` on, read ahead in threads.
 
@@ -93,8 +93,9 @@ def order(count: int, batch_size: int, seed: int, number: int):
         for epoch in np.unique(epochs):
             mine = epochs == epoch
             found[mine] = permutation(int(epoch))[places[mine]]
-        same = np.ones(len(places), int)
-        return found, np.stack([seed * same, epochs, number * same, found], axis=1)
+        seeds = np.empty((len(places), 4), np.uint64)
+        seeds[:, 0], seeds[:, 1], seeds[:, 2], seeds[:, 3] = seed, epochs, number, found
+        return found, seeds
 
     return rows
 

@@ -90,7 +90,7 @@ class Example:
 
     id: str
     captions: Sequence[str]
-    tokens: Sequence[Float[np.ndarray, "L D"]]
+    tokens: Sequence[Float[np.ndarray, "_ D"]]
     sample: Float[np.ndarray, "h w c"] | None = None
     size: tuple[int, int] = (0, 0)
 
@@ -273,7 +273,7 @@ def open_records(folder: epath.PathLike) -> Records:
     folder = epath.Path(folder)
     if not (folder / RECORD).exists():
         raise UserError(
-            f"{folder} holds no complete records: give what tools/encode.py wrote, and run it "
+            f"{folder} holds no complete records: give what twinflow encode wrote, and run it "
             "again where it did not come to its end"
         )
     try:

@@ -1,11 +1,13 @@
 """Sources that keep many pictures in a file: Parquet, WebDataset tars and TFDS datasets."""
 
+import dataclasses
 import errno
 import functools
 import re
 import tarfile
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -13,38 +15,21 @@ import pyarrow.parquet
 from etils import epath
 
 from twinflow_jax.data import features
+from twinflow_jax.encoding.beside import is_hidden, paired
 from twinflow_jax.encoding.sources import (
     CAPTIONS,
     IMAGES,
-    NO_CAPTION,
-    READERS,
-    SUFFIXES,
     UNREADABLE,
     Item,
-    captions_of,
     clean,
     digest,
-    item,
+    keys_of,
+    labelled,
 )
 from twinflow_jax.errors import UserError, reason
 
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COLUMNS = ("image_bytes", "image")  # usual names of Parquet's, the reference's first
-
-
-def key_of(found: Sequence[str], given: str | None, usual: Sequence[str], flag: str, where) -> str:
-    """The column, or feature, to use: the one that was given, or the first usual one.
-
-    Raises:
-      UserError: there is none.
-    """
-    wanted = usual if given is None else (given,)
-    key = next((key for key in wanted if key in found), None)
-    if key is None:
-        raise UserError(
-            f"{where} has no {' or '.join(map(repr, wanted))}; it has {', '.join(found)}: "
-            f"give one with {flag}"
-        )
-    return key
 
 
 def stamp(files: Sequence[epath.Path]) -> str:
@@ -64,23 +49,25 @@ class Parquet:
         image: str | None, caption: str | None,
     ):
         self.files, self.name, self.pictures = list(files), name, pictures
+        self._caption = caption
         self.chunks, self._columns = [], []
         for number, file in enumerate(self.files):
             with opened(file) as table:
                 found = table.schema_arrow.names
-                columns = [key_of(found, caption, CAPTIONS, "--caption-column", file)]
+                columns = [keys_of(found, caption, CAPTIONS, "--caption-column", file)]
                 if pictures:
-                    columns.append(key_of(found, image, COLUMNS, "--image-column", file))
+                    columns.append(keys_of(found, image, COLUMNS, "--image-column", file))
                 self._columns.append(columns)
                 self.chunks += [(number, group) for group in range(table.num_row_groups)]
         self._lock = threading.Lock()  # threads wait for a row group instead of reading it again
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one source, for as long as a process
-    def _column(self, number: int, group: int, column: str) -> list:
+    def _rows(self, number: int, group: int, part: int) -> list[dict[str, Any]]:
+        """A row group's columns of captions (part 0) or of pictures (1)."""
         file = self.files[number]
         with opened(file) as table:
             try:
-                return table.read_row_group(group, [column]).column(0).to_pylist()
+                return table.read_row_group(group, self._columns[number][part]).to_pylist()
             except (pyarrow.ArrowException, OSError) as error:  # a number: one that may pass
                 kind = getattr(error, "errno", None) or 0
                 raise OSError(kind, f"row group {group} of {file.name}: {error}") from error
@@ -89,28 +76,31 @@ class Parquet:
         number, group = chunk
         stem = f"{self.files[number].name}:{group}:"
         try:
-            captions = self._column(number, group, self._columns[number][0])
+            captions = self._rows(number, group, 0)
         except OSError as error:
             if error.errno:
                 raise
             yield Item(f"{stem}*", problem=(UNREADABLE, error.strerror))
             return
-        for row, value in enumerate(captions):
+        for row, values in enumerate(captions):
             place = [number, group, row] if self.pictures else None
-            yield Item(f"{stem}{row}", captions_of(value), place)
+            value = values if self._caption is None else values[self._caption]
+            yield labelled(f"{stem}{row}", value, place)
 
     def read(self, place) -> bytes:
         number, group, row = place
         with self._lock:
-            value = self._column(number, group, self._columns[number][1])[row]
-        if isinstance(value, dict):
-            value = value.get("bytes")
-        if not isinstance(value, bytes):
-            raise OSError(0, f"column {self._columns[number][1]!r} holds no bytes")
-        return value
+            values = self._rows(number, group, 1)[row]
+        for value in values.values():
+            value = value.get("bytes") if isinstance(value, dict) else value
+            if isinstance(value, bytes):
+                return value
+        raise OSError(0, f"column {' or '.join(map(repr, values))} holds no bytes")
 
     def fingerprint(self) -> str:
-        return stamp(self.files) + digest(*(" ".join(columns) for columns in self._columns))
+        return stamp(self.files) + digest(
+            *(" ".join(sum(columns, [])) for columns in self._columns)
+        )
 
 
 def opened(file: epath.Path) -> pyarrow.parquet.ParquetFile:
@@ -124,7 +114,7 @@ def opened(file: epath.Path) -> pyarrow.parquet.ParquetFile:
 
 
 class Tars:
-    """WebDataset tars: members of one name before the first dot are a picture and its captions.
+    """WebDataset tars, in which `paired` tells what belongs together.
 
     Nothing is extracted: pictures are read where they lie in the archive.
     """
@@ -134,41 +124,50 @@ class Tars:
         self.chunks = list(range(len(self.files)))
 
     def items(self, chunk: int) -> Iterator[Item]:
-        file, groups, problem = self.files[chunk], {}, ""
+        file, members, problems = self.files[chunk], {}, {}
+        if not file.name.lower().endswith(".tar"):
+            yield Item(f"{file.name}/*", problem=(UNREADABLE, "it is compressed: unpack it first"))
+            return
         with file.open("rb") as handle:
             try:
                 for member in tarfile.TarFile(fileobj=handle):
-                    folder, _, base = member.name.rpartition("/")
-                    stem, dot, suffix = base.partition(".")
-                    if not member.isreg() or base.startswith("."):
+                    name = member.name.lstrip("/")
+                    if member.isdir() or is_hidden(name):
                         continue
-                    kind = dot + suffix.rpartition(".")[2].lower()
-                    group = groups.setdefault(f"{folder}/{stem}".lstrip("/"), {})
-                    group.setdefault(kind, (member.offset_data, member.size))
+                    if name in members:
+                        again = f"{clean(name)}@{member.offset_data}"
+                        problems[again] = "a file of this name came before"
+                    members.setdefault(name, member)
             except (tarfile.TarError, OSError, ValueError) as error:
                 if getattr(error, "errno", None) not in (None, errno.EINVAL):  # it may pass
                     raise
-                problem = f"the archive is damaged after {len(groups)} items: {error}"
+                problems["*"] = f"the archive is damaged after {len(members)} files: {error}"
             end = file.stat().length
-            for name, members in groups.items():
-                yield self._item(chunk, handle, f"{file.name}/{clean(name)}", members, end)
-        if problem:
-            yield Item(f"{file.name}/*", problem=(UNREADABLE, problem))
 
-    def _item(self, chunk: int, handle, name: str, members: dict, end: int) -> Item:
-        picture = next((members[suffix] for suffix in members if suffix in SUFFIXES), None)
-        text = next((suffix for suffix in READERS if suffix in members), None)
-        used = [part for part in (picture, members.get(text)) if part]
-        if any(size < 0 or offset + size > end for offset, size in used):
-            return Item(name, problem=(UNREADABLE, "the archive ends before it does"))
-        if text is None:
-            return Item(name, problem=(NO_CAPTION, f"it has only {' '.join(members)}"))
-        if self.pictures and picture is None:
-            return Item(name, problem=(UNREADABLE, f"no picture: it has only {' '.join(members)}"))
-        offset, size = members[text]
-        handle.seek(offset)
-        place = [chunk, *picture] if self.pictures else None
-        return item(name, place, handle.read(size), text)
+            def within(name: str) -> tuple[int, int]:
+                """Where a member's bytes are; ValueError where it has none."""
+                begin, size = members[name].offset_data, members[name].size
+                if not members[name].isreg():
+                    raise ValueError("it is a link")
+                if size < 0 or begin + size > end:
+                    raise ValueError("the archive ends before it does")
+                return begin, size
+
+            def read(name: str) -> bytes:
+                begin, size = within(name)
+                handle.seek(begin)
+                return handle.read(size)
+
+            for row in paired(members):
+                row = dataclasses.replace(row, name=f"{file.name}/{row.name}")
+                try:
+                    place = [chunk, *within(row.picture)] if row.picture else None
+                except ValueError as error:
+                    yield Item(clean(row.name), problem=(UNREADABLE, str(error)))
+                    continue
+                yield row.item(place, self.pictures, read)
+        for name, problem in problems.items():
+            yield Item(f"{file.name}/{name}", problem=(UNREADABLE, problem))
 
     def read(self, place) -> bytes:
         number, offset, size = place
@@ -212,11 +211,12 @@ class Tfds:
             raise UserError(f"{name} has no split {self.split!r}; it has {', '.join(splits)}")
         self.name = f"{builder.info.name}:{self.split}"
         found, where = builder.info.features, f"the dataset {name}"
-        self._caption = key_of(list(found), caption, CAPTIONS, "--caption-column", where)
-        label, decoders = found[self._caption], {}
-        self._names = label.names if isinstance(label, tfds.features.ClassLabel) else None
+        self._captions = keys_of(list(found), caption, CAPTIONS, "--caption-column", where)
+        self._given, decoders = caption, {}
+        labels = [k for k in self._captions if isinstance(found[k], tfds.features.ClassLabel)]
+        self._names = {key: found[key].names for key in labels}
         if pictures:
-            self._image = key_of(list(found), image, IMAGES, "--image-column", where)
+            self._image = keys_of(list(found), image, IMAGES, "--image-column", where)[0]
             if not isinstance(found[self._image], tfds.features.Image):
                 raise UserError(f"{where} has no pictures in {self._image!r}: give --image-column")
             decoders = {self._image: tfds.decode.SkipDecoding()}  # the file, as it was
@@ -228,13 +228,18 @@ class Tfds:
     def items(self, chunk) -> Iterator[Item]:
         for row in range(*chunk):
             try:
-                value = self._row(row)[self._caption]
+                found = self._row(row)
             except OSError as error:
                 yield Item(f"{self.name}:{row}", problem=(UNREADABLE, error.strerror))
                 continue
-            value = value if self._names is None else self._names[int(value)]
-            value = value.tolist() if isinstance(value, np.ndarray) else value
-            yield Item(f"{self.name}:{row}", captions_of(value), row if self.pictures else None)
+            values = {key: self._text(key, found[key]) for key in self._captions}
+            value = values if self._given is None else values[self._given]
+            yield labelled(f"{self.name}:{row}", value, row if self.pictures else None)
+
+    def _text(self, key: str, value: Any) -> Any:
+        """A value as `captions_of` takes it; of a class its name."""
+        value = self._names[key][int(value)] if key in self._names else value
+        return value.tolist() if isinstance(value, np.ndarray) else value
 
     def read(self, place: int) -> bytes:
         return self._row(place)[self._image]
@@ -246,4 +251,4 @@ class Tfds:
             raise OSError(0, f"{type(error).__name__}: {reason(error)}") from error
 
     def fingerprint(self) -> str:
-        return digest(self.name, self._version, str(len(self._rows)), self._caption)
+        return digest(self.name, self._version, str(len(self._rows)), " ".join(self._captions))

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from twinflow_jax.drawing import Pipeline, text
 from twinflow_jax.encoding.index import Key, Skipped
 from twinflow_jax.errors import TextCut
 from twinflow_jax.models.family import lengths
-from twinflow_jax.text_to_image import Pipeline
 
 
 @dataclasses.dataclass
@@ -25,7 +25,7 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """embed: what `pipeline.text_encoder` gives. tokens: that captions are padded or cut to, None
+    """embed: what `text.encoder` gives. tokens: that captions are padded or cut to, None
     for the family's own lengths."""
 
     pipeline: Pipeline
@@ -34,11 +34,11 @@ class Captions:
 
     @functools.cached_property
     def _tokenizers(self):
-        return self.pipeline.tokenizers()
+        return text.tokenizers(self.pipeline)
 
     def __call__(
         self, captions: Sequence[Sequence[str]], tally: Tally
-    ) -> list[list[Float[np.ndarray, "L D"]]]:
+    ) -> list[list[Float[np.ndarray, "_ D"]]]:
         """The valid tokens of each item's captions.
 
         A caption is padded for itself and goes with others of its padded length, so that it does

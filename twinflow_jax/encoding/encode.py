@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,14 +20,14 @@ from tqdm import tqdm
 from twinflow_jax.checkpoints import store
 from twinflow_jax.data import records
 from twinflow_jax.data.records import Example, Manifest
+from twinflow_jax.drawing import Pipeline, codec, text
 from twinflow_jax.encoding import index, sizes
 from twinflow_jax.encoding.captions import Captions, Tally
-from twinflow_jax.encoding.drawing import Drawing, drawing
+from twinflow_jax.encoding.drawn import Drawing, drawn
 from twinflow_jax.encoding.index import Entry, Key, Shard, Skipped
 from twinflow_jax.encoding.sources import THREADS, UNREADABLE, Source, cut
 from twinflow_jax.encoding.workspace import ShardReport, Workspace
 from twinflow_jax.errors import UserError
-from twinflow_jax.text_to_image import TEXT_BATCH, Pipeline
 
 BLOCK = 64  # items whose pictures and embeddings are in memory at once
 
@@ -93,7 +94,7 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
     if left:
         each = job.drawing.count if job.drawing else 1
         total, rest = (each * sum(len(shard.keys) for shard in of) for of in (mine, left))
-        maker = drawing(job, job.drawing) if job.drawing else encoders(job)
+        maker = drawn(job, job.drawing) if job.drawing else encoders(job)
         with maker as examples, tqdm(
             total=total, initial=total - rest, unit="image" if job.sizes else "prompt",
             desc="encoding",
@@ -104,7 +105,7 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
         return None
     reports = [space.report_file(shard) for shard in plan.shards]
     space.wait(reports, "the records", lambda: False)
-    null = job.pipeline.null()
+    null = text.null(job.pipeline)
     null.save(space.folder / records.NULL, [job.pipeline.family.null_prompt])
     return space.close(plan, manifest, settings)
 
@@ -112,8 +113,9 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
 def write(space: Workspace, shard: Shard, manifest: Manifest, examples: Callable, bar) -> None:
     """A file of records, then its report."""
     file, tally, count = space.shard_file(shard), Tally(), 0
-    for stale in space.folder.glob(f".{file.name}.*"):  # of a process that was killed
-        stale.unlink()
+    for entry in space.folder.iterdir():  # no glob: the folder's own name may hold a pattern
+        if entry.name.startswith(f".{file.name}."):  # of a process that was killed
+            entry.unlink()
 
     def counted() -> Iterator[Example]:
         nonlocal count
@@ -133,9 +135,11 @@ def encoders(job: Job):
     pipeline = job.pipeline
     with contextlib.ExitStack() as stack:
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS))
-        embed = stack.enter_context(pipeline.text_encoder(TEXT_BATCH))
-        encode_images = stack.enter_context(pipeline.image_encoder()) if job.sizes else None
+        embed = stack.enter_context(text.encoder(pipeline, text.BATCH))
+        encode_images = stack.enter_context(codec.encoder(pipeline)) if job.sizes else None
         captions = Captions(pipeline, embed, job.text_tokens)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # said when the pictures were listed
 
         def examples(space: Workspace, shard: Shard, tally: Tally) -> Iterator[Example]:
             blocks = cut(shard.keys, BLOCK)

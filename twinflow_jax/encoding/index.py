@@ -7,10 +7,11 @@ sizes and the files of records, every process works out for itself, and alike.
 import collections
 import concurrent.futures
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,11 +20,19 @@ from etils import epath
 from twinflow_jax import files
 from twinflow_jax.data.records import PROMPTS
 from twinflow_jax.encoding import sizes
-from twinflow_jax.encoding.sources import NO_CAPTION, THREADS, UNREADABLE, Item, Source, digest
-from twinflow_jax.errors import UserError
+from twinflow_jax.encoding.sources import (
+    LOST,
+    NO_CAPTION,
+    THREADS,
+    UNREADABLE,
+    Item,
+    Source,
+    digest,
+)
+from twinflow_jax.errors import UserError, reason
 
 TOO_SMALL, DUPLICATE = "too small", "duplicate"
-LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, 0)
+LOOKING = threading.Lock()
 
 Key = tuple[int, int]  # of an item: its chunk, and its place there
 
@@ -79,10 +88,16 @@ def examine(source: Source, item: Item, min_side: int) -> Entry:
         if error.errno not in LOST:
             raise UserError(f"{item.id} cannot be read now ({error.strerror or error})") from error
         return problem(UNREADABLE, error.strerror or str(error))
-    try:
-        size = sizes.measure(data)
-    except Exception as error:  # Pillow raises many kinds
-        return problem(UNREADABLE, reason_of(error))
+    # Threads share what catches warnings. Decoding, which repeats these, is silent (encode.py).
+    with LOOKING:
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                size = sizes.measure(data)
+        except Exception as error:  # Pillow raises many kinds
+            return problem(UNREADABLE, reason_of(error))
+        for warning in told:
+            warnings.warn(f"{item.id}: {reason(warning.message)}", stacklevel=2)
     if min(size) < min_side:
         return problem(TOO_SMALL, f"it is {sizes.name(size)}")
     return Entry(item.id, item.captions, item.place, hashlib.sha256(data).hexdigest(), size)

@@ -1,6 +1,5 @@
 """Sizes of pictures: buckets of aspect ratios, and how a picture is brought to one of them."""
 
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -9,12 +8,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from twinflow_jax import images
 from twinflow_jax.errors import UserError
 
 Size = tuple[int, int]  # (width, height) in pixels
 LARGEST = 2**28  # pixels of a picture that is resized: 0.8 GB
 WIDEST = 2.0  # of the buckets that are made for an area
-ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
+ORIENTATION, EXCHANGED = 0x0112, (5, 6, 7, 8)  # the EXIF tag; where it swaps width and height
 
 
 def name(size: Size) -> str:
@@ -70,10 +70,11 @@ def measure(data: bytes) -> Size:
     Raises:
       Exception: of many kinds, where the bytes are no picture.
     """
-    with Image.open(io.BytesIO(data)) as picture:
-        # Of a PNG without EXIF data before its pixels, getexif would decode all of these.
-        known = picture.format != "PNG" or "exif" in picture.info
-        turned = known and picture.getexif().get(ORIENTATION, 1) >= 5
+    with images.opened(data) as picture:
+        if picture.format == "TIFF":  # which Pillow turns itself
+            return picture.size
+        # A PNG's own getexif would decode the pixels, in search of what comes after them.
+        turned = Image.Image.getexif(picture).get(ORIENTATION) in EXCHANGED
         return picture.size[::-1] if turned else picture.size
 
 
@@ -85,7 +86,7 @@ def decode(data: bytes, size: Size) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
       Exception: of many kinds, where the picture is damaged.
     """
-    with Image.open(io.BytesIO(data)) as picture:
+    with images.opened(data) as picture:
         picture = rgb(ImageOps.exif_transpose(picture))
     (width, height), (found_width, found_height) = size, picture.size
     if width * found_height >= height * found_width:

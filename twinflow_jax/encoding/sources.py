@@ -1,26 +1,31 @@
-"""Where captions and pictures come from: folders, JSON lines and lists of prompts.
+"""Where captions and pictures come from: what sources share, JSON lines and lists of prompts.
 
 A source lists its items in an order that is always the same, in chunks that a process can read
-alone; archives.py has the sources that keep many pictures in a file.
+alone; beside.py has folders, archives.py the sources that keep many pictures in a file.
 """
 
-import concurrent.futures
 import dataclasses
+import errno
 import hashlib
 import json
-import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from etils import epath
 
+from twinflow_jax import files
 from twinflow_jax.errors import UserError
 
 CAPTIONS = ("caption", "captions", "text", "prompt", "prompts")  # names of what holds them
 IMAGES = ("image", "image_bytes", "file_name")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"
+)
 NO_CAPTION, UNREADABLE = "no caption", "unreadable"
 THREADS = 8  # that read and decode
+# Kinds of OSError that stay: of a file, not of a storage that is away for a while.
+LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +77,19 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def captions_of(value: Any) -> tuple[str, ...]:
-    """The captions in what a file has of them: a text, a list, or a dict that names them."""
+def captions_of(value: Any, depth: int = 2) -> tuple[str, ...]:
+    """The captions in what a file has of them: a text, a list, or a dict that names them.
+
+    Of a dict's names the first that has text counts; there may be another dict under it.
+    Raises:
+      UnicodeDecodeError: one is not UTF-8.
+    """
     if isinstance(value, dict):
-        value = next((value[key] for key in CAPTIONS if key in value), ())
+        keys = CAPTIONS if depth else ()
+        return next(filter(None, (captions_of(value.get(key), depth - 1) for key in keys)), ())
     if isinstance(value, str | bytes):
         value = [value]
-    texts = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in list_of(value)]
+    texts = [v.decode("utf-8-sig") if isinstance(v, bytes) else v for v in list_of(value)]
     stripped = (clean(text).strip() for text in texts if isinstance(text, str))
     return tuple(text for text in stripped if text)
 
@@ -88,96 +99,38 @@ def list_of(value: Any) -> list:
     return list(value) if isinstance(value, Iterable) and not isinstance(value, dict) else []
 
 
-def from_lines(data: bytes) -> tuple[str, ...]:
-    """One caption a line. Raises UnicodeDecodeError."""
-    return captions_of(data.decode("utf-8-sig").splitlines())
+def keys_of(
+    found: Iterable[str], given: str | None, usual: Sequence[str], flag: str, where
+) -> list[str]:
+    """The columns, or features, to use: the one that was given, or all usual ones.
+
+    Raises:
+      UserError: there is none.
+    """
+    wanted = usual if given is None else (given,)
+    keys = [key for key in wanted if key in found]
+    if not keys:
+        there, wished = ", ".join(found) or "nothing", " or ".join(map(repr, wanted))
+        raise UserError(f"{where} has no {wished}; it has {there}: give one with {flag}")
+    return keys
 
 
-def from_json(data: bytes) -> tuple[str, ...]:
-    """Raises ValueError where it is no JSON in UTF-8."""
+def labelled(name: str, value: Any, place: Any) -> Item:
+    """An item with the captions in what a file has of them."""
     try:
-        return captions_of(json.loads(data.decode("utf-8-sig")))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        return Item(name, captions_of(value), place)
+    except UnicodeDecodeError as error:
+        return Item(name, problem=(UNREADABLE, f"its caption: {error}"))
 
 
-READERS = {".txt": from_lines, ".caption": from_lines, ".json": from_json}
-
-
-def item(name: str, place: Any, caption: bytes | None, suffix: str) -> Item:
-    """An item with the caption file that lies beside it, which has that suffix."""
-    if caption is None:
-        return Item(name, problem=(NO_CAPTION, "there is no caption beside it"))
-    try:
-        captions = READERS[suffix](caption)
-    except ValueError as error:  # also of UTF-8
-        return Item(name, problem=(UNREADABLE, f"its {suffix} file: {error}"))
-    return Item(name, captions, place)
+def suffix_of(name: str) -> str:
+    """A file's kind: what is after its last dot, with that, in small letters."""
+    return posixpath.splitext(name)[1].lower()
 
 
 def cut(items: Sequence, size: int) -> list[list]:
     """A sequence in parts of so many."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-class Folder:
-    """Pictures in a folder and the folders in it, each with captions beside it.
-
-    CAT.jpg has its captions in CAT.txt, one a line, or in CAT.json.
-    """
-
-    def __init__(self, folder: epath.Path, pictures: bool, chunk: int):
-        self.folder, self.name, self.pictures = folder, folder.name, pictures
-        names = sorted(visible(folder))
-        known = set(names)
-        self._rows, beside = [], set()
-        for name in names:
-            stem, dot, suffix = name.rpartition(".")
-            if dot + suffix.lower() not in SUFFIXES:
-                continue
-            texts = [stem + ending for ending in (".txt", ".json") if stem + ending in known]
-            beside.update(texts)
-            self._rows.append((name, texts[0] if texts else None))
-        if not self._rows:
-            raise UserError(
-                f"{folder} holds no pictures ({' '.join(SUFFIXES)}): give a folder with pictures, "
-                ".parquet or .tar files, or a prepared TFDS dataset"
-            )
-        texts = [name for name in names if name.endswith((".txt", ".json"))]
-        self._rows += [(None, text) for text in texts if text not in beside]
-        self.chunks = cut(self._rows, chunk)
-
-    def items(self, chunk) -> Iterator[Item]:
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-            yield from threads.map(self._item, chunk)
-
-    def _item(self, row: tuple[str | None, str | None]) -> Item:
-        name, text = row
-        if name is None:
-            return Item(clean(text), problem=(UNREADABLE, "a caption without a picture"))
-        try:
-            caption = None if text is None else (self.folder / text).read_bytes()
-        except OSError as error:
-            return Item(clean(name), problem=(UNREADABLE, f"{clean(text)}: {error.strerror}"))
-        return item(clean(name), name, caption, "" if text is None else text[text.rindex(".") :])
-
-    def read(self, place: str) -> bytes:
-        return (self.folder / place).read_bytes()
-
-    def fingerprint(self) -> str:
-        return digest(*(f"{name}\n{text}" for name, text in self._rows))
-
-
-def visible(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """The relative names of all files in a folder but hidden ones; links to folders count not."""
-    for entry in folder.iterdir():
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if "://" in str(entry) or not pathlib.Path(entry).is_symlink():
-                yield from visible(entry, f"{prefix}{entry.name}/")
-        else:
-            yield prefix + entry.name
 
 
 class Lines:
@@ -193,13 +146,24 @@ class Lines:
         self._image, self._caption = image, caption
         data = file.read_bytes()
         self._digest = digest(data)
-        lines = [
-            (number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()
-        ]
+        lines = files.text_lines(data, "surrogateescape")  # one that is not UTF-8 is left out
         if not lines:
             raise UserError(f"{file} is empty: write one JSON object a line")
         self.chunks = cut(lines, chunk)
-        self.pictures = pictures and any(self._place(parsed(line)) for _, line in lines)
+        rows = lambda: (parsed(line) for _, line in lines)
+        self.pictures = pictures and any(self._place(row) for row in rows())
+        captions = CAPTIONS if caption is None else (caption,)
+        lacks_captions = not any(key in row for row in rows() for key in captions)
+        if lacks_captions:
+            keys_of(fields(rows()), caption, CAPTIONS, "--caption-column", file)
+        if pictures and not self.pictures:
+            paths = fields(rows(), names_picture)
+            if paths or image:
+                raise UserError(
+                    f"{file} has no pictures under {image or ', '.join(IMAGES)}; names of pictures "
+                    f"are under {', '.join(paths) or 'none'}: give one with --image-column, or "
+                    "--prompts-only"
+                )
 
     def _place(self, row: Any) -> Any:
         keys = IMAGES if self._image is None else (self._image,)
@@ -218,7 +182,7 @@ class Lines:
                 yield Item(name, problem=(UNREADABLE, detail))
             else:
                 found = row if self._caption is None else row.get(self._caption)
-                yield Item(name, captions_of(found), place if self.pictures else None)
+                yield labelled(name, found, place if self.pictures else None)
 
     def read(self, place: str) -> bytes:
         return (self.file.parent / place).read_bytes()
@@ -227,10 +191,21 @@ class Lines:
         return self._digest
 
 
-def parsed(line: bytes) -> dict[str, Any]:
+def fields(rows: Iterable[dict], among: Callable[[Any], bool] = lambda value: True) -> list[str]:
+    """The keys in rows whose values are `among` those, each once."""
+    return list(dict.fromkeys(key for row in rows for key in row if among(row[key])))
+
+
+def names_picture(value: Any) -> bool:
+    """Whether a field's value looks like the path of a picture, or several."""
+    values = [value] if isinstance(value, str) else list_of(value)
+    return any(isinstance(v, str) and suffix_of(v) in SUFFIXES for v in values)
+
+
+def parsed(line: str) -> dict[str, Any]:
     """The JSON object of a line, {} where there is none."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.encode())  # what was not UTF-8 cannot be encoded
     except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
@@ -253,10 +228,9 @@ class Prompts:
         self.name, data = file.name, file.read_bytes()
         self._digest = digest(data)
         try:
-            lines = data.decode("utf-8-sig").splitlines()
+            self.chunks = cut(files.text_lines(data), chunk)
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is no text in UTF-8 ({error}): save it as UTF-8") from error
-        self.chunks = cut([(n, line) for n, line in enumerate(lines, 1) if line.strip()], chunk)
         if not self.chunks:
             raise UserError(f"{file} is empty: write one prompt a line")
 

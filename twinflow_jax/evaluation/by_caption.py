@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from twinflow_jax.drawing import FewStep
 from twinflow_jax.errors import UserError
-from twinflow_jax.evaluation import captioned, drawing, features
+from twinflow_jax.evaluation import captioned, features, held_out
 from twinflow_jax.evaluation.report import Scores
 from twinflow_jax.sampling import few_step
 
@@ -45,25 +46,25 @@ def score(
     if count is not None and count < 2:
         raise UserError(f"--count is {count}; scores need at least 2 captions")
     grids = {n: few_step(n, **sampler) for n in steps} if guidance is None else {}
-    held_out, train = drawing.open_pair(source.records, source.train_records)
+    reals, train = held_out.open_pair(source.records, source.train_records)
     runs = {
-        folder: drawing.open_run(folder, raw, source.pipeline, held_out) for folder in folders
+        folder: held_out.open_run(folder, raw, source.pipeline, reals) for folder in folders
     }
     samplers = {
-        (name, grids[n].nfe if grids else n): run.pipeline.few_step(grids[n])
-        if grids else drawing.plain(run, n, guidance)
+        (name, grids[n].nfe if grids else n): FewStep(grids[n])
+        if grids else held_out.plain(run, n, guidance)
         for name, run in runs.items() for n in steps
     }
     network = features.load(source.features)
-    decode = drawing.decoder(held_out, next(iter(runs.values())).pipeline)
-    captions = drawing.hold_out(held_out, count, decode)
-    judge = drawing.create_judge(network.remembered, train, captions, decode)
-    owners = drawing.owners_of(captions, seeds)
-    some, pictures = drawing.shown(captions, seeds, ROWS)
+    decode = held_out.decoder(reals, next(iter(runs.values())).pipeline)
+    captions = held_out.hold_out(reals, count, decode)
+    judge = held_out.create_judge(network.remembered, train, captions, decode)
+    owners = held_out.owners_of(captions, seeds)
+    some, pictures = held_out.shown(captions, seeds, ROWS)
     rows, blocks = [], {"real": captions.real[some]}
     for (name, nfe), sampler in samplers.items():
         run = runs[name]
-        x = drawing.draw(run, captions, seeds, seed, sampler, decode)
+        x = held_out.draw(run, captions, seeds, seed, sampler, decode)
         scores = judge.score(captioned.Pictures.see(network, [x]), owners)
         rows.append({"run": name, "step": run.step, "nfe": nfe} | scores)
         print(f"{name}, {nfe} NFE: R@1 {scores['retrieval']:.3f}", flush=True)

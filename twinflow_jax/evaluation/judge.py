@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from twinflow_jax.arrays import Labels
 from twinflow_jax.data import Dataset
 from twinflow_jax.evaluation import classifier, metrics
 
 
-def sample_labels(count: int, num_classes: int) -> Int[np.ndarray, "count"]:
+def sample_labels(count: int, num_classes: int) -> Int[np.ndarray, "{count}"]:
     """Classes in turn, so that every count has them balanced."""
     return np.arange(count, dtype=np.int32) % num_classes
 
@@ -53,9 +54,7 @@ class ClassJudge:
     def _held_out(self):
         return self._features(self.dataset.test.x)[1]
 
-    def score(
-        self, drawn: Float[np.ndarray, "N H W C"], owners: Int[np.ndarray, "N"]
-    ) -> dict[str, float]:
+    def score(self, drawn: Float[np.ndarray, "N H W C"], owners: Labels) -> dict[str, float]:
         """Scores of samples in [-1, 1] that were made for the classes `owners`; clamp them first.
 
         accuracy: share that the classifier gives their label. frechet: distance of features to

@@ -5,13 +5,14 @@ touches its own file or folder and one line here. Flax lives only in this room.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from twinflow_jax.arrays import AnyArray, Apply
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import dit, minilm_dit, mlp, qwen_image, sana, unet
 from twinflow_jax.models.family import Family, logical_axes
@@ -38,9 +39,9 @@ class Model:
 
     config: Any
     init: Callable[[jax.Array], Any]
-    apply: Callable[..., jax.Array]
+    apply: Apply
     axes: Callable[[], Any]
-    null: dict[str, jax.Array]
+    null: Mapping[str, AnyArray]
     fixed: tuple[str, ...] = ()
 
     @property
@@ -81,7 +82,7 @@ def config_of(name: str) -> type[Settings]:
     return FAMILIES[name].config
 
 
-def create(fields: dict[str, Any], null: dict[str, jax.Array] | None = None) -> Model:
+def create(fields: Mapping[str, Any], null: Mapping[str, AnyArray] | None = None) -> Model:
     """The network that a config's `model` fields describe, as `build` makes it.
 
     Raises:

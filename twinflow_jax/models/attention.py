@@ -6,8 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Lengths
 from twinflow_jax.models import axes
 from twinflow_jax.models.context import setting
 
@@ -20,17 +21,18 @@ def compiled_for(platform: str):
 
 
 def attention(
-    query: Float[Array, "B T N D"], key: Float[Array, "B S K D"], value: Float[Array, "B S K D"],
-    lengths: Int[Array, "B"] | None = None, causal: bool = False, softcap: float | None = None,
-    bias: Float[Array, "#B #N T S"] | None = None, scale: float | None = None,
-) -> Float[Array, "B T N D"]:
+    query: Float[Array, "B T heads D"], key: Float[Array, "B S kv_heads D"],
+    value: Float[Array, "B S kv_heads D"], lengths: Lengths | None = None, causal: bool = False,
+    softcap: float | None = None, bias: Float[Array, "#B #heads T S"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B T heads D"]:
     """Softmax attention with float32 scores.
 
     lengths: keys from this one on are padding and get no weight (default: all count); a row
-    needs at least one. Fewer key heads than query heads are shared among them (N a multiple
-    of K). causal: a query sees the keys up to its own place. softcap: bounds the scores s, as
-    softcap tanh(s / softcap). bias: added to the scores, which are then held whole. scale: of the
-    scores (default: 1/sqrt(D)).
+    needs at least one. Fewer key heads are shared among the query heads, whose number is
+    a multiple of theirs. causal: a query sees the keys up to its own place. softcap: bounds the
+    scores s, as softcap tanh(s / softcap). bias: added to the scores, which are then held whole.
+    scale: of the scores (default: 1/sqrt(D)).
     """
     platform, width = _platform.get() or jax.default_backend(), query.shape[-1]
     scale = width**-0.5 if scale is None else scale
@@ -58,9 +60,9 @@ def attention(
 
 
 def splash(
-    query: Float[Array, "B T N D"], key: Float[Array, "B S N D"], value: Float[Array, "B S N D"],
-    lengths: Int[Array, "B"], scale: float, interpret: bool = False,
-) -> Float[Array, "B T N D"]:
+    query: Float[Array, "B T heads D"], key: Float[Array, "B S heads D"],
+    value: Float[Array, "B S heads D"], lengths: Lengths, scale: float, interpret: bool = False,
+) -> Float[Array, "B T heads D"]:
     """The TPU's kernel, which never holds the scores. interpret: on any device, slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (  # half a second to import
         splash_attention_kernel as kernels,
@@ -80,14 +82,14 @@ def splash(
     )
     # Keys of another segment than the queries' are not seen: the padding.
     own = jnp.zeros((shape[0],), jnp.int32)
-    padding = (np.arange(shape[1]) >= jnp.minimum(lengths, keys)[:, None]).astype(jnp.int32)
+    padding = (np.arange(shape[1])[None] >= jnp.minimum(lengths, keys)[:, None]).astype(jnp.int32)
     segments = jax.vmap(lambda kv: kernels.SegmentIds(own, kv))(padding)
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
     heads_first = [jnp.swapaxes(a, 1, 2) for a in (scaled, key, value)]
     return jnp.swapaxes(jax.vmap(attend)(*heads_first, segments), 1, 2)[:, :tokens]
 
 
-def _blocks(x: Float[Array, "B S N D"]) -> tuple[Float[Array, "B P N D"], int]:
+def _blocks(x: Float[Array, "B S heads D"]) -> tuple[Float[Array, "B T heads D"], int]:
     """x padded to whole blocks, and their size: 512 fits a TPU's vector memory at 24 x 128."""
     blocks = -(-x.shape[1] // 512)
     size = 128 * -(-x.shape[1] // (128 * blocks))  # the least padding for so many blocks
@@ -99,10 +101,10 @@ def _softcapped(query, key, value, lengths, causal: bool, softcap: float, scale:
     groups = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
     scores = jnp.einsum("BTKGD,BSKD->BKGTS", groups, key, preferred_element_type=jnp.float32)
     scores = softcap * jnp.tanh(scores / (softcap / scale))
-    places = jnp.arange(key.shape[1])
-    lengths = jnp.array([len(places)]) if lengths is None else lengths
+    places = jnp.arange(key.shape[1])[None, None]
+    lengths = jnp.array([key.shape[1]]) if lengths is None else lengths
     seen = places < lengths[:, None, None]
     if causal:
-        seen &= places <= jnp.arange(query.shape[1])[:, None]
+        seen &= places <= jnp.arange(query.shape[1])[None, :, None]
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf))
     return jnp.einsum("BKGTS,BSKD->BTKGD", weights.astype(value.dtype), value).reshape(query.shape)

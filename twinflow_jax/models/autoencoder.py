@@ -4,8 +4,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Images, Latents
 from twinflow_jax.errors import UserError
 
 
@@ -18,9 +18,7 @@ class Autoencoder(nn.Module):
 
     config: Any
 
-    def encode(
-        self, images: Float[Array, "B H W 3"]
-    ) -> Float[Array, "B H/downscale W/downscale latent_channels"]:
+    def encode(self, images: Images) -> Latents:
         """Normalised latents of images in [-1, 1], in float32.
 
         Raises UserError for sides that `config.downscale` does not divide.
@@ -34,12 +32,10 @@ class Autoencoder(nn.Module):
             )
         return self.to_latents(images)
 
-    def decode(
-        self, latents: Float[Array, "B h w latent_channels"]
-    ) -> Float[Array, "B h*downscale w*downscale 3"]:
+    def decode(self, latents: Latents) -> Images:
         """Images in [-1, 1] of normalised latents, in float32."""
         return jnp.clip(self.to_images(latents).astype(jnp.float32), -1, 1)
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    def __call__(self, images: Images) -> Images:
         """The reconstruction; meets every parameter, for `init`."""
         return self.decode(self.encode(images))

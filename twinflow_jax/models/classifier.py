@@ -3,6 +3,8 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Maps
+
 
 class Classifier(nn.Module):
     """Images (B, H, W, C) in [-1, 1] -> (logits (B, classes), features (B, 64))."""
@@ -11,8 +13,8 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"]
-    ) -> tuple[Float[Array, "B classes"], Float[Array, "B 64"]]:
+        self, x: Maps
+    ) -> tuple[Float[Array, "B {self.num_classes}"], Float[Array, "B 64"]]:
         stride = 2 if x.shape[1] > 16 else 1
         h = nn.relu(nn.Conv(24, (5, 5), strides=stride)(x))
         h = nn.relu(nn.Conv(48, (3, 3), strides=2)(h))

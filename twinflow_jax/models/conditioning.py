@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Times
 from twinflow_jax.models import names
 from twinflow_jax.models.projections import UNIT_VARIANCE, dense
 
@@ -27,7 +28,7 @@ def sinusoid(values: Float[Array, "B"], scale: float = 1.0) -> Float[Array, "B 2
     """
     half = SINUSOID_WIDTH // 2
     exponents = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32)
-    angles = scale * (values[:, None] * np.exp(exponents / np.float32(half)))
+    angles = scale * (values[:, None] * np.exp(exponents / np.float32(half))[None])
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -63,7 +64,7 @@ class RawTime(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B width"]:
+    def __call__(self, t: Times) -> Float[Array, "B {self.width}"]:
         hidden = nn.relu(nn.Dense(self.width)(t[:, None]))
         return nn.Dense(self.width)(hidden)
 
@@ -78,8 +79,8 @@ class SinusoidTime(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B width"]:
-        angles = t[:, None] * (jnp.pi / 2) * jnp.arange(1, 3)
+    def __call__(self, t: Times) -> Float[Array, "B {self.width}"]:
+        angles = t[:, None] * (jnp.pi / 2) * jnp.arange(1, 3)[None]
         features = jnp.concatenate([t[:, None], jnp.cos(angles), jnp.sin(angles)], axis=-1)
         hidden = nn.silu(nn.Dense(self.width)(features))
         return nn.Dense(self.width)(hidden)
@@ -92,7 +93,7 @@ class Condition(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(self, cond: dict, rows: int) -> Float[Array, "B width"]:
+    def __call__(self, cond: dict, rows: int) -> Float[Array, "{rows} {self.width}"]:
         if "label" in cond:
             return nn.Embed(self.num_classes + 1, self.width)(cond["label"])
         if "tokens" in cond:

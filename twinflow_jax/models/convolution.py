@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Maps
+
 
 class Depthwise(nn.Module):
     """Each channel filtered by its own size x size window, the border padded with zeros.
@@ -24,7 +26,7 @@ class Depthwise(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    def __call__(self, x: Maps) -> Float[Array, "B h w C"]:
         *sides, channels = x.shape[1:]
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, 1, channels))
         kernel = kernel.astype(self.dtype).astype(jnp.float32)
@@ -34,11 +36,12 @@ class Depthwise(nn.Module):
             [slice(i, i + side, self.stride) for i in range(self.size)] for side in sides
         )
         h = sum(
-            padded[:, row, column].astype(jnp.float32) * kernel[i, j, 0]
+            padded[:, row, column].astype(jnp.float32) * kernel[None, None, i, j]
             for i, row in enumerate(rows) for j, column in enumerate(columns)
         )
         if self.use_bias:
-            h = h + self.param("bias", self.bias_init, (channels,))
+            bias = self.param("bias", self.bias_init, (channels,))
+            h = h + lax.broadcast_to_rank(bias, h.ndim)
         return h.astype(self.dtype)
 
 
@@ -49,7 +52,7 @@ class Grouped(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         channels = x.shape[-1]
         size = channels // self.groups
         kernel = self.param(

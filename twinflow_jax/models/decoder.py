@@ -9,12 +9,15 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import AnyArray, Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.projections import dense, init_of
 from twinflow_jax.models.stack import run_layers
+
+Angles = Float[AnyArray, "L half"]  # of each place, for half of a head's channels
 
 # The names of one layer's tensors, (key, path, layout), apart from its norms.
 MLP_NAMES = (
@@ -65,21 +68,23 @@ def not_plain(
     ]
 
 
-def rope_angles(config, length: int) -> Float[np.ndarray, "L D/2"]:
+def rope_angles(config, length: int) -> Float[np.ndarray, "{length} {config.head_dim}//2"]:
     """Of positions 0..length-1. On the host: a power on the device is not exact enough."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = 1 / np.float32(config.rope_theta) ** exponents
     return np.arange(length, dtype=np.float32)[:, None] * frequencies
 
 
-def rotate(x: Float[Array, "B L N D"], angles: Float[Array, "L D/2"]) -> Float[Array, "B L N D"]:
+def rotate(
+    x: Float[Array, "B L heads D"], angles: Angles
+) -> Float[Array, "B L heads D"]:
     """Turns the i-th channel of the first half with the i-th of the second, in float32."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def embedded(module: nn.Module, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+def embedded(module: nn.Module, ids: TextIds) -> TextTokens:
     """The tokens' rows of the module's parameter `embedding`."""
     c = module.config
     init = init_of(nn.initializers.normal(0.02), "vocab", "embed")
@@ -98,9 +103,7 @@ class Attention(nn.Module):
     softcap: float | None = None
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B L D"], angles: Float[Array, "L K"], lengths: Int[Array, "B"]
-    ) -> Float[Array, "B L D"]:
+    def __call__(self, x: TextTokens, angles: Angles, lengths: Lengths) -> TextTokens:
         c = self.config
 
         def heads(count, axis, name):
@@ -120,7 +123,7 @@ class GatedMLP(nn.Module):
     activation: Callable
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(self, x: TextTokens) -> TextTokens:
         c = self.config
         gate = self.activation(dense(c, c.hidden, ("embed", "mlp"), "gate", bias=False)(x))
         up = dense(c, c.hidden, ("embed", "mlp"), "up", bias=False)(x)
@@ -128,8 +131,8 @@ class GatedMLP(nn.Module):
 
 
 def through_layers(
-    module: nn.Module, block: type[nn.Module], h: Float[Array, "B L D"], mask: Bool[Array, "B L"]
-) -> Float[Array, "B L D"]:
+    module: nn.Module, block: type[nn.Module], h: TextTokens, mask: TextMask
+) -> TextTokens:
     """h after all blocks of a text encoder, `(h, lengths, angles) -> (h, None)`.
 
     mask: of each row the valid tokens, which are its first ones and at least one.

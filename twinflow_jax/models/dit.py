@@ -10,9 +10,11 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Lengths, Maps, TextTokens, Times
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import axes, conditioning
@@ -50,10 +52,12 @@ class Config(LayeredSettings):
             )
 
 
-def position_features(height: int, width: int, channels: int) -> Float[Array, "HW channels"]:
+def position_features(
+    height: int, width: int, channels: int
+) -> Float[Array, "{height}*{width} {channels}"]:
     """Fixed 2-D sine and cosine features: half the channels for rows, half for columns."""
     def axis(n):
-        frequencies = 1.0 / 100.0 ** (jnp.arange(channels // 4) / (channels // 4))
+        frequencies = 1.0 / 100.0 ** (jnp.arange(channels // 4)[None] / (channels // 4))
         angles = jnp.arange(n)[:, None] * frequencies
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -85,7 +89,8 @@ class Projection(nn.Module):
         kernel = self.param("kernel", init_of(normal, *self.axes), self.shape)
         bias = self.param("bias", nn.initializers.zeros, self.shape[count:])
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return jnp.tensordot(x, kernel, count) + bias
+        out = jnp.tensordot(x, kernel, count)
+        return out + lax.broadcast_to_rank(bias, out.ndim)
 
 
 class Attention(nn.Module):
@@ -95,8 +100,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], text: Float[Array, "B L D"] | None,
-        lengths: Int[Array, "B"] | None,
+        self, x: Float[Array, "B S D"], text: TextTokens | None,
+        lengths: Lengths | None,
     ) -> Float[Array, "B S D"]:
         c = self.config
         heads = (c.heads, c.width // c.heads)
@@ -120,7 +125,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, h: Float[Array, "B S D"], context: Float[Array, "B D"],
-        text: Float[Array, "B L D"] | None, lengths: Int[Array, "B"] | None,
+        text: TextTokens | None, lengths: Lengths | None,
     ):
         c = self.config
         h = checkpoint_name(axes.rows(h), "block_input")
@@ -143,16 +148,14 @@ class DiT(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, x_t: Float[Array, "B H W C"], t: Float[Array, "B"], r: Float[Array, "B"], cond: dict
-    ) -> Float[Array, "B H W C"]:
+    def __call__(self, x_t: Maps, t: Times, r: Times, cond: dict) -> Maps:
         c = self.config
         rows, height, width, channels = x_t.shape
         p, grid = c.patch, (height // c.patch, width // c.patch)
         patches = x_t.reshape(rows, grid[0], p, grid[1], p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(rows, grid[0] * grid[1], -1)
         h = nn.Dense(c.width, dtype=c.dtype)(patches)
-        h = h + position_features(*grid, c.width).astype(c.dtype)
+        h = h + position_features(*grid, c.width).astype(c.dtype)[None]
 
         times = conditioning.SinusoidTime(c.width)(t) + conditioning.SinusoidTime(c.width)(t - r)
         context = times + conditioning.Condition(c.width, c.num_classes)(cond, rows)

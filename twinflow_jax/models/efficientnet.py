@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Images, Maps
 from twinflow_jax.models import names
 from twinflow_jax.models.convolution import Depthwise
 
@@ -31,13 +32,15 @@ class Norm(nn.Module):
     """BatchNorm with stored statistics."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         one, zero, shape = nn.initializers.ones, nn.initializers.zeros, x.shape[-1:]
         scale = self.param("scale", one, shape)
         bias = self.param("bias", zero, shape)
         mean = self.param("running_mean", zero, shape)
         variance = self.param("running_var", one, shape)
-        return (x - mean) * (scale * jax.lax.rsqrt(variance + 1e-3)) + bias
+        scale = scale * jax.lax.rsqrt(variance + 1e-3)
+        mean, scale, bias = (jax.lax.broadcast_to_rank(a, x.ndim) for a in (mean, scale, bias))
+        return (x - mean) * scale + bias
 
 
 class Block(nn.Module):
@@ -49,7 +52,7 @@ class Block(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Maps) -> Float[Array, "B h w {self.channels}"]:
         h, width = x, x.shape[-1] * self.expansion
         if self.expansion > 1:
             h = nn.Conv(width, (1, 1), use_bias=False, name="_expand_conv")(h)
@@ -72,7 +75,7 @@ class EfficientNet(nn.Module):
     config: Config = Config()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B features"]:
+    def __call__(self, x: Images) -> Float[Array, "B {self.config.features}"]:
         config, number = self.config, 0
         h = (x * 127.5 + 0.5) / 128  # the published input: (pixel - 127) / 128
         h = nn.Conv(config.stem, (3, 3), 2, use_bias=False, name="_conv_stem")(h)

@@ -7,7 +7,7 @@ text, a TextToImage: the published networks with their name tables, prompts and 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax import contracts
+from twinflow_jax.arrays import Images, Latents
 from twinflow_jax.models import names
 from twinflow_jax.models.names import NameTable
 from twinflow_jax.models.settings import Settings, TextSettings
@@ -33,7 +34,7 @@ class PublishedConfig(NetworkConfig, Protocol):
     """Of a network that pipelines hold."""
 
     @classmethod
-    def from_published(cls, config: dict[str, Any]) -> Self:
+    def from_published(cls, config: dict[str, Any]) -> "PublishedConfig":
         """From the contents of its folder's config.json.
 
         Raises:
@@ -60,10 +61,10 @@ class CodecConfig(NetworkConfig, Protocol):
 class Codec(Protocol):
     """What an autoencoder's module does."""
 
-    def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
+    def encode(self, images: Images) -> Latents:
         """Normalised latents of images in [-1, 1]."""
 
-    def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+    def decode(self, latents: Latents) -> Images:
         """Images within [-1, 1]."""
 
 

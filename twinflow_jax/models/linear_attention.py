@@ -9,8 +9,9 @@ from jaxtyping import Array, Float
 
 
 def linear_attention(
-    query: Float[Array, "B S N D"], key: Float[Array, "B S N D"], value: Float[Array, "B S N D"]
-) -> Float[Array, "B S N D"]:
+    query: Float[Array, "B S heads D"], key: Float[Array, "B S heads D"],
+    value: Float[Array, "B S heads D"],
+) -> Float[Array, "B S heads D"]:
     """The mean of the values under weights relu(query)·relu(key), computed in float32.
 
     Keys meet values before they meet queries, so that the cost is linear in S. The values are

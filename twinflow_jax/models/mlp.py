@@ -9,8 +9,8 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Samples, Times, Velocities
 from twinflow_jax.keys import option
 from twinflow_jax.models import conditioning
 from twinflow_jax.models.settings import Settings
@@ -36,9 +36,7 @@ class MLP(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, x_t: Float[Array, "B ..."], t: Float[Array, "B"], r: Float[Array, "B"], cond: dict
-    ) -> Float[Array, "B ..."]:
+    def __call__(self, x_t: Samples, t: Times, r: Times, cond: dict) -> Velocities:
         c = self.config
         flat = x_t.reshape(x_t.shape[0], -1)
         width = c.width if c.times == "raw" else c.width // 4  # of the context

@@ -14,7 +14,7 @@ def starts(size: int, tile: int, step: int) -> list[int]:
     return [*range(0, size - tile, step), size - tile]
 
 
-def blend_weights(corners: list[int], tile: int, overlap: int) -> list[Float[np.ndarray, "tile"]]:
+def blend_weights(corners: list[int], tile: int, overlap: int) -> list[Float[np.ndarray, "{tile}"]]:
     """The share of each tile in the image along one axis; at every place they add up to 1.
 
     A tile fades linearly over the middle half of an overlap: its outermost quarter, where the
@@ -35,7 +35,7 @@ def blend_weights(corners: list[int], tile: int, overlap: int) -> list[Float[np.
 
 def tiled(
     fn: Callable, x: Float[np.ndarray, "B H W C"], tile: int, overlap: int, scale: Fraction | int
-) -> Float[np.ndarray, "B H*scale W*scale K"]:
+) -> Float[np.ndarray, "B H*{scale} W*{scale} c"]:
     """`fn(x)` by overlapping tiles: the device holds one at a time, the host the float32 result.
 
     fn: (B, h, w, C) -> (B, h*scale, w*scale, K); it meets one shape only, (B, tile, tile, C) or

@@ -8,8 +8,8 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Maps, Times
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import conditioning
@@ -41,9 +41,7 @@ class UNet(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, x_t: Float[Array, "B H W C"], t: Float[Array, "B"], r: Float[Array, "B"], cond: dict
-    ) -> Float[Array, "B H W C"]:
+    def __call__(self, x_t: Maps, t: Times, r: Times, cond: dict) -> Maps:
         c = self.config
         conv = lambda n: nn.Conv(n, (3, 3), padding=1)
         down = lambda n: nn.Conv(n, (4, 4), strides=2, padding=1)

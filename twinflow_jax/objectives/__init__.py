@@ -6,8 +6,10 @@ A preset is a name for one Config; `build` binds a Config to its form.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from twinflow_jax.arrays import Apply, Scalar
 from twinflow_jax.errors import UserError
 from twinflow_jax.objectives import paper, tutorial, twinflow
 from twinflow_jax.objectives.batch import Batch
@@ -84,7 +86,10 @@ class Objective:
     def draw(self, key, batch_size: int, sample_shape: tuple[int, ...]) -> Draws:
         return self.form.draw(key, batch_size, sample_shape, self.config)
 
-    def loss(self, apply, params, teacher_params, batch: Batch, draws: Draws, totals=None):
+    def loss(
+        self, apply: Apply, params, teacher_params, batch: Batch, draws: Draws,
+        totals: Counts | None = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
         return self.form.loss(apply, params, teacher_params, batch, draws, self.config, totals)
 
     def cut(self, draws: Draws, start: int, stop: int) -> Draws:
@@ -103,7 +108,7 @@ def config_of(form: str) -> type[Shared]:
     return FORMS[form].Config
 
 
-def build(fields: dict[str, Any]) -> Objective:
+def build(fields: Mapping[str, Any]) -> Objective:
     """An objective from a config's fields (`preset(...)`, perhaps overridden).
 
     Raises:

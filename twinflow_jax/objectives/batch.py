@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float
+from twinflow_jax.arrays import Samples
 
 
 class Batch(NamedTuple):
@@ -12,6 +12,6 @@ class Batch(NamedTuple):
     B, the condition and what stands for its absence in classifier-free guidance.
     """
 
-    x: Float[Array, "B ..."]
+    x: Samples
     cond: Any
     null_cond: Any

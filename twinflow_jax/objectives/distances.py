@@ -4,21 +4,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+from twinflow_jax.arrays import Losses, Samples
 
 
-def l2(prediction: Float[Array, "B ..."], target: Float[Array, "B ..."]) -> Float[Array, "B"]:
+def l2(prediction: Samples, target: Samples) -> Losses:
     """Mean squared difference of each row."""
     difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
     return jnp.mean(jnp.square(difference), axis=tuple(range(1, difference.ndim)))
 
 
 def barron(
-    prediction: Float[Array, "B ..."],
-    target: Float[Array, "B ..."],
-    alpha: float = 1.0,
-    scale: float = 1e-3,
-) -> Float[Array, "B"]:
+    prediction: Samples, target: Samples, alpha: float = 1.0, scale: float = 1e-3
+) -> Losses:
     """Mean squared difference, reweighted per row by Barron's robust kernel.
 
     The weight `((mse / (scale^2 + 1e-8)) / |alpha - 2| + 1)^((alpha - 2) / 2) / scale` carries

@@ -15,7 +15,7 @@ Counts = dict[str, int]
 
 def sample_times(
     key: jax.Array, rows: int, distribution: tuple[float, float, float]
-) -> Float[Array, "rows"]:
+) -> Float[Array, "{rows}"]:
     """Times `scale * Beta(a, b)` for distribution (a, b, scale); (1, 1, 1) is uniform on [0, 1).
 
     Source: `sample_beta` and `time_dist_ctrl` of the released src code.
@@ -69,6 +69,6 @@ def role_slices(counts: Counts) -> dict[str, slice]:
     return slices
 
 
-def normal(key: jax.Array, rows: int, sample_shape: tuple[int, ...]) -> Float[Array, "rows ..."]:
+def normal(key: jax.Array, rows: int, sample_shape: tuple[int, ...]) -> Float[Array, "{rows} ..."]:
     """Standard normal noise in float32."""
     return jax.random.normal(key, (rows, *sample_shape), jnp.float32)

@@ -27,8 +27,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Apply, Losses, Samples, Scalar
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
@@ -94,9 +94,9 @@ def draw(
 
 
 def loss(
-    apply, params, teacher_params, batch: Batch, draws: Draws, config: Config,
+    apply: Apply, params, teacher_params, batch: Batch, draws: Draws, config: Config,
     totals: Counts | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Scalar, dict[str, Scalar]]:
     """The paper's loss and its terms by name; arguments as in twinflow.loss."""
     rows = counts_of(draws, ROLES)
     total = sum((totals or rows).values())
@@ -114,7 +114,7 @@ def loss(
     return sum(terms.values()), terms
 
 
-def twin_terms(apply, params, draws, cond, config: Config) -> dict[str, Float[Array, "B"]]:
+def twin_terms(apply: Apply, params, draws, cond, config: Config) -> dict[str, Losses]:
     """Adversarial and rectification losses of each twin row."""
     z, t = draws["z"], draws["t_fake"]
     ones = jnp.ones_like(t)
@@ -131,7 +131,9 @@ def twin_terms(apply, params, draws, cond, config: Config) -> dict[str, Float[Ar
     }
 
 
-def base_term(apply, params, teacher, x, draws, cond, config: Config) -> Float[Array, "B"]:
+def base_term(
+    apply: Apply, params, teacher, x: Samples, draws, cond, config: Config
+) -> Losses:
     """Equation 1 of each base row, its gradient factor (t - r) / dt included."""
     z, t = draws["z"], draws["t"]
     r = t - draws["u"] * t

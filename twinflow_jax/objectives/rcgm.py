@@ -10,19 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Apply, Samples, Times, Velocities
 from twinflow_jax.objectives import path
 
 
-def equal_times(
-    t: Float[Array, "B"], r: Float[Array, "B"], order: int
-) -> list[Float[Array, "B"]]:
+def equal_times(t: Times, r: Times, order: int) -> list[Times]:
     """`order + 1` times from t to r in equal sub-steps (the released choice)."""
     return [t * (1 - i / order) + r * (i / order) for i in range(order + 1)]
 
 
-def random_times(
-    t: Float[Array, "B"], r: Float[Array, "B"], fractions: Float[Array, "B order-1"]
-) -> list[Float[Array, "B"]]:
+def random_times(t: Times, r: Times, fractions: Float[Array, "B between"]) -> list[Times]:
     """Times from t to r with `t_i = r + fraction_i (t_{i-1} - r)` between (the paper's choice)."""
     times = [t]
     for i in range(fractions.shape[1]):
@@ -30,7 +27,7 @@ def random_times(
     return [*times, r]
 
 
-def integrate(apply, params, x, times: list[Float[Array, "B"]], cond) -> Float[Array, "B ..."]:
+def integrate(apply: Apply, params, x: Samples, times: list[Times], cond) -> Samples:
     """`sum_i (s_i - s_{i+1}) F(x_{s_i}, s_i, s_{i+1})` along the network's own jumps from x.
 
     Costs `len(times) - 1` evaluations of x's rows. A row whose times are all equal adds zero.
@@ -44,13 +41,8 @@ def integrate(apply, params, x, times: list[Float[Array, "B"]], cond) -> Float[A
 
 
 def error(
-    v_pred: path.Velocity,
-    jumps: Float[Array, "B ..."],
-    v: path.Velocity,
-    t: Float[Array, "B"],
-    r: Float[Array, "B"],
-    dt: float,
-) -> Float[Array, "B ..."]:
+    v_pred: Velocities, jumps: Samples, v: Velocities, t: Times, r: Times, dt: float
+) -> Velocities:
     """How far the network's jump is from `dt v + jumps`, per unit of dt.
 
     `((t - r) v_pred - jumps) / dt - v` where t - r >= dt; elsewhere the sub-steps span
@@ -63,9 +55,9 @@ def error(
 
 
 def target(
-    apply, params, v_pred: path.Velocity, x_t: Float[Array, "B ..."], v: path.Velocity,
-    t: Float[Array, "B"], r: Float[Array, "B"], cond, config,
-) -> path.Velocity:
+    apply: Apply, params, v_pred: Velocities, x_t: Samples, v: Velocities, t: Times, r: Times,
+    cond, config,
+) -> Velocities:
     """`v_pred - clip(error)`, without gradient: the target of a loss on v_pred itself.
 
     Its gradient has factor 1 where the paper's equation 1 has (t - r) / dt (released choice).

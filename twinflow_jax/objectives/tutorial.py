@@ -19,8 +19,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Apply, Scalar
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
@@ -71,9 +71,9 @@ def draw(
 
 
 def loss(
-    apply, params, teacher_params, batch: Batch, draws: Draws, config: Config,
+    apply: Apply, params, teacher_params, batch: Batch, draws: Draws, config: Config,
     totals: Counts | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Scalar, dict[str, Scalar]]:
     """The tutorial's loss and its terms by name; arguments as in twinflow.loss."""
     total = (totals or {"all": rows_of(draws, "all")})["all"]
     mean = lambda per_row: jnp.sum(per_row) / total

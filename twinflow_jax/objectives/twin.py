@@ -1,47 +1,44 @@
 """The network passes that the twin (fake) trajectory needs, shared by every form."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Apply, Samples, Times, Velocities
 from twinflow_jax.objectives import path
 from twinflow_jax.objectives.passes import Pass, together
 
 
-def generator_pass(params, z: Float[Array, "B ..."], cond) -> Pass:
+def generator_pass(params, z: Samples, cond) -> Pass:
     """The pass whose velocity makes one-step samples `z - F(z, 1, 0)`."""
     ones = jnp.ones(z.shape[0], jnp.float32)
     return Pass(params, z, ones, jnp.zeros_like(ones), cond)
 
 
-def one_step(apply, params, z: Float[Array, "B ..."], cond) -> Float[Array, "B ..."]:
+def one_step(apply: Apply, params, z: Samples, cond) -> Samples:
     """One-step samples `z - F(z, 1, 0)`."""
     return z - apply(*generator_pass(params, z, cond))
 
 
-def instantaneous(params, x_t: Float[Array, "B ..."], times, conds) -> list[Pass]:
+def instantaneous(params, x_t: Samples, times: tuple[Times, ...], conds: tuple) -> list[Pass]:
     """The passes `F(x_t, t, t)` at the same points, one for each time and cond."""
     return [Pass(params, x_t, t, t, cond) for t, cond in zip(times, conds, strict=True)]
 
 
 def instantaneous_pair(
-    apply, params, x_t: Float[Array, "B ..."], times, conds
-) -> list[path.Velocity]:
+    apply: Apply, params, x_t: Samples, times: tuple[Times, Times], conds: tuple
+) -> list[Velocities]:
     """`F(x_t, t, t)` at the same points for two (time, cond) pairs, as one call of 2B rows."""
     return together(apply, instantaneous(params, x_t, times, conds))
 
 
-def twin_passes(
-    params, x_fake: Float[Array, "B ..."], z: Float[Array, "B ..."], t: Float[Array, "B"], cond
-) -> list[Pass]:
+def twin_passes(params, x_fake: Samples, z: Samples, t: Times, cond) -> list[Pass]:
     """`F(x_t, -t, -t)` and `F(x_t, t, t)` at points x_t between x_fake and fresh noise z."""
     x_t = path.interpolate(x_fake, z, t)
     return instantaneous(params, x_t, (-t, t), (cond, cond))
 
 
 def fake_minus_real(
-    apply, params, x_fake: Float[Array, "B ..."], z: Float[Array, "B ..."],
-    t: Float[Array, "B"], cond,
-) -> path.Velocity:
+    apply: Apply, params, x_fake: Samples, z: Samples, t: Times, cond
+) -> Velocities:
     """The velocity of the fake trajectory less that of the real one, at `twin_passes`.
 
     It points from real velocities to fake ones: moving a generator's velocity against it

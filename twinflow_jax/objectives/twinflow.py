@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Apply, Samples, Scalar, Times, Velocities
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
@@ -140,9 +141,7 @@ def draw(
     return draws
 
 
-def role_times(
-    role: str, draws: dict[str, Array], config: Config
-) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
+def role_times(role: str, draws: dict[str, Array], config: Config) -> tuple[Times, Times]:
     """Times (t, r) of a role's rows."""
     if role == "one_step":
         ones = jnp.ones(draws["z"].shape[0], jnp.float32)
@@ -154,15 +153,15 @@ def role_times(
     return t, t - draws["u"] * t * (min(0.05, kappa) if role == "multi_step" else kappa)
 
 
-def weight(t: Float[Array, "B"], r: Float[Array, "B"]) -> Float[Array, "B"]:
+def weight(t: Times, r: Times) -> Float[Array, "B"]:
     """`tan((1 - (|t| - |r|)) pi / 2.5) + 1`: 4.08 at r = t, 1 for the jump from 1 to 0."""
     return jnp.tan((1 - (jnp.abs(t) - jnp.abs(r))) * jnp.pi / 2.5) + 1
 
 
 def loss(
-    apply, params, teacher_params, batch: Batch, draws: Draws, config: Config,
+    apply: Apply, params, teacher_params, batch: Batch, draws: Draws, config: Config,
     totals: Counts | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Scalar, dict[str, Scalar]]:
     """The released loss of one batch whose rows stand in ROLES order.
 
     draws: from `draw`, for exactly these rows. totals: rows per role of the whole batch when
@@ -245,15 +244,16 @@ def sampled_rows(config: Config, at) -> slice:
     return slice(0 if config.image_free else at["adversarial"].start, at["adversarial"].stop)
 
 
-def generator_noise(draws: Draws) -> Float[Array, "rows ..."]:
+def generator_noise(draws: Draws) -> Samples:
     """What the one-step samples of `sampled_rows` start from."""
     noise = [draws[role]["z_generator"] for role in ROLES if "z_generator" in draws.get(role, {})]
     return jnp.concatenate(noise)
 
 
 def early_velocities(
-    apply, frozen, teacher, batch: Batch, draws: Draws, t, z, config: Config, at
-) -> dict[str, path.Velocity]:
+    apply: Apply, frozen, teacher, batch: Batch, draws: Draws, t: Times, z: Samples,
+    config: Config, at,
+) -> dict[str, Float[Array, "_ ..."]]:
     """What can be computed before the training samples are known, without gradient.
 
     "generator": of the one-step samples of `sampled_rows`. With merge_passes, in the same call,
@@ -277,7 +277,7 @@ def early_velocities(
     return dict(zip(passes, together(apply, list(passes.values())), strict=True))
 
 
-def training_samples(early, batch: Batch, draws: Draws) -> Float[Array, "B ..."]:
+def training_samples(early, batch: Batch, draws: Draws) -> Samples:
     """The data end of each row's path: data, or the model's own one-step samples."""
     if "generator" not in early:
         return batch.x
@@ -285,7 +285,9 @@ def training_samples(early, batch: Batch, draws: Draws) -> Float[Array, "B ..."]
     return jnp.concatenate([batch.x[: -samples.shape[0]], samples])
 
 
-def guidance_passes(teacher, x_t, t, batch: Batch, rows: slice) -> list[Pass]:
+def guidance_passes(
+    teacher, x_t: Samples, t: Times, batch: Batch, rows: slice
+) -> list[Pass]:
     """The teacher's velocities at (x_t, t, t) with the condition and without; x_t, t: of rows."""
     return twin.instantaneous(
         teacher, x_t, (t, t), (take(batch.cond, rows), take(batch.null_cond, rows))
@@ -293,8 +295,9 @@ def guidance_passes(teacher, x_t, t, batch: Batch, rows: slice) -> list[Pass]:
 
 
 def guided(
-    apply, teacher, early, x_t, t, v, batch: Batch, config: Config, at
-) -> path.Velocity:
+    apply: Apply, teacher, early, x_t: Samples, t: Times, v: Velocities, batch: Batch,
+    config: Config, at,
+) -> Velocities:
     """Velocity targets with guidance on the multi_step and any_step rows.
 
     `v + g (F(cond) - F(null))` with the teacher's velocities at (x_t, t, t); image-free
@@ -309,6 +312,6 @@ def guided(
         passes = guidance_passes(teacher, x_t[rows], t[rows], batch, rows)
         with_cond, without = together(apply, passes)
     start = without if config.image_free else v[rows]
-    inside = path.expand((t[rows] > low) & (t[rows] < high), x_t)
+    inside = path.expand((t[rows] > low) & (t[rows] < high), v[rows])
     guided_rows = jnp.where(inside, start + config.guidance * (with_cond - without), v[rows])
     return jnp.concatenate([v[: rows.start], guided_rows, v[rows.stop :]])

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from twinflow_jax import keys
 from twinflow_jax.errors import UserError
@@ -18,6 +18,8 @@ from twinflow_jax.keys import option
 FSDP = ("fsdp", "fsdp_minor")
 BATCH = ("data", *FSDP)
 AXES = (*BATCH, "tensor", "context")
+
+AnyMesh = Mesh | AbstractMesh  # of devices, or of their shape alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +114,20 @@ def _minor(fsdp: int, devices: list) -> int:
     return sides[-1] if len(sides) == 3 else 1
 
 
-def over_rows(mesh: Mesh, rows: int) -> NamedSharding:
+def over_rows(mesh: AnyMesh, rows: int) -> NamedSharding:
     """Rows split over BATCH where they divide, otherwise on every device."""
     return NamedSharding(mesh, PartitionSpec(BATCH if rows % row_parts(mesh) == 0 else None))
 
 
-def over_devices(mesh: Mesh, rows: int) -> NamedSharding:
+def over_devices(mesh: AnyMesh, rows: int) -> NamedSharding:
     """Rows split over every axis where they divide: for networks whose weights are not split."""
     return NamedSharding(mesh, PartitionSpec(AXES if rows % mesh.size == 0 else None))
 
 
-def row_parts(mesh: Mesh) -> int:
+def row_parts(mesh: AnyMesh) -> int:
     """Parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())

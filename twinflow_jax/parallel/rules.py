@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from twinflow_jax.parallel.mesh import BATCH, FSDP
+from twinflow_jax.parallel.mesh import BATCH, FSDP, AnyMesh
 
 RULES = {
     # Of activations.
@@ -23,7 +23,7 @@ RULES = {
 }
 
 
-def layout(shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> tuple[PartitionSpec, list[str]]:
+def layout(shape: tuple[int, ...], axes: tuple, mesh: AnyMesh) -> tuple[PartitionSpec, list[str]]:
     """Where a parameter with these logical axes lies, and why a rule did not apply.
 
     A rule does not apply where the dimension does not divide, or where an earlier dimension of
@@ -45,7 +45,7 @@ def layout(shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> tuple[PartitionSp
     return PartitionSpec(*entries), reasons
 
 
-def shardings(mesh: Mesh, abstract, axes):
+def shardings(mesh: AnyMesh, abstract, axes):
     """A layout for each parameter: abstract shapes, and logical axes of the same tree."""
     return jax.tree.map(
         lambda leaf, names: NamedSharding(mesh, layout(leaf.shape, names, mesh)[0]), abstract, axes
@@ -63,7 +63,7 @@ class Placed:
     reasons: list[str]
 
 
-def report(mesh: Mesh, abstract, axes) -> list[Placed]:
+def report(mesh: AnyMesh, abstract, axes) -> list[Placed]:
     """Where each parameter lies, the largest on a device first."""
     lines = []
     flat, _ = jax.tree_util.tree_flatten_with_path(abstract)

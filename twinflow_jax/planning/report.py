@@ -3,10 +3,10 @@
 import io
 from collections.abc import Sequence
 
-import jax
 from etils import epath
 
 from twinflow_jax import files, models, parallel
+from twinflow_jax.parallel.mesh import AnyMesh
 from twinflow_jax.planning.cost import UNCERTAINTY
 from twinflow_jax.planning.plan import GIB, Plan
 
@@ -71,7 +71,7 @@ def details(plan: Plan) -> str:
     return "\n".join(lines + [f"note: {note}" for note in plan.notes])
 
 
-def parameters(topology: str, model: models.Model, mesh: jax.sharding.Mesh) -> str:
+def parameters(topology: str, model: models.Model, mesh: AnyMesh) -> str:
     """Where each weight of a network lies on a mesh, the largest on a device first; and why it is
     not split further."""
     placed = parallel.report(mesh, model.abstract_params(), model.axes())

@@ -11,16 +11,19 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
+from twinflow_jax.arrays import Apply, Samples
 from twinflow_jax.objectives import path
 from twinflow_jax.sampling.grids import Grid
+
+Keys = Key[Array, ""] | Key[Array, "B"]  # one for all rows, or one for each
 
 
 @partial(jax.jit, static_argnames=("apply", "grid"))
 def sample(
-    apply, params, noise: Float[Array, "B ..."], cond, grid: Grid, key: jax.Array
-) -> Float[Array, "B ..."]:
+    apply: Apply, params, noise: Samples, cond, grid: Grid, key: Keys
+) -> Samples:
     """Samples from noise along the grid; `grid.nfe` evaluations of `apply`.
 
     key: of the fresh noise in stochastic steps, unused where there is none; or one key per row
@@ -31,14 +34,14 @@ def sample(
 
 @partial(jax.jit, static_argnames=("apply", "grid"))
 def trajectory(
-    apply, params, noise: Float[Array, "B ..."], cond, grid: Grid, key: jax.Array
-) -> Float[Array, "n+1 B ..."]:
+    apply: Apply, params, noise: Samples, cond, grid: Grid, key: Keys
+) -> Float[Array, "{grid.steps}+1 B *shape"]:
     """The points that the sampler visits: the noise, then the state after each step."""
     states = _run(apply, params, noise, cond, grid, key)[1]
     return jnp.concatenate([noise[None].astype(jnp.float32), states])
 
 
-def fresh_noise(key: jax.Array, i, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+def fresh_noise(key: Keys, i, shape: tuple[int, ...]) -> Samples:
     """Noise of step i, from one key for all rows or from one key per row."""
     if key.ndim == 0:
         return jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
@@ -46,8 +49,10 @@ def fresh_noise(key: jax.Array, i, shape: tuple[int, ...]) -> Float[Array, "B ..
     return jax.vmap(of_row)(key)
 
 
-def _run(apply, params, noise, cond, grid: Grid, key):
-    """(last data prediction (B, ...), states after each step (n, B, ...))."""
+def _run(
+    apply: Apply, params, noise: Samples, cond, grid: Grid, key: Keys
+) -> tuple[Samples, Float[Array, "{grid.steps} B *shape"]]:
+    """The last data prediction, and the states after each step."""
     rows, last = noise.shape[0], grid.steps - 1
     noise = noise.astype(jnp.float32)
 

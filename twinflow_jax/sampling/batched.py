@@ -1,14 +1,33 @@
-"""Many samples of a class-conditional model, in batches of one compiled shape."""
+"""Many samples, in batches of one compiled shape."""
+
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from twinflow_jax import seeds
 from twinflow_jax.sampling.any_step import sample
 from twinflow_jax.sampling.grids import Grid
 
 BATCH = 256
+
+
+def batches(
+    draw: Callable, keys: jax.Array, shape: tuple[int, ...], size: int
+) -> Iterator[Float[np.ndarray, "B ..."]]:
+    """Samples, one for each of `keys`, `size` at once.
+
+    draw: `(rows, noise, keys) -> samples`; rows: the numbers of a batch's samples, always `size`
+    of them (the last batch wraps); keys: of each sample's fresh noise.
+    """
+    count = len(keys)
+    for start in range(0, count, size):
+        rows = np.arange(start, start + size) % count
+        pairs = jax.vmap(jax.random.split)(keys[rows])
+        noise = jax.vmap(lambda k: jax.random.normal(k, shape))(pairs[:, 0])
+        yield np.asarray(draw(rows, noise, pairs[:, 1]))[: count - start]
 
 
 def generate(
@@ -19,19 +38,29 @@ def generate(
     The k-th sample of a class starts from noise of (seed, class, k).
     """
     labels = np.asarray(labels, np.int32)
-    seen = np.zeros(labels.max(initial=0) + 1, np.int64)
-    places = np.zeros(len(labels), np.uint32)
+    parts = by_class(model, params, labels, counted(labels), grid, seed)
+    total = -(-len(labels) // min(BATCH, len(labels)))
+    return np.concatenate(list(tqdm(parts, total=total, unit="batch", disable=not progress)))
+
+
+def counted(labels: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    """Which sample of its class each one is, from 0."""
+    seen, places = np.zeros(labels.max(initial=0) + 1, np.int64), np.zeros(len(labels), np.uint32)
     for i, label in enumerate(labels):
         places[i], seen[label] = seen[label], seen[label] + 1
-    key = jax.random.key(seed)
+    return places
+
+
+def by_class(
+    model, params, labels: Int[np.ndarray, "N"], places: Int[np.ndarray, "N"], grid: Grid,
+    seed: int,
+) -> Iterator[Float[np.ndarray, "B ..."]]:
+    """The samples of `generate` batch by batch; places: which of its class each one is."""
+    key = seeds.key(seed)
     keys = jax.vmap(lambda c, k: jax.random.fold_in(jax.random.fold_in(key, c), k))(labels, places)
-    shape = model.sample_shape
-    size = min(BATCH, len(labels))
-    parts = []
-    for start in tqdm(range(0, len(labels), size), unit="batch", disable=not progress):
-        rows = np.arange(start, start + size) % len(labels)  # the last batch wraps: one shape
-        pairs = jax.vmap(jax.random.split)(keys[rows])
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape))(pairs[:, 0])
-        x = sample(model.apply, params, noise, model.cond(labels[rows]), grid, pairs[:, 1])
-        parts.append(np.asarray(x))
-    return np.clip(np.concatenate(parts)[: len(labels)], -1, 1)
+
+    def draw(rows, noise, keys):
+        return sample(model.apply, params, noise, model.cond(labels[rows]), grid, keys)
+
+    for part in batches(draw, keys, model.sample_shape, min(BATCH, len(labels))):
+        yield np.clip(part, -1, 1)

@@ -6,12 +6,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from twinflow_jax.arrays import Apply, Samples
 from twinflow_jax.sampling.ode import guide, guided_velocity
 
 
-def coefficients(times: tuple[float, ...]) -> Float[np.ndarray, "n 3"]:
+def coefficients(times: tuple[float, ...]) -> Float[np.ndarray, "{len(times)}-1 3"]:
     """Of each step `x <- a x + b x_hat + c x_hat_before`, in float64 (arXiv 2211.01095, 2M).
 
     A step solves exactly for a data prediction that is linear in lambda = log((1-t)/t); the
@@ -33,9 +34,9 @@ def coefficients(times: tuple[float, ...]) -> Float[np.ndarray, "n 3"]:
 
 @partial(jax.jit, static_argnames=("apply", "times", "told", "guidance", "rule"))
 def dpm_solve(
-    apply, params, noise: Float[Array, "B ..."], cond, null_cond, times: tuple[float, ...],
+    apply: Apply, params, noise: Samples, cond, null_cond, times: tuple[float, ...],
     told: tuple[float, ...], guidance: float = 1.0, rule: Callable = guide,
-) -> Float[Array, "B ..."]:
+) -> Samples:
     """Samples along `times`, from just below 1 (where lambda is infinite) down to 0.
 
     told: the time that the network is given at each of times[:-1]. rule: how guidance combines

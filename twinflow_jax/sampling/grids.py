@@ -11,10 +11,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float
 
 from twinflow_jax.errors import UserError
 
 STYLES = ("few", "any", "mul")
+Number = float | np.generic  # NumPy's of any width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Grid:
     style: str = "few"
     extrapolation: float = 0.0
     order: int = 1
+
+    def told(self) -> dict[str, Any]:
+        """What a picture says of its sampler."""
+        return {"nfe": self.nfe} | dataclasses.asdict(self)
 
     @property
     def steps(self) -> int:
@@ -67,7 +73,9 @@ def recommended(steps: int) -> dict[str, Any]:
     return dict(RECOMMENDED[next((n for n in RECOMMENDED if steps <= n), 30)])
 
 
-def kumaraswamy(u: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
+def kumaraswamy(
+    u: Float[np.ndarray, "steps"], a: Number, b: Number, c: Number
+) -> Float[np.ndarray, "steps"]:
     """`(1 - (1 - u^a)^b)^c`: moves grid points where a trajectory bends; (1, 1, 1) is identity."""
     return (1 - (1 - u**a) ** b) ** c
 

@@ -5,20 +5,21 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Apply, Samples, Times, Velocities
 from twinflow_jax.errors import UserError
-from twinflow_jax.objectives import path, twin
+from twinflow_jax.objectives import twin
 
 
-def guide(with_cond: path.Velocity, without: path.Velocity, guidance: float) -> path.Velocity:
+def guide(with_cond: Velocities, without: Velocities, guidance: float) -> Velocities:
     """Classifier-free guidance: `without + guidance (with_cond - without)`."""
     return without + guidance * (with_cond - without)
 
 
 def guided_velocity(
-    apply, params, x, t, cond, null_cond, guidance: float, rule: Callable = guide
-) -> path.Velocity:
+    apply: Apply, params, x: Samples, t: Times, cond, null_cond, guidance: float,
+    rule: Callable = guide,
+) -> Velocities:
     """The guided velocity at r = t; guidance 1 is one evaluation, without the null condition."""
     if guidance == 1.0:
         return apply(params, x, t, t, cond)
@@ -28,9 +29,9 @@ def guided_velocity(
 
 @partial(jax.jit, static_argnames=("apply", "times", "guidance", "method", "rule"))
 def solve(
-    apply, params, noise: Float[Array, "B ..."], cond, null_cond, times: tuple[float, ...],
+    apply: Apply, params, noise: Samples, cond, null_cond, times: tuple[float, ...],
     guidance: float = 1.0, method: str = "euler", rule: Callable = guide,
-) -> Float[Array, "B ..."]:
+) -> Samples:
     """Integrates dx/dt = F(x, t, t) along `times` (from 1 down to 0) from noise to data.
 
     method: "euler", or "heun" with a second evaluation per step except the last. rule: how

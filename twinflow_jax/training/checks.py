@@ -91,7 +91,7 @@ def check_pipeline(pipeline: str, family: TextToImage, settings: Settings) -> No
     if not pipeline:
         raise UserError(
             f"model {settings.name!r} draws from text: set pipeline to an imported checkpoint "
-            "(tools/convert.py), or to random for small random networks"
+            "(twinflow convert), or to random for small random networks"
         )
 
     def theirs_of(name):

@@ -2,7 +2,7 @@
 
 Labelled images train a class-conditional network as they are. For a text-to-image family each
 label stands for its caption, and images and captions go through the pipeline's autoencoder and
-text encoder once, before training; or the run reads what tools/encode.py made of them before.
+text encoder once, before training; or the run reads what twinflow encode made of them before.
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from twinflow_jax import checkpoints, data, evaluation, models, text_to_image
+from twinflow_jax import checkpoints, data, evaluation, models
 from twinflow_jax.checkpoints import imported, random
 from twinflow_jax.config import RANDOM, Data, Run
 from twinflow_jax.data.records import Records
+from twinflow_jax.drawing import Pipeline, codec, text
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.settings import Settings
 from twinflow_jax.parallel import hosts
@@ -103,20 +104,20 @@ def of_classes(settings: Settings, dataset: data.Dataset, scored: bool) -> Input
 
 
 def of_captions(
-    pipeline: text_to_image.Pipeline, dataset: data.Dataset, tokens: int, prompts: tuple[str, ...]
+    pipeline: Pipeline, dataset: data.Dataset, tokens: int, prompts: tuple[str, ...]
 ) -> Inputs:
     """Images and captions through a pipeline's networks; previews draw prompts, or the captions."""
     settings, prompts = pipeline.settings, prompts or dataset.captions
     captions, null, shown = (
         conditions(embeddings, tokens, settings.dtype)
         for embeddings in (
-            pipeline.embed(dataset.captions, tokens), pipeline.null(),
-            pipeline.embed(prompts, tokens),
+            text.embed(pipeline, dataset.captions, tokens), text.null(pipeline),
+            text.embed(pipeline, prompts, tokens),
         )
     )
     side = pipeline.config("vae").downscale
     height, width = (side * places for places in settings.sample_shape[:2])
-    latents = pipeline.encode(data.to_rgb(dataset.train.x, height, width))
+    latents = codec.encode(pipeline, data.to_rgb(dataset.train.x, height, width))
     return Inputs(
         models.build(settings), labelled(data.Split(latents, dataset.train.label), captions),
         null, shown, prompts, decoder(pipeline), judge=None,
@@ -124,13 +125,13 @@ def of_captions(
 
 
 def of_records(
-    pipeline: text_to_image.Pipeline, folders: Sequence[Records], rows: Data,
+    pipeline: Pipeline, folders: Sequence[Records], rows: Data,
     prompts: tuple[str, ...],
 ) -> Inputs:
-    """Rows that tools/encode.py made; previews draw prompts, or captions of theirs."""
+    """Rows that twinflow encode made; previews draw prompts, or captions of theirs."""
     settings, tokens = pipeline.settings, rows.text_tokens
     if prompts:
-        embeddings = pipeline.embed(prompts, tokens)
+        embeddings = text.embed(pipeline, prompts, tokens)
     else:
         prompts, embeddings = records.first_captions(folders[0])
         embeddings = embeddings[:, :tokens]  # as a step sees them
@@ -142,19 +143,19 @@ def of_records(
     )
 
 
-def open_pipeline(run: Run, workdir: epath.PathLike) -> text_to_image.Pipeline:
+def open_pipeline(run: Run, workdir: epath.PathLike) -> Pipeline:
     """The networks of a run's `pipeline`, random ones being made here first."""
     folder = checkpoints.pipeline_of(workdir, run)
     if run.pipeline == RANDOM:
         hosts.first(lambda: random.write_random(run.model.name, folder, run.train.seed))
-    return text_to_image.Pipeline(
+    return Pipeline(
         imported.open_imported(folder), run.model.dtype, settings=run.model, progress=False
     )
 
 
-def decoder(pipeline: text_to_image.Pipeline):
+def decoder(pipeline: Pipeline):
     """Samples -> images."""
-    return lambda latents: np.stack(pipeline.decode(latents, text_to_image.TILE))
+    return lambda latents: np.stack(list(codec.decode(pipeline, latents)))
 
 
 def conditions(embeddings, tokens: int, dtype: str) -> Conditions:

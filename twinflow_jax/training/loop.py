@@ -10,7 +10,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, data, parallel
+from twinflow_jax import checkpoints, data, parallel, seeds
 from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.config import Run, to_json
 from twinflow_jax.errors import UserError
@@ -202,7 +202,7 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     train, model = prepared.run.train, prepared.model
     source = train.init_from
     if not source:
-        key = jax.random.fold_in(jax.random.key(train.seed), 2**31 - 1)  # no step's key
+        key = jax.random.fold_in(seeds.key(train.seed), 2**31 - 1)  # no step's key
         return prepared.place(lambda: prepared.fresh(model.init(key)))
     abstract = prepared.abstract_state().params
     if imported.is_imported(source):

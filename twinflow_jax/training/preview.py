@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from twinflow_jax import images, parallel
+from twinflow_jax import images, parallel, seeds
 from twinflow_jax.evaluation import sample_labels
 from twinflow_jax.parallel import hosts
 from twinflow_jax.sampling import few_step, sample
@@ -27,7 +27,7 @@ class Preview:
         scored = run.sample.score_count if inputs.judge else 0
         self._count = max(scored, self._columns * self._rows)
         self._labels = sample_labels(self._count, self._rows)
-        noise_key, self._key = jax.random.split(jax.random.key(run.train.seed))
+        noise_key, self._key = jax.random.split(seeds.key(run.train.seed))
         shape = inputs.model.sample_shape
         self._noise = np.asarray(jax.random.normal(noise_key, (self._count, *shape)))
 

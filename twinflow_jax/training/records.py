@@ -1,4 +1,4 @@
-"""Training from what tools/encode.py wrote: the folders of a config as streams of rows."""
+"""Training from what twinflow encode wrote: the folders of a config as streams of rows."""
 
 import dataclasses
 import hashlib
@@ -9,10 +9,10 @@ import numpy as np
 
 from twinflow_jax import data
 from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
+from twinflow_jax.drawing import Embeddings
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.settings import Settings
 from twinflow_jax.parallel import hosts
-from twinflow_jax.text_to_image import Embeddings
 
 SHOWN = 8  # captions that previews draw where the config has no prompts
 

@@ -16,9 +16,10 @@ from twinflow_jax.training import ema
 class TrainState:
     """step: optimizer steps done. teacher: moving or frozen teacher, None where it is the
     student. average: what is sampled from, None where it is the student. fixed: patterns of the
-    paths of weights that are not trained, of which moments and averages hold nothing."""
+    paths of weights that are not trained, of which moments and averages hold nothing. Leaves are
+    arrays, or what stands for them: shapes, layouts."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
     teacher: ema.Average | None

@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from twinflow_jax import parallel
+from twinflow_jax import parallel, seeds
+from twinflow_jax.arrays import Apply
 from twinflow_jax.config import Train
 from twinflow_jax.objectives import Batch, Objective
-from twinflow_jax.objectives.draws import counts_of
+from twinflow_jax.objectives.draws import Draws, counts_of
 from twinflow_jax.training import ema, optimizers
 from twinflow_jax.training.state import TrainState, trained, whole
 
 
-def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
+def micro_batches(
+    objective: Objective, batch: Batch, draws: Draws, micro_steps: int
+) -> list[tuple[Batch, Draws]]:
     """The batch in consecutive parts of equal size, as (batch, draws) pairs.
 
     Rows stand in role order, so with several parts the roles rotate over them; a part may
@@ -33,7 +36,7 @@ def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
 
 
 def loss_and_gradient(
-    objective: Objective, apply, params, teacher_params, batch: Batch, draws,
+    objective: Objective, apply: Apply, params, teacher_params, batch: Batch, draws: Draws,
     micro_steps: int = 1, strategy: parallel.Strategy | None = None, fixed: tuple[str, ...] = (),
 ):
     """`((loss, terms), gradient)` of a whole batch, computed in micro-steps.
@@ -86,7 +89,7 @@ def loss_and_gradient(
 
 
 def make_step(
-    objective: Objective, apply: Callable, optimizer: optax.GradientTransformation,
+    objective: Objective, apply: Apply, optimizer: optax.GradientTransformation,
     train: Train, strategy: parallel.Strategy | None = None,
     layouts: TrainState | None = None, seed: int | jax.Array | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
@@ -101,10 +104,9 @@ def make_step(
     All randomness is `fold_in(seed, step)`, so a run can stop and resume anywhere.
     """
 
-    seed = train.seed if seed is None else seed
-
     def step(state: TrainState, data: dict):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        of_run = seeds.key(train.seed) if seed is None else jax.random.key(seed)
+        key = jax.random.fold_in(of_run, state.step)
         draw_key, null_key, drop_key = jax.random.split(key, 3)
         round_key = jax.random.fold_in(key, 3)
         x, cond = data["x"], data["cond"]

@@ -50,7 +50,8 @@ def test_more_tokens_than_positions():
     config = text_encoder.Config.from_published(SMALL | {"max_position_embeddings": 8})
     with pytest.raises(UserError, match="9 tokens is longer than the text encoder's 8"):
         NETWORK.module(config).apply(
-            {"params": NETWORK.abstract(config)[0]}, *oracles.prompts(config.vocab, (3,), 9)
+            {"params": NETWORK.abstract(config)[0]},
+            *map(jnp.asarray, oracles.prompts(config.vocab, (3,), 9)),
         )
 
 

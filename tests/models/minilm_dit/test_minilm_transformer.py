@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,8 +70,7 @@ def test_other_sizes_than_its_own():
 
 def test_the_family_initialises_from_its_settings_alone():
     model = models.create(dataclasses.asdict(CONFIG))
-    shapes = jax.tree.map(lambda leaf: leaf.shape, model.abstract_params())
-    assert shapes == jax.tree.map(lambda leaf: leaf.shape, params())
+    chex.assert_trees_all_equal_shapes(model.abstract_params(), params())
     assert model.null["tokens"].shape == (1, 1, 12)
     axes = names.flatten(NETWORKS["transformer"].abstract(CONFIG)[1])
     assert axes["layers/Dense_0/kernel"] == ("layers", "embed", "modulation")

@@ -3,6 +3,7 @@
 import warnings
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,7 +48,8 @@ def test_embeddings_are_the_pipelines(tokenizer):
     ]:
         ids, mask = prompt.tokenize(tokenizer, prompts, (64, 128, limit))
         assert ids.shape == mask.shape == (len(prompts), prompt.PREFIX + length)
-        tokens, mask = map(np.asarray, qwen_image.embed(config, params, ids, mask))
+        inputs = map(jnp.asarray, (ids, mask))
+        tokens, mask = map(np.asarray, qwen_image.embed(config, params, *inputs))
         theirs, valid = pipeline.encode_prompt(prompts, "cpu", max_sequence_length=limit)
         assert (mask.sum(axis=1) == valid.sum(axis=1).numpy()).all()
         assert oracles.relative_error(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,7 @@ def test_gradients_are_finite_where_nothing_attends():
     params = jax.jit(module.init, compiler_options=QUICK)(jax.random.key(0), x)
     loss = lambda params, x: jnp.sum((module.apply(params, x) + 1) ** 2)
     gradients = jax.jit(jax.grad(loss, (0, 1)), compiler_options=QUICK)(params, x)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    chex.assert_tree_all_finite(gradients)
 
 
 def test_tiles_of_a_whole_image_change_nothing(small):

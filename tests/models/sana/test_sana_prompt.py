@@ -5,6 +5,7 @@ import json
 import warnings
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -73,7 +74,7 @@ def test_embeddings_are_the_pipelines(folder, tokenizer, instruction):
         ids, mask = prompt.tokenize(tokenizer, prompts, negative=prompts is NEGATIVE)
         assert ids.shape == mask.shape == (len(prompts), length)
         assert ids.dtype == np.int32
-        tokens, mask = sana.embed(config, params, ids, mask)
+        tokens, mask = sana.embed(config, params, *map(jnp.asarray, (ids, mask)))
         assert tokens.shape == (len(prompts), 300, config.width)
         np.testing.assert_array_equal(mask, valid.bool().numpy())
         mask = np.asarray(mask)
@@ -90,7 +91,8 @@ def test_selection_keeps_the_valid_tokens_first():
     for length in (300, 301, 569):
         places = np.broadcast_to(np.arange(length), (length, length))
         counts = np.arange(1, length + 1)
-        tokens, mask = prompt.select(places[..., None], places < counts[:, None])
+        states = jnp.asarray(places[..., None], jnp.float32)
+        tokens, mask = prompt.select(states, jnp.asarray(places < counts[:, None]))
         assert tokens[0, :, 0].tolist() == [0, *range(length - 299, length)]
         valid = np.maximum(1, counts + 300 - length)
         np.testing.assert_array_equal(mask, np.arange(300) < valid[:, None])

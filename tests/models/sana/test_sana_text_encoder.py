@@ -64,16 +64,17 @@ def test_a_batch_of_different_lengths():
     ids, mask = oracles.prompts(config.vocab, (1, 23, 40), 40)
     oracles.assert_states(NETWORK, config, params, ids, mask, theirs(model, ids, mask))
     oracles.assert_padding_is_not_seen(NETWORK, config, params, ids, mask)
+    long = map(jnp.asarray, oracles.prompts(config.vocab, (3,), 41))
     with pytest.raises(UserError, match="41 tokens is longer than the text encoder's window of 40"):
-        NETWORK.module(config).apply({"params": params}, *oracles.prompts(config.vocab, (3,), 41))
+        NETWORK.module(config).apply({"params": params}, *long)
 
 
 def test_a_high_cap_changes_nothing():
     draw = np.random.default_rng(2).standard_normal
     query, key, value = (
-        draw(shape, np.float32) for shape in ((2, 5, 6, 8), (2, 7, 3, 8), (2, 7, 3, 8))
+        jnp.asarray(draw(shape, np.float32)) for shape in ((2, 5, 6, 8), (2, 7, 3, 8), (2, 7, 3, 8))
     )
-    for lengths, causal in ((None, False), (np.array([2, 7]), False), (np.array([2, 7]), True)):
+    for lengths, causal in ((None, False), (jnp.array([2, 7]), False), (jnp.array([2, 7]), True)):
         capped = attention(query, key, value, lengths, causal, softcap=1e4)
         plain = attention(query, key, value, lengths, causal)
         assert oracles.relative_error(capped, plain) < 2e-6

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import types
 
+import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -269,7 +270,7 @@ def test_gradients_are_finite(scale):
     query = params["layers"]["self_attention"]["query"]
     query["kernel"] = query["kernel"] * scale
     grads = gradients(SPRINT, params, ours, ours[0])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    chex.assert_tree_all_finite(grads)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads)) < 1e4
 
 
@@ -278,7 +279,8 @@ def test_remat():
     "full" does, elsewhere."""
     def kept(name):
         config = dataclasses.replace(SPRINT, sample_shape=(16, 16, 32), remat=name)
-        apply = lambda params: Transformer(config).apply({"params": params}, *inputs(config))
+        given = jax.tree.map(jnp.asarray, inputs(config))
+        apply = lambda params: Transformer(config).apply({"params": params}, *given)
         params = flax.core.meta.unbox(abstract(config))
         _, pullback = jax.eval_shape(functools.partial(jax.vjp, apply), params)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))

@@ -4,7 +4,8 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+from twinflow_jax.arrays import Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Pixels(nn.Module):
 
     config: Config
 
-    def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    def encode(self, images: Images) -> Images:
         return images
 
-    def decode(self, latents: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    def decode(self, latents: Images) -> Images:
         """Within [-1, 1], as images are."""
         return jnp.clip(latents, -1, 1)
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    def __call__(self, images: Images) -> Images:
         return self.decode(self.encode(images))

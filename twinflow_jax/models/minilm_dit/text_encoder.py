@@ -7,8 +7,8 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
+from twinflow_jax.arrays import Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.attention import attention
@@ -92,7 +92,7 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B L D"], lengths: Int[Array, "B"]):
+    def __call__(self, h: TextTokens, lengths: Lengths):
         c, h = self.config, rows(h)
         parts = (
             dense(c, c.width, ("embed", "heads"), name)(h)
@@ -113,7 +113,7 @@ class TextEncoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, ids: TextIds, mask: TextMask) -> TextTokens:
         """The states of the tokens, zero at padding.
 
         mask: of each row the valid tokens, which are its first ones and at least one. Raises
@@ -128,7 +128,8 @@ class TextEncoder(nn.Module):
         init = init_of(nn.initializers.normal(0.02), None, "embed")
         positions = self.param("positions", init, (c.positions, c.width))
         types = self.param("types", init, (c.types, c.width))
-        h = decoder.embedded(self, ids) + (positions[:length] + types[0]).astype(c.dtype)
+        places = (positions[:length] + types[:1]).astype(c.dtype)
+        h = decoder.embedded(self, ids) + places[None]
         h = layer_norm(c, "norm")(h)
         h = run_layers(self, Block, c.layers, "none", h, per_row=(mask.sum(axis=-1),))
         return jnp.where(mask[..., None], h, 0)

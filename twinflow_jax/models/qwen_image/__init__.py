@@ -1,8 +1,8 @@
 """Qwen-Image: its three networks, its prompts and its codec, as one family."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Latents
 from twinflow_jax.models import family
 from twinflow_jax.models.qwen_image import autoencoder, prompt, text_encoder, tiny, transformer
 
@@ -42,9 +42,7 @@ def embed(config: text_encoder.Config, params, ids, mask):
     return prompt.drop_prefix(states, mask)
 
 
-def norm_preserving(
-    with_cond: Float[Array, "B h w c"], without: Float[Array, "B h w c"], scale: float
-) -> Float[Array, "B h w c"]:
+def norm_preserving(with_cond: Latents, without: Latents, scale: float) -> Latents:
     """Guidance which keeps each 2x2 patch's norm (diffusers' QwenImagePipeline)."""
     guided = without + scale * (with_cond - without)
     rows, height, width, channels = guided.shape

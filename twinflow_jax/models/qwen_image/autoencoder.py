@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Images, Latents, Maps
 from twinflow_jax.models import autoencoder, names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.family import image_inputs
@@ -93,12 +94,12 @@ class CausalConv(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W features"]:
+    def __call__(self, x: Maps) -> Float[Array, "B H W {self.features}"]:
         shape = (self.size, self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel[-1], bias, dtype=self.dtype)
-        return bias + jax.lax.conv_general_dilated(
+        return jax.lax.broadcast_to_rank(bias, x.ndim) + jax.lax.conv_general_dilated(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
@@ -109,12 +110,13 @@ class Norm(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         channels = x.shape[-1]
         gamma = self.param("gamma", nn.initializers.ones, (channels,))
         x = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
-        return (x / jnp.maximum(length, 1e-12) * channels**0.5 * gamma).astype(self.dtype)
+        unit = x / jnp.maximum(length, 1e-12)
+        return (unit * channels**0.5 * jax.lax.broadcast_to_rank(gamma, x.ndim)).astype(self.dtype)
 
 
 class ResBlock(nn.Module):
@@ -122,7 +124,7 @@ class ResBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W features"]:
+    def __call__(self, x: Maps) -> Float[Array, "B H W {self.features}"]:
         h = nn.silu(Norm(self.dtype, name="norm1")(x))
         h = CausalConv(self.features, 3, self.dtype, name="conv1")(h)
         h = nn.silu(Norm(self.dtype, name="norm2")(h))
@@ -138,7 +140,7 @@ class AttentionBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         rows, height, width, channels = x.shape
         h = Norm(self.dtype, name="norm")(x).reshape(rows, height * width, 1, channels)
         qkv = nn.Dense(3 * channels, dtype=self.dtype, name="to_qkv")(h)
@@ -150,7 +152,7 @@ class MidBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         x = ResBlock(x.shape[-1], self.dtype, name="resnets_0")(x)
         x = AttentionBlock(self.dtype, name="attentions_0")(x)
         return ResBlock(x.shape[-1], self.dtype, name="resnets_1")(x)
@@ -160,7 +162,7 @@ class Downsample(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 C"]:
+    def __call__(self, x: Maps) -> Float[Array, "B H//2 W//2 C"]:
         return nn.Conv(
             x.shape[-1], (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype,
             name="resample_1",
@@ -173,7 +175,7 @@ class Upsample(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C/2"]:
+    def __call__(self, x: Maps) -> Float[Array, "B 2*H 2*W C//2"]:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         return nn.Conv(x.shape[-1] // 2, (3, 3), dtype=self.dtype, name="resample_1")(x)
 
@@ -185,7 +187,7 @@ class UpBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C2"]:
+    def __call__(self, x: Maps) -> Float[Array, "B h w c"]:
         for i in range(self.res_blocks):
             x = ResBlock(self.features, self.dtype, name=f"resnets_{i}")(x)
         return Upsample(self.dtype, name="upsamplers_0")(x) if self.upsample else x
@@ -195,7 +197,7 @@ class Encoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w 2*latent_channels"]:
+    def __call__(self, x: Images) -> Latents:
         c = self.config
         x = CausalConv(c.base_width, 3, c.dtype, name="conv_in")(x)
         for level, width in enumerate(c.widths):
@@ -213,7 +215,7 @@ class Decoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, z: Float[Array, "B h w latent_channels"]) -> Float[Array, "B H W 3"]:
+    def __call__(self, z: Latents) -> Images:
         c = self.config
         x = CausalConv(c.widths[-1], 3, c.dtype, name="conv_in")(z)
         x = MidBlock(c.dtype, name="mid_block")(x)
@@ -237,15 +239,19 @@ class Autoencoder(autoencoder.Autoencoder):
         self.post_quant_conv = CausalConv(c.latent_channels, 1, c.dtype)
         self.decoder = Decoder(c)
 
-    def to_latents(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
-        c = self.config
+    def to_latents(self, images: Images) -> Latents:
         mean, _ = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
-        return (mean.astype(jnp.float32) - jnp.array(c.latents_mean)) / jnp.array(c.latents_std)
+        shift, scale = self._statistics()
+        return (mean.astype(jnp.float32) - shift) / scale
 
-    def to_images(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+    def to_images(self, latents: Latents) -> Images:
+        shift, scale = self._statistics()
+        return self.decoder(self.post_quant_conv(latents * scale + shift))
+
+    def _statistics(self) -> tuple[Float[Array, "1 1 1 c"], Float[Array, "1 1 1 c"]]:
+        """Mean and standard deviation of each latent channel."""
         c = self.config
-        z = latents * jnp.array(c.latents_std) + jnp.array(c.latents_mean)
-        return self.decoder(self.post_quant_conv(z))
+        return tuple(jnp.array(a)[None, None, None] for a in (c.latents_mean, c.latents_std))
 
 
 def _layout(path: str, ndim: int) -> str:

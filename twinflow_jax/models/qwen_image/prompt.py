@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from twinflow_jax.arrays import TextMask, TextTokens
 from twinflow_jax.models import tokenizers
 
 TEMPLATE = (
@@ -63,7 +64,7 @@ def tokenize(
 
 
 def drop_prefix(
-    states: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+    states: TextTokens, mask: TextMask
 ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
     """The states of the prompts alone, S = L - PREFIX tokens, zero at padding; and their mask."""
     states, mask = states[:, PREFIX:], mask[:, PREFIX:]

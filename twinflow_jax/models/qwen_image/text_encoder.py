@@ -8,11 +8,11 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
+from twinflow_jax.arrays import Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Attention, GatedMLP
+from twinflow_jax.models.decoder import Angles, Attention, GatedMLP
 from twinflow_jax.models.projections import rms_norm
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
@@ -95,9 +95,7 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, h: Float[Array, "B L D"], lengths: Int[Array, "B"], angles: Float[Array, "L K"]
-    ):
+    def __call__(self, h: TextTokens, lengths: Lengths, angles: Angles):
         c, h = self.config, rows(h)
         attended = Attention(c, bias=True, name="attention")(
             rms_norm(c.norm_eps, c.dtype, "attention_norm")(h), angles, lengths
@@ -116,7 +114,7 @@ class TextEncoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, ids: TextIds, mask: TextMask) -> TextTokens:
         """The states of the tokens, zero at padding.
 
         mask: of each row the valid tokens, which are its first ones and at least one.

@@ -17,6 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from twinflow_jax.arrays import AnyArray, Latents, Lengths, Maps, TextTokens, Times
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import names, settings
@@ -137,15 +138,16 @@ def rotary(
 
 
 def rotate(
-    x: Float[Array, "B N S D"], cos: Float[Array, "S half"], sin: Float[Array, "S half"]
-) -> Float[Array, "B N S D"]:
+    x: Float[Array, "B heads S D"], cos: Float[AnyArray, "S half"], sin: Float[AnyArray, "S half"]
+) -> Float[Array, "B heads S D"]:
     """Rotates pairs of channels, each of a head's first half with its fellow of the second."""
+    cos, sin = cos[None, None], sin[None, None]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
 def modulated(
-    h: Float[Array, "B S D"], shift: Float[Array, "B s D"], scale: Float[Array, "B s D"]
+    h: Float[Array, "B S D"], shift: Float[Array, "B #S D"], scale: Float[Array, "B #S D"]
 ) -> Float[Array, "B S D"]:
     """h with zero mean and unit variance, scaled by 1 + scale and shifted; float32."""
     h = h.astype(jnp.float32)
@@ -154,16 +156,14 @@ def modulated(
     return normal * (1.0 + scale.astype(jnp.float32)) + shift
 
 
-def pack(latents: Float[Array, "B H W C"], patch: int) -> Float[Array, "B S CPP"]:
+def pack(latents: Latents, patch: int) -> Float[Array, "B S c*{patch}**2"]:
     """Patches as tokens; their channels by latent channel, then row, then column."""
     rows, height, width, channels = latents.shape
     x = latents.reshape(rows, height // patch, patch, width // patch, patch, channels)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(rows, -1, channels * patch * patch)
 
 
-def unpack(
-    tokens: Float[Array, "B S CPP"], grid: tuple[int, int], patch: int
-) -> Float[Array, "B H W C"]:
+def unpack(tokens: Float[Array, "B S D"], grid: tuple[int, int], patch: int) -> Latents:
     """The inverse of `pack`."""
     x = tokens.reshape(tokens.shape[0], *grid, -1, patch, patch)
     rows, height, width, channels = x.shape[:4]
@@ -177,7 +177,7 @@ class StackedDense(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, context: Float[Array, "B K D"]) -> Float[Array, "layers B K 6D"]:
+    def __call__(self, context: Float[Array, "B K D"]) -> Float[Array, "layers B K 6*D"]:
         c, zeros = self.config, nn.initializers.zeros
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(zeros, (None, "embed", "modulation")),
@@ -212,7 +212,7 @@ class HeadProjection(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B N S d"]:
+    def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B heads S E"]:
         c = self.config
         kernel = self.param(
             "kernel",
@@ -224,7 +224,7 @@ class HeadProjection(nn.Module):
         )
         h, kernel, bias = (a.astype(c.dtype) for a in (h, kernel, bias))
         kernel = kernel.reshape(c.width, c.heads, c.head_dim)
-        return jnp.einsum("bsw,wnd->bnsd", h, kernel) + bias.reshape(c.heads, 1, c.head_dim)
+        return jnp.einsum("bsw,wnd->bnsd", h, kernel) + bias.reshape(1, c.heads, 1, c.head_dim)
 
 
 class Stream(nn.Module):
@@ -269,11 +269,11 @@ class Block(nn.Module):
         self.text = Stream(self.config)
 
     def __call__(
-        self, streams: tuple[Float[Array, "B S D"], Float[Array, "B L D"]],
-        image_modulation: Float[Array, "B K 6D"], text_modulation: Float[Array, "B 1 6D"],
-        lengths: Int[Array, "B"],
-        angles: tuple[Float[Array, "S+L half"], Float[Array, "S+L half"]],
-        is_reference: Bool[Array, "S"],
+        self, streams: tuple[Float[Array, "B S D"], TextTokens],
+        image_modulation: Float[Array, "B K 6*D"], text_modulation: Float[Array, "B 1 6*D"],
+        lengths: Lengths,
+        angles: tuple[Float[AnyArray, "S+L half"], Float[AnyArray, "S+L half"]],
+        is_reference: Bool[AnyArray, "S"],
     ):
         image, text = (checkpoint_name(tokens(h), "block_input") for h in streams)
         image_terms, text_terms = (
@@ -281,7 +281,7 @@ class Block(nn.Module):
         )
         if image_modulation.shape[1] == 2:  # of the target, of the references
             image_terms = [
-                jnp.where(is_reference[:, None], m[:, 1:], m[:, :1]) for m in image_terms
+                jnp.where(is_reference[None, :, None], m[:, 1:], m[:, :1]) for m in image_terms
             ]
         parts = zip(
             self.image.heads(image, *image_terms[:2]), self.text.heads(text, *text_terms[:2]),
@@ -317,9 +317,7 @@ class Transformer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, x_t: Float[Array, "B H W C"], t: Float[Array, "B"], r: Float[Array, "B"], cond: dict
-    ) -> Float[Array, "B H W C"]:
+    def __call__(self, x_t: Maps, t: Times, r: Times, cond: dict) -> Maps:
         c = self.config
         images = (x_t, *cond.get("references", ()))
         grids = tuple(self._grid(image) for image in images)
@@ -356,7 +354,7 @@ class Transformer(nn.Module):
         velocity = out(modulated(image[:, :target], shift, scale)).astype(jnp.float32)
         return unpack(velocity, grids[0], c.patch)
 
-    def _grid(self, latents: Float[Array, "B H W C"]) -> tuple[int, int]:
+    def _grid(self, latents: Latents) -> tuple[int, int]:
         _, height, width, _ = latents.shape
         patch = self.config.patch
         if height % patch or width % patch:

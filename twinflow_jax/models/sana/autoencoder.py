@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Images, Latents, Maps
 from twinflow_jax.models import autoencoder, names, settings
 from twinflow_jax.models.convolution import Depthwise, Grouped
 from twinflow_jax.models.family import image_inputs
@@ -154,11 +155,12 @@ class Norm(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+        scale, bias = (jax.lax.broadcast_to_rank(a, x.ndim) for a in (scale, bias))
         return (x * scale + bias).astype(self.dtype)
 
 
@@ -166,7 +168,7 @@ class ResBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         channels = x.shape[-1]
         h = nn.silu(nn.Conv(channels, (3, 3), dtype=self.dtype, name="conv1")(x))
         h = nn.Conv(channels, (3, 3), use_bias=False, dtype=self.dtype, name="conv2")(h)
@@ -181,7 +183,7 @@ class Neighbourhood(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, qkv: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, qkv: Maps) -> Maps:
         qkv = Depthwise(self.size, self.dtype, use_bias=False, name="proj_in")(qkv)
         return Grouped(qkv.shape[-1] // self.head_dim, self.dtype, name="proj_out")(qkv)
 
@@ -198,7 +200,7 @@ class MultiscaleAttention(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         rows, height, width, channels = x.shape
         inner = channels // self.head_dim * self.head_dim
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
@@ -222,7 +224,7 @@ class GatedConv(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         channels = x.shape[-1]
         conv = functools.partial(nn.Conv, dtype=self.dtype)
         h = nn.silu(conv(8 * channels, (1, 1), name="conv_inverted")(x))
@@ -238,7 +240,7 @@ class AttentionBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Maps) -> Maps:
         x = MultiscaleAttention(self.head_dim, self.multiscales, self.dtype, name="attn")(x)
         return GatedConv(self.dtype, name="conv_out")(x)
 
@@ -250,7 +252,7 @@ class Downsample(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 features"]:
+    def __call__(self, x: Maps) -> Float[Array, "B H//2 W//2 {self.features}"]:
         rows, height, width, channels = x.shape
         pixels = x.reshape(rows, height // 2, 2, width // 2, 2, channels)
         pixels = pixels.transpose(0, 1, 3, 5, 2, 4)
@@ -267,7 +269,7 @@ class Upsample(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W features"]:
+    def __call__(self, x: Maps) -> Float[Array, "B 2*H 2*W {self.features}"]:
         rows, height, width, channels = x.shape
         pixels = x.repeat(4 * self.features // channels, axis=-1)
         pixels = pixels.reshape(rows, height, width, self.features, 2, 2)
@@ -286,7 +288,7 @@ class Encoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w latent_channels"]:
+    def __call__(self, x: Images) -> Latents:
         c, tower = self.config, self.config.encoder
         x = nn.Conv(tower.widths[0], (3, 3), dtype=c.dtype, name="conv_in")(x)
         for level, layers in enumerate(tower.layers):
@@ -303,7 +305,7 @@ class Decoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, z: Float[Array, "B h w latent_channels"]) -> Float[Array, "B H W 3"]:
+    def __call__(self, z: Latents) -> Images:
         c, tower = self.config, self.config.decoder
         width, coarsest = tower.widths[-1], len(tower.widths) - 1
         z = z.astype(c.dtype)
@@ -328,10 +330,10 @@ class Autoencoder(autoencoder.Autoencoder):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
 
-    def to_latents(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
+    def to_latents(self, images: Images) -> Latents:
         return self.encoder(images).astype(jnp.float32) * self.config.scaling_factor
 
-    def to_images(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+    def to_images(self, latents: Latents) -> Images:
         return self.decoder(latents / self.config.scaling_factor)
 
 

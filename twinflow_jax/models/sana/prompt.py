@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from twinflow_jax.arrays import TextMask, TextTokens
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import tokenizers
 
@@ -71,7 +72,7 @@ def tokenize(
 
 
 def select(
-    states: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+    states: TextTokens, mask: TextMask
 ) -> tuple[Float[Array, "B 300 D"], Bool[Array, "B 300"]]:
     """The states that the image model takes, with their mask: the first and the last 299.
 

@@ -10,12 +10,13 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Attention, GatedMLP
+from twinflow_jax.models.decoder import Angles, Attention, GatedMLP
 from twinflow_jax.models.projections import init_of
 
 ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
@@ -112,7 +113,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init_of(nn.initializers.zeros, None), x.shape[-1:])
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.config.norm_eps)
-        return (x * (1 + scale.astype(jnp.float32))).astype(self.config.dtype)
+        scale = jax.lax.broadcast_to_rank(1 + scale.astype(jnp.float32), x.ndim)
+        return (x * scale).astype(self.config.dtype)
 
 
 class Block(nn.Module):
@@ -124,9 +126,7 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, h: Float[Array, "B L D"], lengths: Int[Array, "B"], angles: Float[Array, "L K"]
-    ):
+    def __call__(self, h: TextTokens, lengths: Lengths, angles: Angles):
         c, h = self.config, rows(h)
         attended = Attention(c, softcap=c.softcap, name="attention")(
             RMSNorm(c, name="attention_norm")(h), angles, lengths
@@ -142,7 +142,7 @@ class TextEncoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, ids: TextIds, mask: TextMask) -> TextTokens:
         """The states of the tokens, after the final norm, zero at padding.
 
         mask: of each row the valid tokens, which are its first ones and at least one. Raises

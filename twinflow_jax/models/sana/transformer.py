@@ -12,8 +12,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Lengths, Maps, TextTokens, Times
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import names, settings
@@ -129,7 +130,7 @@ class Config(TextSettings):
         return cls(**values, qk_norm=_QK_NORMS[norm], sample_shape=(side, side, channels))
 
 
-def _shift_scale_table(module: nn.Module, rows: int, name: str) -> Float[Array, "rows D"]:
+def _shift_scale_table(module: nn.Module, rows: int, name: str) -> Float[Array, "{rows} D"]:
     """A parameter that is added to a modulation."""
     width = module.config.width
     normal = nn.initializers.normal(width**-0.5)
@@ -202,7 +203,7 @@ class GatedConvolution(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+    def __call__(self, h: Maps) -> Maps:
         c, channels = self.config, 2 * self.config.mlp_width
         hidden = dense(c, channels, ("embed", "mlp"), "hidden")(h)
         hidden = nn.silu(checkpoint_name(hidden, "mlp_hidden"))
@@ -223,11 +224,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, h: Float[Array, "B H W D"], modulation: Float[Array, "B 6 D"],
-        text: Float[Array, "B L D"], lengths: Int[Array, "B"],
+        text: TextTokens, lengths: Lengths,
     ):
         c = self.config
         h = checkpoint_name(rows(h), "block_input")
-        terms = modulation + _shift_scale_table(self, 6, "modulation")
+        terms = modulation + _shift_scale_table(self, 6, "modulation")[None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.moveaxis(
             terms[:, :, None, None], 1, 0
         )
@@ -264,9 +265,7 @@ class Transformer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, x_t: Float[Array, "B H W C"], t: Float[Array, "B"], r: Float[Array, "B"], cond: dict
-    ) -> Float[Array, "B H W C"]:
+    def __call__(self, x_t: Maps, t: Times, r: Times, cond: dict) -> Maps:
         c = self.config
         guidance = None
         if c.guidance_embeds:
@@ -293,7 +292,7 @@ class Transformer(nn.Module):
             self, Block, c.layers, c.remat, h, per_row=(modulation, text, lengths)
         )
 
-        terms = embedding[:, None] + _shift_scale_table(self, 2, "final_modulation")
+        terms = embedding[:, None] + _shift_scale_table(self, 2, "final_modulation")[None]
         shift, scale = jnp.moveaxis(terms[:, :, None, None], 1, 0)
         out = dense(
             c, c.latent_channels, ("embed", None), "out", kernel=nn.initializers.zeros

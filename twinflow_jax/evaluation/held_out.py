@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, sampling, text_to_image
+from twinflow_jax import checkpoints, drawing, sampling
+from twinflow_jax.arrays import HostImages, HostLatents, Labels
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
+from twinflow_jax.drawing import Embeddings, Pipeline, codec, denoising
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import captioned
-from twinflow_jax.text_to_image import Embeddings, Pipeline
 
 BATCH, CHUNK = 64, 256  # pictures drawn, and records read, at once
-Decode = Callable[[Float[np.ndarray, "N h w c"]], Float[np.ndarray, "N H W 3"]]
+Decode = Callable[[HostLatents], HostImages]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Captions:
     texts: tuple[str, ...]
     cond: Embeddings
     null: Embeddings
-    real: Float[np.ndarray, "C H W 3"]
+    real: HostImages
 
 
 def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> Run:
@@ -100,7 +100,7 @@ def decoder(records: Records, pipeline: Pipeline) -> Decode:
     """Samples of records, or drawn ones like them, as pictures in [-1, 1]."""
     if not records.manifest.autoencoder:
         return lambda x: np.clip(x, -1, 1)
-    return lambda x: np.stack(pipeline.decode(x, text_to_image.TILE))
+    return lambda x: np.stack(list(codec.decode(pipeline, x)))
 
 
 def hold_out(records: Records, count: int | None, decode: Decode) -> Captions:
@@ -134,7 +134,7 @@ def create_judge(
     """A judge fitted to all pairs of the training records, each with its first caption."""
     split, captions, embeddings = split_of(train), [], []
 
-    def batches() -> Iterator[Float[np.ndarray, "B H W 3"]]:
+    def batches() -> Iterator[HostImages]:
         rows = range(train.splits[split])
         for start in tqdm(rows[::CHUNK], unit_scale=CHUNK, unit=" pictures", desc="real pairs"):
             examples = [train.read(split, row) for row in rows[start : start + CHUNK]]
@@ -151,27 +151,27 @@ def create_judge(
     )
 
 
-def owners_of(captions: Captions, seeds: int) -> Int[np.ndarray, "N"]:
+def owners_of(captions: Captions, seeds: int) -> Labels:
     """The caption of each picture: all of one after the other."""
     return np.repeat(np.arange(len(captions.texts)), seeds)
 
 
 def draw(
-    run: Run, captions: Captions, seeds: int, seed: int, sampler: Callable, decode: Decode
-) -> Float[np.ndarray, "N H W 3"]:
-    """`seeds` pictures of each caption. sampler: for `Pipeline.denoise`."""
+    run: Run, captions: Captions, seeds: int, seed: int, sampler: drawing.Sampler, decode: Decode
+) -> HostImages:
+    """`seeds` pictures of each caption."""
     owners = owners_of(captions, seeds)
     cut = slice(None), slice(run.text_tokens)
-    cond, null = text_to_image.same_length(captions.cond[cut], captions.null[cut])
+    cond, null = drawing.same_length(captions.cond[cut], captions.null[cut])
     shape = run.pipeline.settings.sample_shape
     return decode(
-        run.pipeline.denoise(
-            sampler, cond, owners, np.arange(len(owners)), shape, seed, BATCH, null
+        denoising.denoise(
+            run.pipeline, sampler, cond, owners, np.arange(len(owners)), shape, seed, BATCH, null
         )
     )
 
 
-def plain(run: Run, evaluations: int, guidance: float) -> Callable:
+def plain(run: Run, evaluations: int, guidance: float) -> drawing.Base:
     """Euler steps of equal length with classifier-free guidance, or none at half the cost.
 
     Raises:
@@ -189,10 +189,10 @@ def plain(run: Run, evaluations: int, guidance: float) -> Callable:
             "--guidance is for runs trained by flow matching"
         )
     times = tuple(np.linspace(1, 0, evaluations // each + 1).tolist())
-    return run.pipeline.base(sampling.Schedule(times, times[:-1], "euler"), guidance)
+    return denoising.base(run.pipeline, sampling.Schedule(times, times[:-1], "euler"), guidance)
 
 
-def shown(captions: Captions, seeds: int, rows: int) -> tuple[Int[np.ndarray, "R"], Sequence[int]]:
+def shown(captions: Captions, seeds: int, rows: int) -> tuple[Labels, Sequence[int]]:
     """Captions of a sheet, spread over all, and the numbers of their pictures."""
     some = np.unique(np.linspace(0, len(captions.texts) - 1, rows).astype(int))
     return some, (some[:, None] * seeds + np.arange(seeds)).ravel()

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from tests.test_verbs import call
-from twinflow_jax import evaluate, objectives, text_to_image
+from twinflow_jax import evaluate, objectives
 from twinflow_jax.checkpoints import random
 from twinflow_jax.config import Run
 from twinflow_jax.data import records
-from twinflow_jax.evaluation import drawing, features
+from twinflow_jax.drawing import Pipeline, text
+from twinflow_jax.evaluation import features, held_out
 from twinflow_jax.training import defaults
 from twinflow_jax.training.loop import train
 
@@ -28,7 +29,7 @@ def write_records(folder, pipeline, captions, size="8x8", **fields):
         "family": "minilm_dit", "text_encoder": pipeline.checkpoint.identity("text_encoder"),
         "text_width": 48, "autoencoder": "", "channels": 3, "downscale": 1, **fields,
     })
-    embedded, examples = pipeline.embed(captions, 16), []
+    embedded, examples = text.embed(pipeline, captions, 16), []
     width, height = (0, 0) if size == records.PROMPTS else map(int, size.split("x"))
     for row, caption in enumerate(captions):
         tokens = embedded.tokens[row][embedded.mask[row]]
@@ -37,7 +38,7 @@ def write_records(folder, pipeline, captions, size="8x8", **fields):
         examples.append(records.Example(str(row), [caption], [tokens], sample, (width, height)))
     folder.mkdir()
     size_of = records.write_shard(records.shard_file(folder, size, 0, 1), examples, manifest)
-    pipeline.null().save(folder / records.NULL, [""])
+    text.null(pipeline).save(folder / records.NULL, [""])
     records.finish(folder, manifest, {size: [(len(captions), size_of)]}, {})
 
 
@@ -46,7 +47,7 @@ def made(tmp_path_factory):
     """Records for training and held out, and a run on them by flow matching."""
     root = tmp_path_factory.mktemp("drawing")
     checkpoint = random.write_random("minilm_dit", root / "pipeline", seed=0)
-    pipeline = text_to_image.Pipeline(checkpoint, "float32", progress=False)
+    pipeline = Pipeline(checkpoint, "float32", progress=False)
     write_records(root / "train", pipeline, [f"picture {i}" for i in range(90)])
     # One caption twice: it is drawn once.
     write_records(root / "held_out", pipeline, [f"other {i}" for i in range(12)] + ["other 3"])
@@ -105,21 +106,21 @@ def test_evaluate_scores_a_run_on_held_out_captions(made, tmp_path, capsys, monk
 
 
 def test_what_is_drawn_depends_on_the_caption_and_seed_alone(made):
-    held_out, _ = drawing.open_pair(made / "held_out", made / "train")
-    run = drawing.open_run(str(made / "run"), False, None, held_out)
-    decode = drawing.decoder(held_out, run.pipeline)
-    captions = drawing.hold_out(held_out, None, decode)
+    reals, _ = held_out.open_pair(made / "held_out", made / "train")
+    run = held_out.open_run(str(made / "run"), False, None, reals)
+    decode = held_out.decoder(reals, run.pipeline)
+    captions = held_out.hold_out(reals, None, decode)
     assert captions.texts == tuple(f"other {i}" for i in range(12))
-    guided = drawing.plain(run, 4, 3.0)
-    draw = lambda seed, sampler: drawing.draw(run, captions, 2, seed, sampler, decode)
+    guided = held_out.plain(run, 4, 3.0)
+    draw = lambda seed, sampler: held_out.draw(run, captions, 2, seed, sampler, decode)
     first = draw(0, guided)
     assert first.shape == (24, 8, 8, 3) and np.abs(first).max() <= 1
     np.testing.assert_array_equal(draw(0, guided), first)
     assert np.abs(first[0] - first[1]).max() > 0.1  # two seeds of one caption
     assert np.abs(draw(1, guided) - first).max() > 0.1
-    assert np.abs(draw(0, drawing.plain(run, 2, 1.0)) - first).max() > 1e-3
+    assert np.abs(draw(0, held_out.plain(run, 2, 1.0)) - first).max() > 1e-3
     other = dataclasses.replace(captions, cond=captions.cond[::-1])
-    assert np.abs(drawing.draw(run, other, 2, 0, guided, decode) - first).max() > 1e-3
+    assert np.abs(held_out.draw(run, other, 2, 0, guided, decode) - first).max() > 1e-3
 
 
 def test_bad_input_is_one_line(made, capsys):

@@ -1,8 +1,8 @@
 """Import published checkpoints, export trained ones, compare the two.
 
-    python tools/convert.py import Qwen/Qwen-Image checkpoints/qwen_image
-    python tools/convert.py export runs/qwen exported/qwen --dtype bfloat16
-    python tools/convert.py verify Qwen/Qwen-Image checkpoints/qwen_image
+    python -m twinflow_jax.convert import Qwen/Qwen-Image checkpoints/qwen_image
+    python -m twinflow_jax.convert export runs/qwen exported/qwen --dtype bfloat16
+    python -m twinflow_jax.convert verify Qwen/Qwen-Image checkpoints/qwen_image
 
 SRC is a pipeline folder as diffusers writes it (transformer/, vae/, text_encoder/, tokenizer/),
 the folder of one network, or a hub id that is in the local cache, perhaps with a folder of it:
@@ -14,9 +14,10 @@ import signal
 
 from etils import epath
 
-from twinflow_jax import checkpoints, models
-from twinflow_jax.checkpoints import exporting, imported, importing
+from twinflow_jax import arguments, files
 from twinflow_jax.errors import UserError, run_verb
+
+DTYPES = ("float32", "bfloat16")
 
 README = """\
 # {name}
@@ -34,34 +35,32 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python tools/convert.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.parser("convert", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("import", help="a published folder into a checkpoint of ours")
-    verb.add_argument("source", metavar="SRC")
-    verb.add_argument("target", metavar="DST")
-    verb.add_argument("--dtype", choices=importing.DTYPES, help="default: the source's")
+    verb.add_argument("source", type=files.path, metavar="SRC")
+    verb.add_argument("target", type=files.path, metavar="DST")
+    verb.add_argument("--dtype", choices=DTYPES, help="default: the source's")
     verb.add_argument(
-        "--family", choices=[k for k, family in models.FAMILIES.items() if family.text_to_image],
-        help="whose SRC is, where its networks are of several families",
+        "--family", metavar="NAME", help="whose SRC is, where its networks are of several families"
     )
     verb.add_argument(
         "--shards", type=int, default=1, metavar="N",
         help="lay weights out for N devices, each of which reads only its part",
     )
     verb = verbs.add_parser("export", help="a checkpoint or a run into a folder for diffusers")
-    verb.add_argument("source", metavar="SRC", help="an imported checkpoint, or a run's --workdir")
-    verb.add_argument("target", metavar="DST")
+    verb.add_argument("source", type=files.path, metavar="SRC",
+                      help="an imported checkpoint, or a run's --workdir")
+    verb.add_argument("target", type=files.path, metavar="DST")
     verb.add_argument(
-        "--dtype", choices=importing.DTYPES,
+        "--dtype", choices=DTYPES,
         help="of the transformer (default: as it was trained or published)",
     )
     _weights(verb)
     verb = verbs.add_parser("verify", help="compare a published folder with a checkpoint")
-    verb.add_argument("source", metavar="SRC")
-    verb.add_argument("target", metavar="CHECKPOINT", help="imported, or a run's --workdir")
+    verb.add_argument("source", type=files.path, metavar="SRC")
+    verb.add_argument("target", type=files.path, metavar="CHECKPOINT",
+                      help="imported, or a run's --workdir")
     _weights(verb)
     return parser.parse_args()
 
@@ -69,10 +68,13 @@ def parse() -> argparse.Namespace:
 def _weights(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--raw", action="store_true", help="a run's raw weights, not the average")
     verb.add_argument("--at-step", type=int, help="a run's checkpoint (default: the newest)")
-    verb.add_argument("--pipeline", help="the imported checkpoint of a run (default: as it says)")
+    verb.add_argument("--pipeline", type=files.path,
+                      help="the imported checkpoint of a run (default: as it says)")
 
 
 def run_import(args) -> int:
+    from twinflow_jax.checkpoints import importing
+
     if args.shards < 1:
         raise UserError(f"--shards is {args.shards}; give the number of devices, 1 or more")
     checkpoint = importing.import_folder(
@@ -86,6 +88,8 @@ def run_import(args) -> int:
 
 
 def run_export(args) -> int:
+    from twinflow_jax.checkpoints import exporting
+
     checkpoint, trained, text = open_weights(args)
     family = checkpoint.text_to_image
     knows_r = "transformer" in checkpoint.parts and (trained or checkpoint.knows_r)
@@ -100,6 +104,8 @@ def run_export(args) -> int:
 
 
 def run_verify(args) -> int:
+    from twinflow_jax.checkpoints import exporting
+
     args.source, args.folder = args.target, args.source
     checkpoint, trained, _ = open_weights(args)
     differs = False
@@ -114,6 +120,9 @@ def run_verify(args) -> int:
 
 def open_weights(args):
     """`(imported checkpoint, trained arrays or None, a phrase that says which weights)`."""
+    from twinflow_jax import checkpoints
+    from twinflow_jax.checkpoints import imported
+
     if imported.is_imported(args.source):
         if args.raw or args.at_step is not None or args.pipeline:
             raise UserError(

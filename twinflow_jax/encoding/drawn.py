@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from twinflow_jax import text_to_image
+from twinflow_jax import drawing
 from twinflow_jax.data.records import Example
+from twinflow_jax.drawing import Embeddings, Pipeline, denoising, text
 from twinflow_jax.encoding import index
 from twinflow_jax.encoding.captions import Captions
 from twinflow_jax.encoding.index import Shard
-from twinflow_jax.text_to_image import Embeddings, Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +26,20 @@ class Drawing:
 
 
 @contextlib.contextmanager
-def drawing(job, how: Drawing):
+def drawn(job, how: Drawing):
     """`(space, shard, tally) -> the shard's records`, drawn.
 
     Text encoder and transformer are loaded one after the other, for each file of records.
     """
     pipeline: Pipeline = job.pipeline
     width, height = job.sizes[0]
-    shape = pipeline.latent_shape((height, width))
-    draw = pipeline.base(pipeline.schedule(how.steps, shape), how.guidance)
+    shape = denoising.latent_shape(pipeline, (height, width))
+    sampler = denoising.base(
+        pipeline, denoising.schedule(pipeline, how.steps, shape), how.guidance
+    )
     family = pipeline.family
     guided = how.guidance != family.no_guidance
-    null = pipeline.embed([], negative=family.negative_prompt) if guided else None
+    null = text.embed(pipeline, [], negative=family.negative_prompt) if guided else None
 
     def examples(space, shard: Shard, tally) -> Iterator[Example]:
         entries = [index.read_chunk(space.work, chunk)[row] for chunk, row in shard.keys]
@@ -45,21 +47,23 @@ def drawing(job, how: Drawing):
             (entry, entry.captions[k % len(entry.captions)], k)
             for entry in entries for k in range(how.count)
         ]
-        with pipeline.text_encoder(text_to_image.TEXT_BATCH) as embed:
+        with text.encoder(pipeline, text.BATCH) as embed:
             captions = Captions(pipeline, embed, job.text_tokens)
-            tokens = [of_one[0] for of_one in captions([[text] for _, text, _ in wanted], tally)]
+            embedded = captions([[caption] for _, caption, _ in wanted], tally)
+        tokens = [of_one[0] for of_one in embedded]
         numbers = np.arange(shard.first * how.count, (shard.first + len(entries)) * how.count)
         parts = [padded(tokens)] + ([null] if null else [])
-        cond, *empty = text_to_image.same_length(*parts)
-        latents = pipeline.denoise(
-            draw, cond, np.arange(len(wanted)), numbers, shape, how.seed, job.batch, *empty
+        cond, *empty = drawing.same_length(*parts)
+        latents = denoising.denoise(
+            pipeline, sampler, cond, np.arange(len(wanted)), numbers, shape, how.seed, job.batch,
+            *empty,
         )
-        for (entry, text, k), of_one, sample in zip(wanted, tokens, latents, strict=True):
-            yield Example(f"{entry.id}#{k}", (text,), (of_one,), sample, job.sizes[0])
+        for (entry, caption, k), of_one, sample in zip(wanted, tokens, latents, strict=True):
+            yield Example(f"{entry.id}#{k}", (caption,), (of_one,), sample, job.sizes[0])
 
     yield examples
 
 
-def padded(tokens: Sequence[Float[np.ndarray, "L D"]]) -> Embeddings:
+def padded(tokens: Sequence[Float[np.ndarray, "_ D"]]) -> Embeddings:
     """Embeddings of prompts from their valid tokens."""
     return Embeddings.join([Embeddings(t[None], np.ones((1, len(t)), bool)) for t in tokens])

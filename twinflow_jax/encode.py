@@ -1,9 +1,11 @@
 """Pictures and captions into training records: latents (or pixels) and embeddings of captions.
 
-    python tools/encode.py photos/ records/photos --pipeline checkpoints/sana06b --size 512
-    python tools/encode.py photos.jsonl records/photos --pipeline checkpoints/sana06b --buckets 1024
-    python tools/encode.py prompts.txt records/prompts --pipeline checkpoints/qwen_image
-    python tools/encode.py prompts.txt records/drawn --pipeline checkpoints/qwen_image --generate
+    python -m twinflow_jax.encode photos/ records/photos --pipeline checkpoints/sana06b --size 512
+    python -m twinflow_jax.encode photos.jsonl records/photos --pipeline checkpoints/sana06b \\
+        --buckets 1024
+    python -m twinflow_jax.encode prompts.txt records/prompts --pipeline checkpoints/qwen_image
+    python -m twinflow_jax.encode prompts.txt records/drawn --pipeline checkpoints/qwen_image \\
+        --generate
 
 SOURCE is a folder of pictures with captions beside them (CAT.jpg and CAT.txt or CAT.json), a file
 of JSON lines, .parquet or WebDataset .tar files or a folder of them, a TFDS dataset (NAME:SPLIT or
@@ -19,9 +21,7 @@ import sys
 
 from etils import epath
 
-from twinflow_jax import encoding, text_to_image
-from twinflow_jax.encoding import sizes
-from twinflow_jax.encoding.workspace import SKIPPED, Workspace
+from twinflow_jax import arguments, files, seeds
 from twinflow_jax.errors import UserError, run_verb
 
 
@@ -42,13 +42,10 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python tools/encode.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("target", metavar="DST")
-    parser.add_argument("--pipeline", required=True, help="an imported checkpoint")
+    parser = arguments.parser("encode", __doc__)
+    parser.add_argument("source", type=files.path, metavar="SOURCE")
+    parser.add_argument("target", type=files.path, metavar="DST")
+    parser.add_argument("--pipeline", type=files.path, required=True, help="an imported checkpoint")
     parser.add_argument("--size", help="of all pictures, like 512 or 768x512 (width x height); "
                         "default: what the transformer was made for")
     parser.add_argument("--buckets", help="several sizes, like 1024x1024,1216x832, or 1024 for "
@@ -58,14 +55,14 @@ def parse() -> argparse.Namespace:
                         "captions (default: caption, text or the like)")
     parser.add_argument("--image-column",
                         help="that has the pictures (default: image, image_bytes or file_name)")
-    parser.add_argument("--min-side", type=int, default=64,
+    parser.add_argument("--min-side", type=int,
                         help="pixels: smaller pictures are left out (default 64)")
     parser.add_argument("--text-tokens", type=int,
                         help="that captions are padded or cut to (default: the family's lengths)")
     parser.add_argument("--shard-size", type=int, default=1024, help="records in a file")
     parser.add_argument("--batch", type=int,
-                        help="pictures of 512x512 encoded at once, of larger ones fewer (default "
-                        f"{text_to_image.IMAGE_BATCH}); with --generate, drawn at once")
+                        help="pictures of 512x512 encoded at once, of larger ones fewer; with "
+                        "--generate, drawn at once")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                         help="of the computation (default: bfloat16, float32 on a CPU)")
     parser.add_argument("--process", type=int, default=0, help="which one this is, from 0")
@@ -75,7 +72,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--steps", type=int, help="of the base sampling (default: as usual)")
     group.add_argument("--guidance", type=float, help="default: the model's own")
     group.add_argument("--count", type=int, help="pictures of each prompt (default 1)")
-    group.add_argument("--seed", type=int, help="of the noise (default 0)")
+    group.add_argument("--seed", type=seeds.parse, help="of the noise (default 0)")
     return parser.parse_args()
 
 
@@ -107,16 +104,24 @@ def given(args, name: str) -> bool:
 
 
 def run(args) -> int:
-    pipeline = text_to_image.open_pipeline(args.pipeline, dtype=args.dtype)
+    from twinflow_jax import encoding
+    from twinflow_jax.drawing import codec, open_pipeline
+    from twinflow_jax.encoding.workspace import SKIPPED, Workspace
+
+    pipeline = open_pipeline(args.pipeline, dtype=args.dtype)
     source = encoding.open_source(
         args.source, not args.prompts_only and not args.generate, args.shard_size,
         args.image_column, args.caption_column,
     )
+    for name in ("min_side",) if args.generate else ("size", "buckets", "min_side"):
+        if given(args, name) and not source.pictures:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is for pictures, and of {args.source} none are read")
     drawing = drawing_of(args, pipeline) if args.generate else None
     job = encoding.Job(
         pipeline, source, sizes_of(args, pipeline) if source.pictures or drawing else (),
-        args.min_side, args.shard_size, args.text_tokens,
-        args.batch if drawing else args.batch or text_to_image.IMAGE_BATCH, drawing,
+        64 if args.min_side is None else args.min_side, args.shard_size, args.text_tokens,
+        args.batch if drawing else args.batch or codec.BATCH, drawing,
     )
     space = Workspace(epath.Path(args.target), args.process, args.processes)
     report = encoding.encode(job, space)
@@ -138,29 +143,34 @@ def run(args) -> int:
     return 0
 
 
-def drawing_of(args, pipeline) -> encoding.Drawing:
+def drawing_of(args, pipeline):
     """How the base model draws: as it usually does, where nothing else is asked for."""
+    from twinflow_jax import encoding
+
     usual = pipeline.family.base_steps, pipeline.family.base_guidance, 1, 0
     asked = args.steps, args.guidance, args.count, args.seed
     return encoding.Drawing(*(u if a is None else a for u, a in zip(usual, asked, strict=True)))
 
 
-def sizes_of(args, pipeline) -> tuple[sizes.Size, ...]:
+def sizes_of(args, pipeline) -> tuple[tuple[int, int], ...]:
     """The sizes that pictures go to.
 
     Raises:
       UserError: one that the networks cannot have.
     """
+    from twinflow_jax.drawing import denoising
+    from twinflow_jax.encoding import sizes
+
     scale = pipeline.config("vae").downscale
     if args.buckets:
         found = sizes.buckets(args.buckets, pipeline.config("transformer").patch * scale)
     elif args.size:
         found = (sizes.parse(args.size, "--size"),)
     else:
-        height, width, _ = pipeline.latent_shape(None)
+        height, width, _ = denoising.latent_shape(pipeline, None)
         found = ((width * scale, height * scale),)
     for width, height in found:
-        pipeline.latent_shape((height, width))
+        denoising.latent_shape(pipeline, (height, width))
     return found
 
 

@@ -1,0 +1,40 @@
+"""From prompts to pictures: conditions, networks in memory, denoising and decoding."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from twinflow_jax.arrays import HostLatents
+from twinflow_jax.drawing import codec, denoising, text
+from twinflow_jax.drawing.conditions import Embeddings, same_length
+from twinflow_jax.drawing.denoising import Base, FewStep, Sampler
+from twinflow_jax.drawing.pipeline import Pipeline, open_pipeline
+
+__all__ = [
+    "Base", "Embeddings", "FewStep", "Pipeline", "Sampler", "codec", "denoising", "open_pipeline",
+    "pictures", "same_length", "text",
+]
+
+ROUND = 256  # pictures whose latents are in memory at once
+
+
+def pictures(
+    pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Sequence[int],
+    numbers: Sequence[int], shape: tuple[int, int, int], seed: int, batch: int | None = None,
+    null: Embeddings | None = None, tile: int = codec.TILE,
+    seen: Callable[[HostLatents], None] | None = None,
+) -> Iterator[Float[np.ndarray, "H W 3"]]:
+    """Pictures in [-1, 1], each as soon as it is decoded; arguments as of `denoising.denoise`.
+
+    seen: is given the latents. Of many, some are denoised, then decoded, then the next: memory
+    does not grow with their number.
+    """
+    for start in range(0, len(owners), ROUND):
+        some = slice(start, start + ROUND)
+        latents = denoising.denoise(
+            pipeline, sampler, cond, owners[some], numbers[some], shape, seed, batch, null
+        )
+        if seen:
+            seen(latents)
+        yield from codec.decode(pipeline, latents, tile)

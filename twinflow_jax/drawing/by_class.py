@@ -1,0 +1,69 @@
+"""The verb `sample` for class-conditional runs."""
+
+import argparse
+import hashlib
+import json
+
+import numpy as np
+from etils import epath
+
+from twinflow_jax import arguments, checkpoints, images
+from twinflow_jax.checkpoints import store
+from twinflow_jax.drawing import album
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.sampling import by_class, counted, few_step, generate
+
+
+def sample(args: argparse.Namespace) -> int:
+    """Draws what the verb's arguments ask for; returns the exit status."""
+    grid = few_step(1 if args.steps is None else args.steps, **arguments.sampler(args))
+    count = 8 if args.count is None else args.count
+    if count < 1:
+        raise UserError(f"--count is {count}; draw at least one sample per class")
+    run, model, params, step = checkpoints.load_weights(args.checkpoint, args.raw, args.at_step)
+    classes = parse_classes(args.classes, run.model.num_classes)
+    labels = np.repeat(classes, count)
+    weights = hashlib.sha256(store.sampled(names.flatten(params))).hexdigest()[:12]
+    text = album.settings(
+        checkpoint=args.checkpoint, seed=args.seed, at_step=step, raw=args.raw, weights=weights,
+        **grid.told(),
+    )
+    which = f"step{step}{'_raw' if args.raw else ''}"
+    folder = epath.Path(args.checkpoint).name[:80]
+    name = f"{folder}_{which}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
+    out = epath.Path(args.out)
+    if args.sheet:
+        file = out / f"sheet_{name}.png"
+        x = generate(model, params, labels, grid, args.seed)
+        picture = images.sheet({f"{grid.nfe} NFE": x}, count, f"step {step}")
+        images.save(file, picture, text | {"classes": json.dumps(classes.tolist())})
+        print(f"{len(x)} samples in {file}")
+        return 0
+    places = counted(labels)
+    pages = [
+        album.Page(f"class{label}_{place:04d}_{name}.png", text | {"class": str(label)})
+        for label, place in zip(labels, places, strict=True)
+    ]
+    left = album.missing(out, pages)
+    if left:
+        drawn = by_class(model, params, labels[left], places[left], grid, args.seed)
+        album.write(out, [pages[i] for i in left], (x for part in drawn for x in part))
+    print(album.summary(out, pages, left))
+    return 0
+
+
+def parse_classes(text: str | None, num_classes: int) -> np.ndarray:
+    """The classes that `--classes` names; class 0 stands in for a network without classes."""
+    if num_classes == 0:
+        return np.zeros(1, np.int32)
+    if text is None:
+        return np.arange(num_classes, dtype=np.int32)
+    try:
+        numbers = dict.fromkeys(int(part) for part in text.split(","))  # each once
+        classes = np.asarray(list(numbers), np.int32)
+    except ValueError as error:
+        raise UserError(f"--classes is {text!r}; give numbers like 3,1,4") from error
+    if classes.min() < 0 or classes.max() >= num_classes:
+        raise UserError(f"--classes {text}: this network has classes 0 to {num_classes - 1}")
+    return classes

@@ -1,0 +1,181 @@
+"""The verb `sample` for imported checkpoints and text-to-image runs."""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from twinflow_jax import arguments, files, images
+from twinflow_jax.checkpoints import store, tensors
+from twinflow_jax.config import Run
+from twinflow_jax.drawing import album, codec, denoising, pictures, text
+from twinflow_jax.drawing.conditions import Embeddings, same_length
+from twinflow_jax.drawing.pipeline import Pipeline, open_pipeline
+from twinflow_jax.errors import UserError
+from twinflow_jax.sampling import few_step
+
+BASE_ONLY = ("guidance", "negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How to draw. settings: what pictures say of it; label: of file names."""
+
+    sampler: denoising.Sampler
+    settings: dict[str, Any]
+    label: str
+
+
+def sample(args: argparse.Namespace, run: Run | None) -> int:
+    """Draws what the verb's arguments ask for; returns the exit status.
+
+    run: the run whose transformer draws, where the checkpoint is one.
+    """
+    count = 1 if args.count is None else args.count
+    if count < 1:
+        raise UserError(f"--count is {count}; draw at least one picture per prompt")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch is {args.batch}; denoise at least one picture at once")
+    pipeline = open_pipeline(
+        args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline
+    )
+    shape = denoising.latent_shape(pipeline, parse_size(args.size))
+    tile = codec.tile_of(pipeline, args.tile)
+    way = base(args, pipeline, shape) if args.base else few(args)
+    if not args.base and not pipeline.knows_r:
+        warnings.warn(
+            f"{args.checkpoint} is a base model, not trained to draw in a few steps: try --base",
+            stacklevel=2,
+        )
+    prompts, cond, null = read_prompts(args, pipeline, way.settings.get("negative"))
+    if args.save_embeddings:
+        with writing("--save-embeddings", args.save_embeddings):
+            cond.save(args.save_embeddings, prompts)
+    owners, numbers = np.divmod(np.arange(len(prompts) * count), count)
+    weights = hashlib.sha256(store.sampled(pipeline.arrays("transformer"))).hexdigest()[:12]
+    told = album.settings(
+        checkpoint=args.checkpoint, seed=args.seed, raw=args.raw, dtype=pipeline.dtype,
+        at_step=pipeline.step, size=shape, weights=weights, **way.settings,
+    )
+    out, latents = epath.Path(args.out), []
+    pages = [
+        album.Page(
+            f"{i:04d}_{plain(prompts[i])}_{number:02d}_{way.label}_seed{args.seed}.png",
+            told | {"prompt": prompts[i], "number": str(number)},
+        )
+        for i, number in zip(owners, numbers, strict=True)
+    ]
+    everything = args.sheet or args.save_latents
+    left = list(range(len(pages))) if everything else album.missing(out, pages)
+    drawn = pictures(
+        pipeline, way.sampler, cond, owners[left], numbers[left], shape, args.seed, args.batch,
+        null, tile, latents.append if args.save_latents else None,
+    )
+    if args.sheet:
+        file = out / f"sheet_{way.label}_seed{args.seed}.png"
+        sheet = images.sheet({way.label: np.stack(list(drawn))}, count)
+        images.save(file, sheet, told | {"prompts": json.dumps(prompts)})
+        print(f"{len(pages)} samples in {file}")
+    else:
+        album.write(out, [pages[i] for i in left], drawn)
+        print(album.summary(out, pages, left))
+    if args.save_latents:
+        with writing("--save-latents", args.save_latents):
+            tensors.save(epath.Path(args.save_latents), {"latents": np.concatenate(latents)})
+    for line in pipeline.clock.lines():
+        print(line)
+    return 0
+
+
+def few(args: argparse.Namespace) -> Way:
+    """In a few steps."""
+    arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
+    grid = few_step(1 if args.steps is None else args.steps, **arguments.sampler(args))
+    return Way(denoising.FewStep(grid), grid.told(), f"{grid.style}{grid.nfe}nfe")
+
+
+def base(args: argparse.Namespace, pipeline: Pipeline, shape: tuple[int, int, int]) -> Way:
+    """As the base model does."""
+    arguments.refuse(args, arguments.SAMPLER, "--base has its own time grid")
+    family = pipeline.family
+    steps = family.base_steps if args.steps is None else args.steps
+    guidance = family.base_guidance if args.guidance is None else args.guidance
+    none = family.no_guidance
+    if not math.isfinite(guidance):
+        raise UserError(f"--guidance is {guidance}; give a number, {none:g} for none")
+    schedule = denoising.schedule(pipeline, steps, shape)
+    settings = {"base": True, "nfe": steps, "times": schedule.times, "guidance": guidance}
+    if guidance == none:
+        arguments.refuse(args, ("negative",), f"guidance {none:g} takes no negative prompt")
+    else:
+        negative = family.negative_prompt if args.negative is None else args.negative
+        settings |= {"nfe": 2 * steps, "negative": negative}
+    return Way(denoising.base(pipeline, schedule, guidance), settings, f"base{steps}steps")
+
+
+def plain(prompt: str) -> str:
+    """What a file's name says of a prompt."""
+    return re.sub(r"\W+", "_", prompt).strip("_")[:40] or "prompt"
+
+
+def read_prompts(
+    args: argparse.Namespace, pipeline: Pipeline, negative: str | None
+) -> tuple[list[str], Embeddings, Embeddings | None]:
+    """The prompts and their embeddings, from the one source that was given.
+
+    Last the negative prompt's embedding, of the same length, where there is such a prompt.
+    """
+    given = [name for name in ("prompt", "prompts", "embeddings") if getattr(args, name)]
+    if len(given) != 1:
+        raise UserError("give one of --prompt, --prompts and --embeddings")
+    if args.embeddings:
+        width = pipeline.config("transformer").text_width
+        prompts, embeddings = Embeddings.read(args.embeddings, width)
+        if negative is None:
+            return prompts, embeddings, None
+        null = text.embed(pipeline, [], negative=negative)
+        return prompts, *same_length(embeddings, null)
+    prompts = read_lines(args.prompts) if args.prompts else args.prompt
+    embeddings = text.embed(pipeline, prompts, negative=negative)
+    count = len(prompts)
+    return prompts, embeddings[:count], embeddings[count:] if negative is not None else None
+
+
+def read_lines(file: str) -> list[str]:
+    """The prompts in a file."""
+    try:
+        prompts = [line for _, line in files.text_lines(epath.Path(file).read_bytes())]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompts {file} cannot be read ({reason})") from error
+    if not prompts:
+        raise UserError(f"--prompts {file} is empty: write one prompt a line")
+    return prompts
+
+
+@contextlib.contextmanager
+def writing(flag: str, file: str):
+    """Reports what goes wrong with the file of an argument."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {file} cannot be written: {error.strerror or error}") from error
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`(height, width)` of "1024" or "1328x800" (width x height)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise UserError(f"--size is {text!r}; give pixels like 1024 or 1328x800 (width x height)")
+    width = int(match[1])
+    return int(match[2] or width), width

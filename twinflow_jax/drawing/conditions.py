@@ -1,0 +1,82 @@
+"""Prompts as networks take them: embeddings, in memory and in files."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Float
+
+from twinflow_jax.checkpoints import tensors
+from twinflow_jax.errors import UserError
+
+
+def pad_and_join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays (rows, length, ...) in one, with zeros after what is shorter than the longest."""
+    longest = max(part.shape[1] for part in parts)
+    pad = lambda a: np.pad(a, [(0, 0), (0, longest - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
+    return np.concatenate([pad(part) for part in parts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """Prompts as the transformer takes them; valid tokens first, then padding."""
+
+    tokens: Float[np.ndarray, "N L D"]
+    mask: Bool[np.ndarray, "N L"]
+
+    @classmethod
+    def join(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
+        """Several in one, padded to the longest."""
+        return cls(
+            pad_and_join([part.tokens for part in parts]),
+            pad_and_join([part.mask for part in parts]),
+        )
+
+    def __getitem__(self, index) -> "Embeddings":
+        return Embeddings(self.tokens[index], self.mask[index])
+
+    def rows(self, index) -> dict[str, np.ndarray]:
+        """The condition of some rows."""
+        return {"tokens": self.tokens[index], "mask": self.mask[index]}
+
+    def save(self, file: epath.PathLike, prompts: Sequence[str]) -> None:
+        """Writes a safetensors file with `tokens`, `mask` and the prompts' UTF-8 as `prompts`."""
+        text = np.frombuffer(json.dumps(list(prompts)).encode(), np.uint8)
+        arrays = {"tokens": self.tokens, "mask": self.mask, "prompts": text}
+        tensors.save(epath.Path(file), arrays)
+
+    @classmethod
+    def read(cls, file: epath.PathLike, width: int) -> tuple[list[str], "Embeddings"]:
+        """The prompts and embeddings that `save` wrote, for a transformer of that text width.
+
+        Raises:
+          UserError: no such file, or not one of these.
+        """
+        found = {k: t.read() for k, t in tensors.read_header(epath.Path(file)).items()}
+        try:
+            tokens, mask = found["tokens"].astype(np.float32), found["mask"].astype(bool)
+            prompts = [str(prompt) for prompt in json.loads(found["prompts"].tobytes())]
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{file} holds no embeddings: write one with --save-embeddings") from (
+                error
+            )
+        if tokens.shape != (*mask.shape, width) or len(prompts) != len(tokens) or not prompts:
+            raise UserError(
+                f"{file} holds tokens of shape {tokens.shape} and a mask of {mask.shape} for "
+                f"{len(prompts)} prompts; the transformer takes (prompts, length, {width})"
+            )
+        return prompts, cls(tokens, mask)
+
+
+def same_length(*parts: Embeddings) -> list[Embeddings]:
+    """Each as it is, padded to the longest of them."""
+    joined = Embeddings.join(parts)
+    ends = np.cumsum([len(part.tokens) for part in parts])[:-1]
+    return [
+        Embeddings(tokens, mask)
+        for tokens, mask in zip(
+            np.split(joined.tokens, ends), np.split(joined.mask, ends), strict=True
+        )
+    ]

@@ -1,0 +1,129 @@
+"""Noise and conditions to latents, through a pipeline's transformer."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from twinflow_jax import parallel, sampling, seeds
+from twinflow_jax.arrays import HostLatents
+from twinflow_jax.drawing.conditions import Embeddings
+from twinflow_jax.drawing.pipeline import Pipeline
+from twinflow_jax.errors import UserError
+from twinflow_jax.sampling.batched import batches
+
+
+class Sampler(Protocol):
+    """How noise becomes latents. Hashable: what is compiled for one is kept for its equals."""
+
+    def __call__(self, apply: Callable, params, noise, cond, null, keys) -> jax.Array:
+        """Latents of a batch. null: the conditions that stand for none, or None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FewStep:
+    """The any-step sampler along a grid."""
+
+    grid: sampling.Grid
+
+    def __call__(self, apply: Callable, params, noise, cond, null, keys) -> jax.Array:
+        return sampling.sample(apply, params, noise, cond, self.grid, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model's own multi-step sampling. scale: of guidance, 1 for none; rule: how it
+    combines the velocities with and without the condition."""
+
+    schedule: sampling.Schedule
+    scale: float
+    rule: Callable = sampling.guide
+
+    def __call__(self, apply: Callable, params, noise, cond, null, keys) -> jax.Array:
+        inputs = (apply, params, noise, cond, null, self.schedule.times)
+        if self.schedule.solver == "dpm":
+            return sampling.dpm_solve(*inputs, self.schedule.told, self.scale, self.rule)
+        return sampling.solve(*inputs, self.scale, rule=self.rule)
+
+
+def base(pipeline: Pipeline, schedule: sampling.Schedule, guidance: float) -> Base:
+    """The base model's own sampling, guided as its users count."""
+    family = pipeline.family
+    scale = guidance + 1 - family.no_guidance
+    return Base(schedule, scale, family.base_guide or sampling.guide)
+
+
+def denoise(
+    pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Sequence[int],
+    numbers: Sequence[int], shape: tuple[int, int, int], seed: int, batch: int | None = None,
+    null: Embeddings | None = None,
+) -> HostLatents:
+    """Latents: one for each of `owners`, the row of `cond` that it is of.
+
+    numbers: which noise each starts from; the same number with the same seed gives the same
+    noise. batch: images at once (default: one for each part of the mesh's rows).
+    """
+    stage, mesh = "denoising", pipeline.mesh()
+    batch = min(batch or parallel.row_parts(mesh), len(owners))
+    owners, numbers = np.asarray(owners), np.asarray(numbers, np.uint32)
+    keys = jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers)
+    over = parallel.over_rows(mesh, batch)
+    empty = null.rows(np.zeros(batch, int)) if null else None
+    with pipeline.loaded("transformer", stage) as (config, params):
+        module = pipeline.checkpoint.network("transformer").module(config)
+
+        def run(params, noise, cond, null, keys):
+            apply = lambda params, *inputs: module.apply({"params": params}, *inputs)
+            return sampler(apply, params, noise, cond, null, keys)
+
+        def draw(rows, noise, keys):
+            inputs = jax.device_put((noise, cond.rows(owners[rows]), empty, keys), over)
+            return pipeline.run(stage, sampler, run, params, *inputs)
+
+        bar = tqdm(total=len(owners), unit="image", desc=stage, disable=not pipeline.progress)
+        with bar:
+            parts = []
+            for part in batches(draw, keys, shape, batch):
+                parts.append(part)
+                bar.update(len(part))
+    return np.concatenate(parts)
+
+
+def latent_shape(pipeline: Pipeline, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Of images of (height, width) pixels; default: what the transformer was made for.
+
+    Raises:
+      UserError: the latents cannot have that size.
+    """
+    vae, transformer = pipeline.config("vae"), pipeline.config("transformer")
+    places = transformer.sample_shape[:2]
+    height, width = size or (side * vae.downscale for side in places)
+    step = transformer.patch * vae.downscale
+    if height < step or width < step or height % step or width % step:
+        near = lambda side: max(step, round(side / step) * step)
+        raise UserError(
+            f"the size {width}x{height} is not divisible by {step}: choose "
+            f"{near(width)}x{near(height)}"
+        )
+    return height // vae.downscale, width // vae.downscale, vae.latent_channels
+
+
+def schedule(pipeline: Pipeline, steps: int, shape: tuple[int, int, int]) -> sampling.Schedule:
+    """The base model's own, for a number of steps, from the checkpoint's scheduler.
+
+    Raises:
+      UserError: the checkpoint has none, or one that we do not know.
+    """
+    file = pipeline.checkpoint.folder / "files" / "scheduler" / "scheduler_config.json"
+    if not file.exists():
+        raise UserError(f"{pipeline.checkpoint.folder} has no scheduler, so no base sampling")
+    try:
+        scheduler = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): import again") from error
+    tokens = shape[0] * shape[1] // pipeline.config("transformer").patch ** 2
+    return sampling.published(scheduler, steps, tokens, pipeline.family.shifted_twice)

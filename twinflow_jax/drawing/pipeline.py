@@ -1,0 +1,158 @@
+"""A checkpoint's networks, and which of them are in memory.
+
+Each is loaded over all devices when it is needed. It is let go after that, so that the largest
+decides how much memory drawing takes; or it stays, for somebody who draws again and again.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from twinflow_jax import checkpoints, parallel
+from twinflow_jax.checkpoints import imported, store
+from twinflow_jax.checkpoints.imported import Imported
+from twinflow_jax.config import Run
+from twinflow_jax.errors import UserError
+from twinflow_jax.models.family import TextToImage
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds by stage and kind: {"denoise": {"load": .., "compile": .., "run": ..}}."""
+
+    seconds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def measure(self, stage: str, kind: str):
+        begin = time.perf_counter()
+        yield
+        kinds = self.seconds.setdefault(stage, {})
+        kinds[kind] = kinds.get(kind, 0.0) + time.perf_counter() - begin
+
+    def lines(self) -> list[str]:
+        return [
+            f"{stage}: " + ", ".join(f"{kind} {value:.2f} s" for kind, value in kinds.items())
+            for stage, kinds in self.seconds.items()
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """The networks of an imported checkpoint, and perhaps a run's transformer in their stead.
+
+    dtype: of computation and of the loaded weights. trained: the run's arrays, with `settings`,
+    its transformer's config, and the step that they are of. keep: whether networks stay in memory
+    once they are loaded.
+    """
+
+    checkpoint: Imported
+    dtype: str
+    trained: store.Arrays | None = None
+    settings: Any = None
+    step: int | None = None
+    clock: Clock = dataclasses.field(default_factory=Clock)
+    progress: bool = True
+    keep: bool = False
+    _kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _programs: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def family(self) -> TextToImage:
+        return self.checkpoint.text_to_image
+
+    @property
+    def knows_r(self) -> bool:
+        """Whether the transformer was trained with a target time, which base models are not.
+
+        Raises:
+          UserError: there is no transformer.
+        """
+        return self.trained is not None or self.checkpoint.knows_r
+
+    def arrays(self, name: str) -> store.Arrays:
+        """A network's stored weights."""
+        trained = name == "transformer" and self.trained is not None
+        return self.trained if trained else self.checkpoint.arrays(name)
+
+    def config(self, name: str):
+        """Our config of a network, computing in this pipeline's dtype."""
+        trained = name == "transformer" and self.settings is not None
+        config = self.settings if trained else self.checkpoint.config(name)
+        return dataclasses.replace(config, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def loaded(self, name: str, stage: str) -> Iterator[tuple[Any, Any]]:
+        """`(config, params)` of a network, freed at the end unless they are kept."""
+        params = self._kept.get(name)
+        if params is None:
+            with self.clock.measure(stage, "load"):
+                params = jax.block_until_ready(self._load(name))
+        if self.keep:
+            self._kept[name] = params
+        try:
+            yield self.config(name), params
+        finally:
+            if not self.keep:
+                for leaf in jax.tree.leaves(params):
+                    leaf.delete()
+
+    def _load(self, name: str):
+        config, network = self.config(name), self.checkpoint.network(name)
+        abstract, axes = network.abstract(config)
+        layouts = parallel.shardings(self.mesh(), abstract, axes)
+        dtype = jnp.dtype(self.dtype)
+        abstract = jax.tree.map(
+            lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=layout),
+            abstract, layouts,
+        )
+        return store.load(self.arrays(name), abstract, name, self.progress)
+
+    def run(self, stage: str, key: Hashable, function: Callable, *arguments):
+        """`function(*arguments)` as a compiled program, which is kept for this key and these
+        shapes; the host waits for it.
+
+        key: the same only for functions that compute the same.
+        """
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(arguments))
+        key = stage, key, shapes
+        if key not in self._programs:
+            with self.clock.measure(stage, "compile"), parallel.applied(self.mesh()):
+                self._programs[key] = jax.jit(function).lower(*arguments).compile()
+        with self.clock.measure(stage, "run"):
+            return jax.block_until_ready(self._programs[key](*arguments))
+
+    def mesh(self) -> jax.sharding.Mesh:
+        """This process's own devices: beside others, each draws and encodes for itself."""
+        devices, heads = jax.local_devices(), self.config("transformer").heads
+        tensor = next(n for n in (8, 4, 2, 1) if len(devices) % n == 0 and heads % n == 0)
+        return parallel.make_mesh(parallel.MeshConfig(tensor=tensor), devices)
+
+
+def open_pipeline(
+    checkpoint: epath.PathLike, run: Run | None = None, dtype: str | None = None, raw: bool = False,
+    step: int | None = None, base: str | None = None,
+) -> Pipeline:
+    """The pipeline of an imported checkpoint, or of a run's transformer within one.
+
+    run: the run, where `checkpoint` is its folder. base: the imported checkpoint to use
+    instead of the one that the run names. dtype: default bfloat16, float32 on a CPU.
+    Raises:
+      UserError: either cannot be read, or the run names no imported checkpoint.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if run is None:
+        if raw or step is not None or base:
+            raise UserError(
+                f"{checkpoint} is an imported checkpoint: --raw, --at-step and --pipeline are "
+                "for runs"
+            )
+        return Pipeline(imported.open_imported(checkpoint), dtype)
+    base = base or checkpoints.pipeline_of(checkpoint, run)
+    _, arrays, step = checkpoints.open_weights(checkpoint, raw, step)
+    return Pipeline(imported.open_imported(base), dtype, arrays, run.model, step)
