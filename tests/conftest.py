@@ -28,6 +28,9 @@ jaxtyping.install_import_hook(
     "twinflow_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
+# A verb that is interrupted in a test must not end the tests.
+errors.end = sys.exit
+
 # A shell starts background jobs with SIGINT ignored, which what is tested would inherit.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

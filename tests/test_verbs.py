@@ -3,8 +3,11 @@
 import ast
 import contextlib
 import json
+import os
 import pathlib
 import re
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 from PIL import Image
 
 from twinflow_jax import evaluate, sample, train
+from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.errors import run_verb
 
 SMALL = [
@@ -129,6 +133,74 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         [error] = capsys.readouterr().err.strip().splitlines()
         assert error.startswith("error: ") and re.search(message, error), (arguments, error)
     assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "sent, said", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_signal_while_a_step_compiles(tmp_path, sent, said):
+    """Status and one line, no crash; XLA's threads are in the middle of something."""
+    environment = os.environ | {"JAX_LOG_COMPILES": "1"}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "twinflow_jax.train", "--config", "configs/digits.py",
+         "--workdir", str(tmp_path / "run")],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:
+        for line in process.stderr:
+            if "Compiling jit(step)" in line:
+                process.send_signal(sent)
+                break
+        after = process.stderr.read().strip().splitlines()
+    assert process.returncode == 128 + sent
+    assert [line for line in after if "Compiling" not in line] == [said]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+# Verbs that touch a device at different moments; each says the same.
+EVERY_VERB = """
+import sys
+import jax.extend.backend
+sys.path.append("tools")
+import encode
+from twinflow_jax import evaluate, sample, train
+from twinflow_jax.checkpoints.random import write_random
+from twinflow_jax.errors import run_verb
+run, new, pipeline, platform = sys.argv[1:]
+for verb, arguments in (
+    (train, ["--config", "configs/digits.py", "--workdir", new]),
+    (sample, ["--checkpoint", run, "--out", new]),
+    (evaluate, ["--checkpoint", run]),
+    (encode, ["README.md", new, "--pipeline", pipeline]),
+):
+    jax.extend.backend.clear_backends()
+    jax.config.update("jax_platforms", platform)
+    sys.argv = ["verb", *arguments]
+    try:
+        run_verb(verb.main)
+    except SystemExit as stop:
+        print(stop.code)
+"""
+
+
+@pytest.mark.parametrize(
+    "platform, way", [("cuda", r"install 'jax\[cuda"), ("tpu", r"install -e '.\[pod\]'")]
+)
+def test_a_backend_that_is_not_there_gets_one_line(run, tmp_path, platform, way):
+    write_random("minilm_dit", tmp_path / "pipeline", seed=0)
+    given = [str(run), str(tmp_path / "new"), str(tmp_path / "pipeline"), platform]
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_VERB, *given], env=os.environ | {"JAX_PLATFORMS": platform},
+        capture_output=True, text=True, check=False,
+    )
+    assert done.stdout.split() == ["2"] * 4, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4 and len(set(lines)) == 1, done.stderr
+    assert re.match(
+        f"error: JAX's backend {platform} does not start .*'{platform}', and there is cpu: .*{way}",
+        lines[0],
+    )
+    assert not (tmp_path / "new").exists()
 
 
 def test_few_style_without_noise_warns(run, tmp_path, capsys):

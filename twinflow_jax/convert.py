@@ -10,7 +10,6 @@ inclusionAI/TwinFlow/FOLDER. Paths may be local or gs://.
 """
 
 import argparse
-import signal
 
 from etils import epath
 
@@ -29,7 +28,6 @@ Written by twinflow_jax from `{source}`{weights}. `{library}` loads this folder.
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
     args = parse()
     return {"import": run_import, "export": run_export, "verify": run_verify}[args.verb](args)
 

@@ -16,8 +16,6 @@ command goes on; with --process K --processes N several do it together. docs/dat
 
 import argparse
 import math
-import signal
-import sys
 
 from etils import epath
 
@@ -26,7 +24,6 @@ from twinflow_jax.errors import UserError, run_verb
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as after Ctrl-C
     args = parse()
     check(args)
     try:
@@ -36,9 +33,8 @@ def main() -> int:
             f"{error.filename or args.target} cannot be read or written "
             f"({error.strerror or error}); the same command goes on"
         ) from error
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        raise type(stop)("the same command goes on") from None
 
 
 def parse() -> argparse.Namespace:

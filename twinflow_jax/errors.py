@@ -1,10 +1,14 @@
 """The one exception that a user's mistake raises, and how a verb reports it."""
 
 import argparse
+import os
+import re
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError, argparse.ArgumentTypeError):
@@ -40,28 +44,86 @@ def one_line(message: Warning | str, *_, **__) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, after which everything is left as after Ctrl-C."""
+
+
+def _terminate(*_) -> None:
+    raise Terminated
+
+
 def run_verb(main: Callable[[], int | None]) -> None:
     """Runs a verb's `main` and exits with its status.
 
-    A `UserError` becomes one line on stderr and status 2, Ctrl-C status 130; every other
-    exception is a bug and keeps its traceback. `main` returns the exit status (None means 0).
+    A `UserError` becomes one line on stderr and status 2, Ctrl-C status 130, SIGTERM 143; every
+    other exception is a bug and keeps its traceback. `main` returns the exit status (None means 0).
     """
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = one_line
             status = main()
-    except (UserError, KeyboardInterrupt) as error:
-        status = report(error)
+    except KeyboardInterrupt as error:
+        end(report(error))  # XLA's threads may be at work, and crash when the interpreter goes
+    except Exception as error:
+        told = explained(error)
+        if not isinstance(told, UserError):
+            raise
+        status = report(told)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(status)
 
 
 def report(error: BaseException) -> int:
     """Says on stderr what ended a verb; returns the exit status."""
+    error = explained(error)
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         return 2
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        what = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
+        print(f"{what}; {error}" if str(error) else what, file=sys.stderr)
+        return 128 + number
     traceback.print_exception(error)
     return 1
+
+
+def end(status: int) -> NoReturn:
+    """Ends this process at once, whatever its threads do."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+PACKAGES = {  # by the backend that they bring
+    **dict.fromkeys(("cuda", "gpu"), "pip install 'jax[cuda13]' beside an NVIDIA GPU's driver"),
+    "tpu": "pip install -e '.[pod]' -c constraints.txt on a TPU VM",
+}
+
+
+def explained(error: BaseException) -> BaseException:
+    """A UserError in place of what JAX raises where a backend is not there or does not start."""
+    if not isinstance(error, RuntimeError | AssertionError) or "jax" not in sys.modules:
+        return error
+    import jax
+
+    asked = jax.config.jax_platforms
+    try:
+        jax.devices()
+        return error
+    except (RuntimeError, AssertionError) as failure:
+        says = r"Unable to initialize backend '(\w+)': (.*?)(?: \((?:set|you may) |$)"
+        found = re.match(says, str(failure), re.DOTALL)
+        name, why = found.groups() if found else (asked, "no such device is to be seen")
+    jax.config.update("jax_platforms", "" if asked else "cpu")
+    try:
+        there = ", ".join({device.platform: None for device in jax.devices()})
+    except Exception:  # another does not start either
+        there = "cpu"
+    ways = [PACKAGES[key] for key in PACKAGES if key in (name, asked)]
+    return UserError(
+        f"JAX's backend {name} does not start ({reason(ValueError(why))}); JAX_PLATFORMS is "
+        f"{asked!r}, and there is {there}: " + "; or ".join([*ways, f"set JAX_PLATFORMS={there}"])
+    )

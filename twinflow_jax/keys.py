@@ -8,7 +8,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from twinflow_jax import files
 from twinflow_jax.errors import UserError
@@ -109,37 +109,37 @@ class Part:
     section: ClassVar[str]
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Self:
+    def of(cls, fields: Mapping[str, Any]) -> "Part":
         """The part with these values, its defaults for what is missing.
 
         Raises:
           UserError: a key that there is not, or a value that it cannot have.
         """
-        known = keys_of(cls)
-        for name in fields:
+        known, fitted, problems = keys_of(cls), {}, []
+        for name, value in fields.items():
             if name not in known:
                 raise UserError(f"{cls.section} has no key {name!r}; it has {', '.join(known)}")
-        return cls(**fields)
+            try:
+                fitted[name] = known[name].fit(value)
+            except TypeError:
+                problems.append(
+                    f"{cls.section}.{name} is {value!r}; it takes {known[name].type}, like "
+                    f"{known[name].default!r}"
+                )
+        if problems:
+            raise UserError("; ".join(problems))
+        return cls(**fitted)
 
     def __post_init__(self):
-        """Brings values to their types and refuses those that no key may have.
+        """Refuses values that no key may have.
 
         Raises:
           UserError: names every such key with its value and what it takes.
         """
-        problems = []
-        for name, one in keys_of(type(self)).items():
-            value = getattr(self, name)
-            try:
-                value = one.fit(value)
-            except TypeError:
-                problems.append(
-                    f"{self.section}.{name} is {value!r}; it takes {one.type}, like {one.default!r}"
-                )
-                continue
-            object.__setattr__(self, name, value)  # a frozen dataclass, being made
-            if not one.takes(value):
-                problems.append(f"{self.section}.{name} is {value!r}; give {one.bounds}")
+        problems = [
+            f"{self.section}.{name} is {getattr(self, name)!r}; give {one.bounds}"
+            for name, one in keys_of(type(self)).items() if not one.takes(getattr(self, name))
+        ]
         if problems:
             raise UserError("; ".join(problems))
 

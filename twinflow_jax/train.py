@@ -8,11 +8,7 @@ import signal
 import sys
 
 from twinflow_jax import arguments, files
-from twinflow_jax import config as configs
-from twinflow_jax.config import reference
 from twinflow_jax.errors import UserError, run_verb
-from twinflow_jax.parallel import hosts
-from twinflow_jax.training.loop import Interrupted, train
 
 UNREACHED = 75  # exit status where the processes did not find each other: worth another try
 
@@ -33,6 +29,10 @@ def main() -> int:
     parser.add_argument("--process", type=int, default=0, help="number of this one, from 0")
     args, rest = parser.parse_known_args()
     overrides = arguments.overrides(rest)
+    from twinflow_jax import config as configs
+    from twinflow_jax.config import reference
+    from twinflow_jax.parallel import hosts
+
     if args.help_config:
         print(reference.describe(configs.parse(args.config, overrides)))
         return 0
@@ -50,8 +50,11 @@ def main() -> int:
         return trained(configs.parse(args.config, overrides), args.workdir)
 
 
-def trained(run: configs.Run, workdir: str) -> int:
+def trained(run, workdir: str) -> int:
     """Trains; returns the exit status, which is of a signal where one stopped it."""
+    from twinflow_jax.parallel import hosts
+    from twinflow_jax.training.loop import Interrupted, train
+
     try:
         train(run, workdir, progress=hosts.leads())
     except Interrupted as stop:

@@ -177,7 +177,7 @@ def test_stopped_and_continued_with_other_processes(
     with monkeypatch.context() as patched:
         patched.setattr(records, "write_shard", interrupted)
         status, _, told = run(patched, capsys, bucketed(photos, target, pixels))
-    assert status == 130 and told.endswith("stopped; the same command goes on")
+    assert status == 130 and told.endswith("interrupted; the same command goes on")
     with monkeypatch.context() as patched:  # a full disk
         patched.setattr(records, "write_shard", lambda *args: os.open("/dev/full/x", os.O_RDONLY))
         status, _, told = run(patched, capsys, bucketed(photos, target, pixels))

@@ -5,7 +5,7 @@ The keys of `model` and `objective` are those of the family's and the form's own
 """
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from twinflow_jax import keys, models, objectives, parallel, seeds
 from twinflow_jax.errors import UserError
@@ -164,7 +164,7 @@ class Run:
     pipeline: str = ""
 
     @classmethod
-    def of(cls, fields: dict[str, Any]) -> Self:
+    def of(cls, fields: dict[str, Any]) -> "Run":
         """The run of nested fields, as config files and records of runs have them.
 
         Raises:

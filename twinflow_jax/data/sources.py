@@ -1,7 +1,7 @@
 """Labelled images by name, as arrays in [-1, 1], in a training and a held-out split."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -100,6 +100,7 @@ def mnist() -> Dataset:
     return Dataset("mnist", 10, arrays(sources["train"]), arrays(sources["test"]), DIGITS)
 
 
+@runtime_checkable
 class Source(Protocol):
     """What a name of `data.name` stands for: a function in SOURCES."""
 

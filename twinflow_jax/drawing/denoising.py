@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.sampling.batched import batches
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """How noise becomes latents. Hashable: what is compiled for one is kept for its equals."""
 

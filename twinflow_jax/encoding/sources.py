@@ -10,7 +10,7 @@ import hashlib
 import json
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -42,6 +42,7 @@ class Item:
     problem: tuple[str, str] | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """name: for people. pictures: whether its items have any. chunks: what `items` takes."""
 

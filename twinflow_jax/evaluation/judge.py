@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ def sample_labels(count: int, num_classes: int) -> Int[np.ndarray, "{count}"]:
     return np.arange(count, dtype=np.int32) % num_classes
 
 
+@runtime_checkable
 class Judge(Protocol):
     """What scores drawn pictures. A verb in `evaluate` makes one and reports its rows."""
 

@@ -71,7 +71,7 @@ class Model:
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
-def config_of(name: str) -> type[Settings]:
+def config_of(name: str | None) -> type[Settings]:
     """The Config class of a family.
 
     Raises:

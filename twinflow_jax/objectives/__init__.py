@@ -97,7 +97,7 @@ class Objective:
         return cut(draws, self.form.ROLES, start, stop)
 
 
-def config_of(form: str) -> type[Shared]:
+def config_of(form: str | None) -> type[Shared]:
     """The Config class of a form.
 
     Raises:

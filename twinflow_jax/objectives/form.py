@@ -1,6 +1,6 @@
 """What a form of the loss is: fill these four in, in a module of its own."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -9,6 +9,7 @@ from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import Counts, Draws
 
 
+@runtime_checkable
 class Form(Protocol):
     """A module in this room, listed in FORMS. All of it is pure, and knows no Flax and no mesh.
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax._src import distributed  # the only way to the coordinator's key-value store
 from jax.experimental import multihost_utils
 
-from twinflow_jax.errors import UserError, reason, report
+from twinflow_jax.errors import UserError, end, reason, report
 
 
 class Elsewhere(UserError):
@@ -97,7 +97,7 @@ def together():
             status = report(error)
             _leave_note(status, error)
         time.sleep(3 * LOOK)  # until all have looked: an end breaks the others' collectives
-        _end(status)
+        end(status)  # a thread may hang in a collective, and JAX would wait for the others
     over.set()
     listener.join()
 
@@ -124,14 +124,7 @@ def _leave_if_failed() -> None:
     if leads():
         print(f"error: {text}", file=sys.stderr)
         time.sleep(3 * LOOK)  # the coordinator is this process
-    _end(status)
-
-
-def _end(status: int) -> None:
-    """Ends at once: a thread may hang in a collective, and JAX would wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    end(status)
 
 
 def first(function) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt
 from tqdm import tqdm
 
 from twinflow_jax import seeds
@@ -43,7 +43,7 @@ def generate(
     return np.concatenate(list(tqdm(parts, total=total, unit="batch", disable=not progress)))
 
 
-def counted(labels: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+def counted(labels: Int[np.ndarray, "N"]) -> UInt[np.ndarray, "N"]:
     """Which sample of its class each one is, from 0."""
     seen, places = np.zeros(labels.max(initial=0) + 1, np.int64), np.zeros(len(labels), np.uint32)
     for i, label in enumerate(labels):
@@ -52,7 +52,7 @@ def counted(labels: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
 
 
 def by_class(
-    model, params, labels: Int[np.ndarray, "N"], places: Int[np.ndarray, "N"], grid: Grid,
+    model, params, labels: Int[np.ndarray, "N"], places: UInt[np.ndarray, "N"], grid: Grid,
     seed: int,
 ) -> Iterator[Float[np.ndarray, "B ..."]]:
     """The samples of `generate` batch by batch; places: which of its class each one is."""

@@ -1,10 +1,13 @@
 """The training loop: step, watch, save, and leave cleanly whatever happens."""
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
 import signal
+import threading
 import time
+from collections.abc import Callable
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -168,7 +171,7 @@ def compile_phases(
     options = flags.options(jax.devices()[0].device_kind) or None
     try:
         compiled = {
-            (phase, shape): prepared.lower(phase, shape).compile(compiler_options=options)
+            (phase, shape): interruptible(prepared.lower(phase, shape).compile, options)
             for phase in prepared.phases for shape in shapes
             if first < ends[phase] and (phase, shape) not in done
         }
@@ -192,6 +195,20 @@ def compile_phases(
             flush=True,
         )
     return done | compiled
+
+
+def interruptible(function: Callable, *arguments):
+    """What a function that does not run in Python returns, unless a signal comes first."""
+    result = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result()
 
 
 def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
