@@ -28,6 +28,8 @@ jaxtyping.install_import_hook(
     "twinflow_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
+from twinflow_jax import errors  # noqa: E402
+
 # A verb that is interrupted in a test must not end the tests.
 errors.end = sys.exit
 

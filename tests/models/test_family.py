@@ -32,8 +32,8 @@ def changed(**networks) -> Family:
 
 def test_what_a_family_lacks_is_told():
     assert check_family("dit", models.FAMILIES["mlp"]) == ["config's name is 'mlp', not 'dit'"]
-    plain = dataclasses.make_dataclass("Config", ["name"])
-    assert check_family("mlp", Family(plain, mlp.MLP)) == ["config derives from no Settings"]
+    text = Family(mlp.Config, mlp.MLP, SANA.text_to_image)
+    assert check_family("mlp", text) == ["config derives from no TextSettings"]
     assert check_family("mlp", Family(mlp.Config, Halved)) == [
         "the velocity is float32 (1, 1), of samples float32 (1, 2)"
     ]

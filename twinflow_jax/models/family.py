@@ -74,14 +74,15 @@ class Network:
 
     folder: where the pipeline keeps it. classes: names in its config.json that are this network;
     none where no pipeline has it, which then is as its default config says, with a run's weights.
-    module: Config -> Flax module. example: Config -> abstract inputs which its parameters are
-    initialised with. table: Config -> the name table between its published tensors and its
-    parameters. stem: of the names of its weight files.
+    config: a NetworkConfig, or a PublishedConfig where there are classes. module: Config -> Flax
+    module. example: Config -> abstract inputs which its parameters are initialised with. table:
+    Config -> the name table between its published tensors and its parameters. stem: of the names
+    of its weight files.
     """
 
     folder: str
     classes: tuple[str, ...]
-    config: type[NetworkConfig]
+    config: type
     module: Callable[[Any], nn.Module]
     example: Callable[[Any], tuple]
     table: Callable[[Any], NameTable]
