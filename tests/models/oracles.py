@@ -130,6 +130,29 @@ def assert_padding_is_not_seen(network: Network, config, params, ids, mask) -> N
     assert relative_error(shorter[0, :length], states) < 2e-6
 
 
+def assert_text_padding_is_not_seen(apply: Callable, inputs: tuple) -> None:
+    """`apply(x_t, t, r, cond)`: neither what is in the padding nor its length matters to a row."""
+    x_t, t, r, cond = inputs
+    velocity = apply(x_t, t, r, cond)
+    rows, length, width = cond["tokens"].shape
+    longer = np.random.default_rng(4).normal(size=(rows, length + 4, width)).astype(np.float32) * 9
+    mask = np.pad(cond["mask"], [(0, 0), (0, 4)])
+    longer[mask] = cond["tokens"][cond["mask"]]
+    other = apply(x_t, t, r, cond | {"tokens": longer, "mask": mask.astype(int)})
+    assert relative_error(other, velocity) <= 2e-6
+    assert velocity.dtype == np.float32
+
+
+def assert_equal_times_ignore_the_second_embedder(
+    apply: Callable, config, params: dict, inputs: tuple
+) -> None:
+    """`apply(config, params, x_t, t, r, cond)`: at r = t it is the base network."""
+    x_t, t, _, cond = inputs
+    base = {key: leaf for key, leaf in params.items() if key != "second_time_embedder"}
+    expected = apply(dataclasses.replace(config, second_embedder=False), base, x_t, t, t, cond)
+    assert relative_error(apply(config, params, x_t, t, t, cond), expected) <= 1e-6
+
+
 def logical_axes(network: Network, config) -> dict[str, tuple[str | None, ...]]:
     """Of each leaf by its path; a name or None for each of its axes."""
     abstract, axes = (names.flatten(tree) for tree in network.abstract(config))

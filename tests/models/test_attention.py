@@ -7,21 +7,21 @@ import pytest
 from twinflow_jax.models.attention import attention, compiled_for
 
 ROWS, QUERIES, KEYS, HEADS, WIDTH = 2, 5, 7, 4, 128
-LENGTHS = np.array([7, 3])
+LENGTHS = jnp.array([7, 3])
 rng = np.random.default_rng(0)
 QUERY, KEY, VALUE = (
-    rng.normal(size=(ROWS, tokens, heads, WIDTH)).astype(np.float32)
+    jnp.asarray(rng.normal(size=(ROWS, tokens, heads, WIDTH)), jnp.float32)
     for tokens, heads in ((QUERIES, HEADS), (KEYS, 2), (KEYS, 2))
 )
-BIAS = 3 * rng.normal(size=(ROWS, HEADS, QUERIES, KEYS)).astype(np.float32)
+BIAS = jnp.asarray(3 * rng.normal(size=(ROWS, HEADS, QUERIES, KEYS)), jnp.float32)
 
 
 def by_hand(bias, scale, softcap=None, causal=False):
-    query, key, value = (a.astype(np.float64) for a in (QUERY, KEY, VALUE))
+    query, key, value = (np.asarray(a, np.float64) for a in (QUERY, KEY, VALUE))
     key, value = (np.repeat(a, 2, axis=2) for a in (key, value))  # two query heads share one
     scores = scale * np.einsum("btnd,bsnd->bnts", query, key)
-    scores = softcap * np.tanh(scores / softcap) if softcap else scores + bias
-    seen = np.arange(KEYS) < LENGTHS[:, None, None, None]
+    scores = softcap * np.tanh(scores / softcap) if softcap else scores + np.asarray(bias)
+    seen = np.arange(KEYS) < np.asarray(LENGTHS)[:, None, None, None]
     if causal:
         seen = seen & (np.arange(KEYS) <= np.arange(QUERIES)[:, None])
     weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
@@ -39,7 +39,7 @@ def test_bias_and_scale(bias, scale):
 @pytest.mark.parametrize(("platform", "dtype"), [("tpu", "float32"), ("gpu", "bfloat16")])
 def test_a_bias_takes_no_kernel(platform, dtype):
     """Where there is one, which this machine does not have."""
-    whole = (QUERY, np.repeat(KEY, 2, axis=2), np.repeat(VALUE, 2, axis=2))
+    whole = (QUERY, jnp.repeat(KEY, 2, axis=2), jnp.repeat(VALUE, 2, axis=2))
     with compiled_for(platform):
         ours = attention(*(jnp.asarray(a, dtype) for a in whole), LENGTHS, bias=BIAS, scale=0.02)
     np.testing.assert_allclose(ours.astype("float32"), by_hand(BIAS, 0.02), atol=0.03)

@@ -51,7 +51,7 @@ class Model:
     @property
     def dtype(self) -> str:
         """Of computation."""
-        return getattr(self.config, "dtype", "float32")
+        return self.config.dtype
 
     def abstract_null(self, text_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of `null`, for text of so many tokens in the dtype of computation."""

@@ -5,6 +5,8 @@ class; {"tokens": (B, L, D), "mask": (B, L)} for text; {} for unconditional netw
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from twinflow_jax.arrays import Times
+from twinflow_jax.models import names
+from twinflow_jax.models.projections import UNIT_VARIANCE, dense
 
 SINUSOID_WIDTH = 256
 
@@ -26,6 +30,32 @@ def sinusoid(values: Float[Array, "B"], scale: float = 1.0) -> Float[Array, "B 2
     exponents = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32)
     angles = scale * (values[:, None] * np.exp(exponents / np.float32(half))[None])
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class SinusoidEmbedder(nn.Module):
+    """The sinusoid of a number and an MLP to the model's width.
+
+    config: has width and dtype. scale: that the number is multiplied by. kernel: an initialiser.
+    """
+
+    config: Any
+    scale: float = 1.0
+    kernel: Callable = UNIT_VARIANCE
+
+    def setup(self):
+        width = self.config.width
+        self.hidden = dense(self.config, width, (None, None), kernel=self.kernel)
+        self.out = dense(self.config, width, ("embed", None), kernel=self.kernel)
+
+    def __call__(self, values: Float[Array, "B"]) -> Float[Array, "B D"]:
+        return self.out(nn.silu(self.hidden(sinusoid(values, self.scale))))
+
+
+def embedder_names(key: str, path: str) -> tuple[tuple[str, str, str], ...]:
+    """(key, path, layout) of its tensors, as diffusers' TimestepEmbedding has them."""
+    return names.linear(f"{key}.linear_1", f"{path}/hidden") + names.linear(
+        f"{key}.linear_2", f"{path}/out"
+    )
 
 
 class RawTime(nn.Module):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from twinflow_jax.arrays import AnyArray, Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
+from twinflow_jax.models.projections import dense, init_of
 from twinflow_jax.models.stack import run_layers
 
 Angles = Float[AnyArray, "L half"]  # of each place, for half of a head's channels
@@ -67,19 +68,6 @@ def not_plain(
     ]
 
 
-def init_of(init, *axes: str | None):
-    """An initialiser whose parameter's axes have names."""
-    return nn.with_logical_partitioning(init, axes)
-
-
-def dense(config, features: int, axes: tuple[str, str], name: str, bias: bool = False):
-    return nn.Dense(
-        features, use_bias=bias, dtype=config.dtype, name=name,
-        kernel_init=init_of(nn.initializers.lecun_normal(), *axes),
-        bias_init=init_of(nn.initializers.zeros, axes[1]),
-    )
-
-
 def rope_angles(config, length: int) -> Float[np.ndarray, "{length} {config.head_dim}//2"]:
     """Of positions 0..length-1. On the host: a power on the device is not exact enough."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -127,7 +115,7 @@ class Attention(nn.Module):
         value = heads(c.kv_heads, "kv_heads", "value")
         attended = attention(query, key, value, lengths, causal=True, softcap=self.softcap)
         attended = attended.reshape(*attended.shape[:2], -1)
-        return dense(c, c.width, ("heads", "embed"), "out")(attended)
+        return dense(c, c.width, ("heads", "embed"), "out", bias=False)(attended)
 
 
 class GatedMLP(nn.Module):
@@ -137,9 +125,9 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: TextTokens) -> TextTokens:
         c = self.config
-        gate = self.activation(dense(c, c.hidden, ("embed", "mlp"), "gate")(x))
-        up = dense(c, c.hidden, ("embed", "mlp"), "up")(x)
-        return dense(c, c.width, ("mlp", "embed"), "down")(gate * up)
+        gate = self.activation(dense(c, c.hidden, ("embed", "mlp"), "gate", bias=False)(x))
+        up = dense(c, c.hidden, ("embed", "mlp"), "up", bias=False)(x)
+        return dense(c, c.width, ("mlp", "embed"), "down", bias=False)(gate * up)
 
 
 def through_layers(

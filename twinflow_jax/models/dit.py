@@ -19,7 +19,7 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import axes, conditioning
 from twinflow_jax.models.attention import attention
-from twinflow_jax.models.decoder import init_of
+from twinflow_jax.models.projections import UNIT_VARIANCE, init_of
 from twinflow_jax.models.settings import LayeredSettings
 from twinflow_jax.models.stack import run_layers
 
@@ -66,10 +66,7 @@ def position_features(
     return jnp.concatenate([rows, columns], axis=-1)
 
 
-_kernel = nn.initializers.lecun_normal()
-
-
-def _dense(config: Config, features: int, axes: tuple[str, str], kernel=_kernel) -> nn.Dense:
+def _dense(config: Config, features: int, axes: tuple[str, str], kernel=UNIT_VARIANCE) -> nn.Dense:
     """A projection whose kernel has these logical axes; its bias is whole."""
     return nn.Dense(features, dtype=config.dtype, kernel_init=init_of(kernel, *axes))
 

@@ -7,14 +7,65 @@ text, a TextToImage: the published networks with their name tables, prompts and 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from twinflow_jax import contracts
+from twinflow_jax.arrays import Images, Latents
+from twinflow_jax.models import names
 from twinflow_jax.models.names import NameTable
+from twinflow_jax.models.settings import Settings, TextSettings
+
+
+class NetworkConfig(Protocol):
+    """Of a network: a frozen dataclass with defaults, which are a published network's.
+
+    dtype: of computation, "float32" or "bfloat16".
+    """
+
+    dtype: str
+
+
+class PublishedConfig(NetworkConfig, Protocol):
+    """Of a network that pipelines hold."""
+
+    @classmethod
+    def from_published(cls, config: dict[str, Any]) -> "PublishedConfig":
+        """From the contents of its folder's config.json.
+
+        Raises:
+          UserError: another class, or values that mean something that is not computed; all of
+            them in one message.
+        """
+
+
+class TransformerConfig(NetworkConfig, Protocol):
+    """Of a velocity network under text, a `settings.TextSettings` besides. latent_channels: of
+    the autoencoder. text_width: of the tokens that the text encoders make together."""
+
+    latent_channels: int
+    text_width: int
+
+
+class CodecConfig(NetworkConfig, Protocol):
+    """Of an autoencoder. downscale: pixels of a latent along each side."""
+
+    downscale: int
+    latent_channels: int
+
+
+class Codec(Protocol):
+    """What an autoencoder's module does."""
+
+    def encode(self, images: Images) -> Latents:
+        """Normalised latents of images in [-1, 1]."""
+
+    def decode(self, latents: Latents) -> Images:
+        """Images within [-1, 1]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +74,15 @@ class Network:
 
     folder: where the pipeline keeps it. classes: names in its config.json that are this network;
     none where no pipeline has it, which then is as its default config says, with a run's weights.
-    config: a dataclass with `from_published(config.json) -> Config`. module: Config -> Flax
-    module. example: Config -> abstract inputs which its parameters are initialised with.
-    table: Config -> the name table between its published tensors and its parameters. stem: of
-    the names of its weight files.
+    config: a NetworkConfig, or a PublishedConfig where there are classes. module: Config -> Flax
+    module. example: Config -> abstract inputs which its parameters are initialised with. table:
+    Config -> the name table between its published tensors and its parameters. stem: of the names
+    of its weight files.
     """
 
     folder: str
     classes: tuple[str, ...]
-    config: Any
+    config: type
     module: Callable[[Any], nn.Module]
     example: Callable[[Any], tuple]
     table: Callable[[Any], NameTable]
@@ -134,9 +185,8 @@ def of_one_encoder(tokenize: Callable, embed: Callable) -> dict[str, Callable]:
 class TextToImage:
     """From a prompt to an image, in parts that are loaded one after the other.
 
-    networks: "transformer", "vae" and text encoders ("text_encoder", "text_encoder_2"; the names
-    are the same in all families), the second with the methods `encode`, from images (B, H, W, 3)
-    in [-1, 1] to normalised latents (B, h, w, c), and `decode`, back.
+    networks: "transformer" (of a TransformerConfig), "vae" (a Codec of a CodecConfig) and text
+    encoders ("text_encoder", "text_encoder_2"; the names are the same in all families).
     null_prompt: stands for no prompt in training. negative_prompt, base_steps, base_guidance: of
     the base model's own sampling. no_guidance: the guidance that is none, 1 or, where its pipeline
     counts what goes beyond that, 0. shifted_twice: how its pipeline uses a scheduler with static
@@ -180,10 +230,66 @@ class TextToImage:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """config, module: of the velocity network, called with (x_t, t, r, cond). fixed: patterns of
-    the paths of its parameters that are never trained, such as a published table of positions."""
+    """config, module: of the velocity network, which is called with (x_t, t, r, cond).
 
-    config: Any
+    fixed: patterns of the paths of its parameters that are never trained, such as a published table
+    of positions.
+    """
+
+    config: type[Settings]
     module: Callable[[Any], nn.Module]
     text_to_image: TextToImage | None = None
     fixed: tuple[str, ...] = ()
+
+
+def check_family(name: str, family: Family) -> list[str]:
+    """What a family lacks of its contract, one line each. Traces networks, the small ones of
+    `tiny` where there are; computes nothing."""
+    kind = Settings if family.text_to_image is None else TextSettings
+    if not issubclass(family.config, kind):
+        return [f"config derives from no {kind.__name__}"]
+    config = family.config()
+    problems = [f"config's name is {config.name!r}, not {name!r}"] * (config.name != name)
+    if family.text_to_image:
+        return problems + _check_text(family.text_to_image)
+    x = jax.ShapeDtypeStruct((1, *config.sample_shape), "float32")
+    label = {"label": jax.ShapeDtypeStruct((1,), "int32")} if config.num_classes else {}
+    time = jax.ShapeDtypeStruct((1,), "float32")
+    return problems + _check_velocity(family.module(config), (x, time, time, label))
+
+
+def _check_text(family: TextToImage) -> list[str]:
+    problems = [f"has no network {name!r}" for name in ("transformer", "vae")
+                if name not in family.networks]
+    problems += [] if family.encoders else ["has no TextNetwork"]
+    kinds = {"transformer": TransformerConfig, "vae": CodecConfig}
+    for name, network in family.networks.items():
+        found = contracts.missing(network.config, kinds.get(name, NetworkConfig))
+        found += contracts.missing(network.module, Codec) if name == "vae" else []
+        config = None if found else network.config()
+        if network.published:
+            found += contracts.missing(network.config, PublishedConfig)
+            found += [] if name in family.tiny else ["has no config in tiny"]
+            config = None if found else network.config.from_published(family.tiny[name])
+        problems += [f"{name}: {problem}" for problem in found or _check_network(network, config)]
+    return problems
+
+
+def _check_network(network: Network, config) -> list[str]:
+    """Whether its table reaches each of its parameters, and what a velocity network gives."""
+    inputs = network.example(config)
+    problems = _check_velocity(network.module(config), inputs) if len(inputs) == 4 else []
+    if not network.published:
+        return problems
+    leaves = names.flatten(network.abstract(config)[0])
+    paths = [rule.path for rule in network.table(config).rules]
+    problems += [f"no rule is of parameter {path}" for path in leaves if path not in paths]
+    problems += [f"a rule is of {path}, which is no parameter" for path in paths
+                 if path not in leaves]
+    return problems
+
+
+def _check_velocity(module: nn.Module, inputs: tuple) -> list[str]:
+    made = jax.eval_shape(module.init_with_output, jax.random.key(0), *inputs)[0]
+    found, wanted = (f"{a.dtype} {a.shape}" for a in (made, inputs[0]))
+    return [] if found == wanted else [f"the velocity is {found}, of samples {wanted}"]

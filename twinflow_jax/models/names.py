@@ -25,6 +25,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...] | None, int]] = {
 }
 
 
+# Prefixes that trainers write before a published transformer's keys.
+TRAINERS = ("transformer.", "module.", "base_model.model.transformer.", "extended_weights.")
 KNOWS_R = "r"  # the group of the tensors that a base model lacks to know its target time
 
 

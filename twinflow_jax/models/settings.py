@@ -18,9 +18,23 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Settings(keys.Part):
-    """What every velocity network's Config has; a family derives from it."""
+    """What every velocity network's Config has; a family derives from it.
+
+    Below are also the answers of a plain network to what others ask of each; one that is otherwise
+    has a key or a constant of that name. dtype: of computation. heads: that a mesh's tensor axis
+    may split, 0 for none. patch: pixels or latents of a token along each side. any_size: whether
+    it takes samples of other sizes than sample_shape. splits_tokens: whether a mesh's context axis
+    has something to split.
+    """
 
     section: ClassVar[str] = "model"
+
+    dtype = "float32"  # without types, or these would be keys
+    remat = "none"
+    heads = 0
+    patch = 1
+    any_size = False
+    splits_tokens = False
 
     name: str = option("", "the family")
     sample_shape: tuple[int, ...] = option(
@@ -42,6 +56,33 @@ class LayeredSettings(Settings):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class TextSettings(LayeredSettings):
+    """Of a network that draws latents under text.
+
+    It also has text_width, of the text's tokens, and latent_channels. `problems` is what to extend.
+    """
+
+    any_size = True
+
+    def problems(self) -> list[str]:
+        """What keeps it from computing latents under text."""
+        found, shape, patch = [], self.sample_shape, self.patch
+        whole = len(shape) == 3 and not (shape[0] % patch or shape[1] % patch)
+        if not whole or shape[-1] != self.latent_channels:
+            sides = f", height and width divisible by {patch}" if patch > 1 else ""
+            found.append(
+                f"sample_shape {shape} must be (height, width, {self.latent_channels}){sides}"
+            )
+        if self.num_classes:
+            found.append("num_classes must be 0: the condition is text")
+        return found
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse(f"model {self.name!r}", self.problems())
+
+
 def refuse(what: str, problems: list[str]) -> None:
     """Raises UserError where there are any; what: the thing that has them."""
     if problems:
@@ -54,20 +95,6 @@ def not_positive(config, names: Iterable[str]) -> list[str]:
         f"{name} is {getattr(config, name)}, but must be positive"
         for name in names if getattr(config, name) < 1
     ]
-
-
-def not_latents_from_text(config) -> list[str]:
-    """What keeps a transformer's config from computing latents under text."""
-    problems, shape, patch = [], config.sample_shape, max(config.patch, 1)
-    whole = len(shape) == 3 and min(shape) > 0 and not (shape[0] % patch or shape[1] % patch)
-    if not whole or shape[-1] != config.latent_channels:
-        sides = f", height and width divisible by {patch}" if patch > 1 else ""
-        problems.append(
-            f"sample_shape {shape} must be (height, width, {config.latent_channels}){sides}"
-        )
-    if config.num_classes:
-        problems.append("num_classes must be 0: the condition is text")
-    return problems
 
 
 def not_numbers(values: Mapping[str, Any]) -> list[str]:

@@ -1,25 +1,71 @@
-"""Tokenizers of published folders, read without looking a name up or running a folder's code."""
+"""Tokenizers of published folders, read without looking a name up or running a folder's code, and
+what becomes of their rows."""
 
 import os
 import pathlib
+import warnings
+from collections.abc import Sequence
 
-from twinflow_jax.errors import UserError, reason
+import numpy as np
+from jaxtyping import Bool, Int
+
+from twinflow_jax.errors import TextCut, UserError, reason
 
 
-def from_json(folder: str | os.PathLike, of: str):
-    """`(tokenizer, the tokens of an empty text)` of a local folder with a tokenizer.json.
+def load(folder: str | os.PathLike, of: str, kind: str | None = None):
+    """`(tokenizer, the tokens of an empty text)` of a local folder.
 
-    of: which folder is expected, for messages.
+    of: which folder is expected, for messages. kind: transformers' class, where vocab.json and
+    merges.txt will do as well as tokenizer.json, which says all by itself.
     Raises:
       UserError: there is no tokenizer, or it cannot be read.
     """
     folder = pathlib.Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} holds no tokenizer (tokenizer.json): give {of}")
-    from transformers import PreTrainedTokenizerFast  # takes seconds to import
+    forms = [("tokenizer.json",)] + ([("vocab.json", "merges.txt")] if kind else [])
+    # transformers makes an empty tokenizer of a folder without these.
+    if not any(all((folder / name).is_file() for name in names) for names in forms):
+        known = ", or ".join(" and ".join(names) for names in forms)
+        raise UserError(f"{folder} holds no tokenizer ({known}): give {of}")
+    import transformers  # takes seconds to import
 
     try:  # a relative path could also be the name of a repository
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder.resolve(), local_files_only=True)
+        made = getattr(transformers, kind or "PreTrainedTokenizerFast")
+        tokenizer = made.from_pretrained(folder.resolve(), local_files_only=True)
         return tokenizer, tokenizer("")["input_ids"]
     except Exception as error:  # of whatever kind: the parser's are plain Exceptions
         raise UserError(f"the tokenizer in {folder} cannot be read: {reason(error)}") from error
+
+
+def refuse_empty(prompts: Sequence[str]) -> None:
+    """Raises UserError where one says nothing."""
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(
+                f"prompt {number} of {len(prompts)} is empty: write what the image shows"
+            )
+
+
+def cut(rows: Sequence[list[int]], limit: int, before: int = 0) -> list[list[int]]:
+    """The first tokens of each row, `limit` of its prompt, warning of those that have more.
+
+    before: tokens of a row that stand before its prompt.
+    """
+    for number, row in enumerate(rows, 1):
+        if len(row) - before > limit:
+            warnings.warn(
+                f"prompt {number} of {len(rows)} makes {len(row) - before} tokens: only the first "
+                f"{limit} are used",
+                TextCut, stacklevel=3,
+            )
+    return [row[: before + limit] for row in rows]
+
+
+def padded(
+    rows: Sequence[list[int]], length: int, token: int
+) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+    """The rows as ids, `token` after what is shorter, and the mask of those that are no padding."""
+    ids = np.full((len(rows), length), token, np.int32)
+    for whole, row in zip(ids, rows, strict=True):
+        whole[: len(row)] = row
+    lengths = np.array([len(row) for row in rows])
+    return ids, np.arange(length) < lengths[:, None]

@@ -91,7 +91,7 @@ def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
     }
     one = flops.forward(prepared.model, run.data.text_tokens)
     row_parts = parallel.row_parts(prepared.strategy.mesh)
-    remat = getattr(prepared.model.config, "remat", "none")
+    remat = prepared.model.config.remat
     work = flops.step(one, prepared.evaluations(), remat, row_parts)
     lower = lambda: prepared.lower(phase, lowering_platforms=("tpu",))
     base = dataclasses.replace(
@@ -130,7 +130,7 @@ def sample(run: Run, topology: Topology, steps: int, hlo_file=None) -> Plan:
 
 def impossible(run: Run, topology: Topology, why: str) -> Plan:
     """The plan of a run that the topology does not take."""
-    remat = getattr(run.model, "remat", "none")
+    remat = run.model.remat
     rows = run.data.batch_size
     return Plan(topology.name, {}, run.mesh.strategy, remat, rows, topology.chips, refused=why)
 

@@ -71,7 +71,7 @@ def check_split(folder: Records, split: str, settings: Settings, image_free: boo
             )
         return
     shape, taken = folder.sample_shape(split), settings.sample_shape
-    any_size = getattr(settings, "any_size", False)
+    any_size = settings.any_size
     fits = shape == taken if not any_size else (
         shape[2] == taken[2] and shape[0] % settings.patch == shape[1] % settings.patch == 0
     )

@@ -92,7 +92,7 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     """
     model, train, shared = models.build(run.model), run.train, run.mesh
     optimizer = optimizers.create(run.optimizer, train.steps)
-    if not getattr(model.config, "splits_tokens", False):
+    if not model.config.splits_tokens:
         if shared.context > 1:
             raise UserError(
                 f"mesh.context is {shared.context}, but model {run.model.name!r} does not "
@@ -143,7 +143,7 @@ def check_divisible(rows: int, model: models.Model, mesh: jax.sharding.Mesh) -> 
             f"data.batch_size is {rows}, which the {parts} parts of mesh.data x mesh.fsdp do not "
             f"divide: take {-(-rows // parts) * parts}, or mesh.fsdp=0 and mesh.context=0"
         )
-    tensor, heads = mesh.shape["tensor"], getattr(model.config, "heads", 0)
+    tensor, heads = mesh.shape["tensor"], model.config.heads
     if tensor > 1 and (heads == 0 or heads % tensor):
         raise UserError(
             f"mesh.tensor is {tensor}, which does not divide the {heads} heads of model "
@@ -158,7 +158,7 @@ def check_tokens(model: models.Model, mesh: jax.sharding.Mesh, shape: tuple[int,
       UserError: names the key and the number.
     """
     context = mesh.shape["context"]
-    tokens = math.prod(side // getattr(model.config, "patch", 1) for side in shape[:2])
+    tokens = math.prod(side // model.config.patch for side in shape[:2])
     if tokens % context:
         raise UserError(
             f"mesh.context is {context}, which does not divide the {tokens} tokens of an image"

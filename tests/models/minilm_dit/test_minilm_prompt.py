@@ -61,10 +61,10 @@ def test_buckets_and_cuts(tokenizer, recwarn):
     ids, mask = prompt.tokenize(tokenizer, ["abc"], tokens=300)
     assert ids.shape == (1, 300) and mask.sum() == 5
     assert not recwarn
-    with pytest.warns(UserWarning, match="prompt 2 of 2 makes 7 tokens: only 4 are used"):
+    with pytest.warns(UserWarning, match="prompt 2 of 2 makes 7 tokens: only the first 4 are used"):
         ids, mask = prompt.tokenize(tokenizer, ["a", "abcde"], tokens=4)
     assert pieces(tokenizer, ids, mask)[1] == ["[CLS]", "a", "##b", "[SEP]"]
-    with pytest.warns(UserWarning, match="only 256 are used"):
+    with pytest.warns(UserWarning, match="only the first 256 are used"):
         ids, mask = prompt.tokenize(tokenizer, ["x " * 400])
     assert ids.shape == (1, 256) and mask.all() and ids[0, -1] == tokenizer.sep_token_id
 

@@ -1,13 +1,12 @@
 """From prompts to the text encoder's tokens: [CLS], the words in pieces, [SEP]."""
 
 import os
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from twinflow_jax.errors import TextCut, UserError
+from twinflow_jax.errors import UserError
 from twinflow_jax.models import tokenizers
 
 MAX_TOKENS = 256  # that all-MiniLM-L6-v2 is meant for
@@ -20,7 +19,7 @@ def load_tokenizer(folder: str | os.PathLike):
     Reads files only: no name is looked up elsewhere, no code of the folder is run. Raises
     UserError where there is no tokenizer, or it cannot be read, or is not like BERT's.
     """
-    tokenizer, empty = tokenizers.from_json(folder, "the folder of all-MiniLM-L6-v2")
+    tokenizer, empty = tokenizers.load(folder, "the folder of all-MiniLM-L6-v2")
     ends = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     if tokenizer.pad_token_id is None or None in ends or empty != ends:
         raise UserError(
@@ -39,23 +38,12 @@ def tokenize(
     than that, or than MAX_TOKENS, is cut before its [SEP], with a warning. Raises UserError for
     an empty prompt; negative: allow it.
     """
-    count = len(prompts)
-    for number, prompt in enumerate(prompts, 1):
-        if not negative and not prompt.strip():
-            raise UserError(f"prompt {number} of {count} is empty: write what the image shows")
-    limit = min(tokens or MAX_TOKENS, MAX_TOKENS)
+    if not negative:
+        tokenizers.refuse_empty(prompts)
     rows = tokenizer(list(prompts))["input_ids"]
-    for number, row in enumerate(rows, 1):
-        if len(row) > limit:
-            warnings.warn(
-                f"prompt {number} of {count} makes {len(row)} tokens: only {limit} are used",
-                TextCut, stacklevel=2,
-            )
-            row[limit - 1 :] = [tokenizer.sep_token_id]
+    rows = tokenizers.cut(rows, min(tokens or MAX_TOKENS, MAX_TOKENS))
+    for row in rows:
+        row[-1] = tokenizer.sep_token_id
     longest = max(map(len, rows))
     length = tokens or min(bucket for bucket in BUCKETS if bucket >= longest)
-    ids = np.full((count, length), tokenizer.pad_token_id, np.int32)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = row
-    lengths = np.array([len(row) for row in rows])
-    return ids, np.arange(length) < lengths[:, None]
+    return tokenizers.padded(rows, length, tokenizer.pad_token_id)

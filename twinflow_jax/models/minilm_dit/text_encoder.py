@@ -13,7 +13,7 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import dense, init_of
+from twinflow_jax.models.projections import dense, init_of
 from twinflow_jax.models.stack import run_layers
 
 ARCHITECTURE = "BertModel"
@@ -95,15 +95,15 @@ class Block(nn.Module):
     def __call__(self, h: TextTokens, lengths: Lengths):
         c, h = self.config, rows(h)
         parts = (
-            dense(c, c.width, ("embed", "heads"), name, bias=True)(h)
+            dense(c, c.width, ("embed", "heads"), name)(h)
             for name in ("query", "key", "value")
         )
         split = (*h.shape[:2], c.heads, c.width // c.heads)
         attended = attention(*(part.reshape(split) for part in parts), lengths).reshape(h.shape)
-        attended = dense(c, c.width, ("heads", "embed"), "out", bias=True)(attended)
+        attended = dense(c, c.width, ("heads", "embed"), "out")(attended)
         h = layer_norm(c, "attention_norm")(h + attended)
-        inner = nn.gelu(dense(c, c.hidden, ("embed", "mlp"), "up", bias=True)(h), approximate=False)
-        inner = dense(c, c.width, ("mlp", "embed"), "down", bias=True)(inner)
+        inner = nn.gelu(dense(c, c.hidden, ("embed", "mlp"), "up")(h), approximate=False)
+        inner = dense(c, c.width, ("mlp", "embed"), "down")(inner)
         return layer_norm(c, "mlp_norm")(h + inner), None
 
 

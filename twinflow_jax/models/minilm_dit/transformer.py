@@ -3,11 +3,12 @@
 import dataclasses
 
 from twinflow_jax.keys import option
-from twinflow_jax.models import dit, settings
+from twinflow_jax.models import dit
+from twinflow_jax.models.settings import TextSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(dit.Config):
+class Config(dit.Config, TextSettings):
     """Family `dit` under text."""
 
     name: str = "minilm_dit"
@@ -19,16 +20,4 @@ class Config(dit.Config):
     num_classes: int = 0
     text_width: int = option(384, "of the text encoder's tokens", least=1)
 
-    def __post_init__(self):
-        super().__post_init__()
-        settings.refuse("model 'minilm_dit'", settings.not_latents_from_text(self))
-
-    @property
-    def any_size(self) -> bool:
-        """Whether samples of other sizes than `sample_shape` can be drawn."""
-        return True
-
-    @property
-    def latent_channels(self) -> int:
-        """Of a pixel."""
-        return 3
+    latent_channels = 3  # of a pixel

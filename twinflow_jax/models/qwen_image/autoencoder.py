@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twinflow_jax.arrays import Images, Latents, Maps
-from twinflow_jax.errors import UserError
-from twinflow_jax.models import names, settings
+from twinflow_jax.models import autoencoder, names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.family import image_inputs
 
@@ -228,8 +227,8 @@ class Decoder(nn.Module):
         return CausalConv(3, 3, c.dtype, name="conv_out")(x)
 
 
-class Autoencoder(nn.Module):
-    """Use as `module.apply({"params": params}, images, method="encode")`."""
+class Autoencoder(autoencoder.Autoencoder):
+    """Of the published class; the posterior's mean is taken."""
 
     config: Config
 
@@ -240,36 +239,19 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = CausalConv(c.latent_channels, 1, c.dtype)
         self.decoder = Decoder(c)
 
-    def encode(self, images: Images) -> Latents:
-        """Normalised latents of images in [-1, 1]: the posterior's mean, without its noise.
-
-        Raises UserError for sides that `config.downscale` does not divide.
-        """
-        c = self.config
-        height, width = images.shape[1:3]
-        if height % c.downscale or width % c.downscale:
-            raise UserError(
-                f"cannot encode images of {height}x{width}: crop or resize them to multiples of "
-                f"{c.downscale}"
-            )
+    def to_latents(self, images: Images) -> Latents:
         mean, _ = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
         shift, scale = self._statistics()
         return (mean.astype(jnp.float32) - shift) / scale
 
-    def decode(self, latents: Latents) -> Images:
-        """Images in [-1, 1] of normalised latents."""
+    def to_images(self, latents: Latents) -> Images:
         shift, scale = self._statistics()
-        images = self.decoder(self.post_quant_conv(latents * scale + shift))
-        return jnp.clip(images.astype(jnp.float32), -1, 1)
+        return self.decoder(self.post_quant_conv(latents * scale + shift))
 
     def _statistics(self) -> tuple[Float[Array, "1 1 1 c"], Float[Array, "1 1 1 c"]]:
         """Mean and standard deviation of each latent channel."""
         c = self.config
         return tuple(jnp.array(a)[None, None, None] for a in (c.latents_mean, c.latents_std))
-
-    def __call__(self, images: Images) -> Images:
-        """The reconstruction; meets every parameter, for `init`."""
-        return self.decode(self.encode(images))
 
 
 def _layout(path: str, ndim: int) -> str:

@@ -5,7 +5,6 @@ encoded with it and then dropped.
 """
 
 import os
-import pathlib
 import warnings
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.arrays import TextMask, TextTokens
-from twinflow_jax.errors import TextCut, UserError, reason
+from twinflow_jax.models import tokenizers
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
@@ -34,21 +33,8 @@ def load_tokenizer(folder: str | os.PathLike):
     the template's start is not the 34 tokens that the published tokenizer makes of it. Raises
     UserError where there is no tokenizer or it cannot be read.
     """
-    folder = pathlib.Path(folder)
-    # transformers makes an empty tokenizer of a folder without these
-    if not (folder / "tokenizer.json").is_file() and not (
-        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    ):
-        raise UserError(
-            f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): give the "
-            "local folder 'tokenizer' of Qwen-Image"
-        )
-    from transformers import Qwen2TokenizerFast  # takes seconds to import
-
-    try:  # a relative path could also be the name of a repository
-        tokenizer = Qwen2TokenizerFast.from_pretrained(folder.resolve(), local_files_only=True)
-    except Exception as error:  # of whatever kind: the parser's are plain Exceptions
-        raise UserError(f"the tokenizer in {folder} cannot be read: {reason(error)}") from error
+    of = "the local folder 'tokenizer' of Qwen-Image"
+    tokenizer, _ = tokenizers.load(folder, of, "Qwen2TokenizerFast")
     start = len(tokenizer(TEMPLATE.split("{}")[0])["input_ids"])
     if start != PREFIX:
         warnings.warn(
@@ -68,27 +54,13 @@ def tokenize(
     than the largest bucket, or than MAX_TOKENS, is cut there, with a warning. Raises UserError
     for an empty prompt; negative: allow it (" " is what Qwen-Image uses as negative prompt).
     """
-    count = len(prompts)
-    for number, prompt in enumerate(prompts, 1):
-        if not negative and not prompt.strip():
-            raise UserError(f"prompt {number} of {count} is empty: write what the image shows")
-    limit = min(MAX_TOKENS, max(buckets))
+    if not negative:
+        tokenizers.refuse_empty(prompts)
     rows = tokenizer([TEMPLATE.format(prompt) for prompt in prompts])["input_ids"]
-    for number, row in enumerate(rows, 1):
-        if len(row) - PREFIX > limit:
-            warnings.warn(
-                f"prompt {number} of {count} makes {len(row) - PREFIX} tokens: only the first "
-                f"{limit} are used",
-                TextCut, stacklevel=2,
-            )
-    rows = [row[: PREFIX + limit] for row in rows]
+    rows = tokenizers.cut(rows, min(MAX_TOKENS, max(buckets)), PREFIX)
     longest = max(len(row) for row in rows)
     length = PREFIX + min(bucket for bucket in buckets if PREFIX + bucket >= longest)
-    ids = np.full((count, length), tokenizer.pad_token_id, np.int32)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = row
-    lengths = np.array([len(row) for row in rows])
-    return ids, np.arange(length) < lengths[:, None]
+    return tokenizers.padded(rows, length, tokenizer.pad_token_id)
 
 
 def drop_prefix(

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from twinflow_jax.arrays import Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Angles, Attention, GatedMLP, init_of
+from twinflow_jax.models.decoder import Angles, Attention, GatedMLP
+from twinflow_jax.models.projections import rms_norm
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
@@ -88,13 +89,6 @@ class Config:
         return cls(**values)
 
 
-def rms_norm(config: Config, name: str):
-    return nn.RMSNorm(
-        config.norm_eps, dtype=config.dtype, name=name,
-        scale_init=init_of(nn.initializers.ones, None),
-    )
-
-
 class Block(nn.Module):
     """Causal grouped-query attention, then SwiGLU; `(h, ...) -> (h, None)`."""
 
@@ -104,10 +98,11 @@ class Block(nn.Module):
     def __call__(self, h: TextTokens, lengths: Lengths, angles: Angles):
         c, h = self.config, rows(h)
         attended = Attention(c, bias=True, name="attention")(
-            rms_norm(c, "attention_norm")(h), angles, lengths
+            rms_norm(c.norm_eps, c.dtype, "attention_norm")(h), angles, lengths
         )
         h = h + attended
-        return h + GatedMLP(c, nn.silu, name="mlp")(rms_norm(c, "mlp_norm")(h)), None
+        inner = rms_norm(c.norm_eps, c.dtype, "mlp_norm")(h)
+        return h + GatedMLP(c, nn.silu, name="mlp")(inner), None
 
 
 class TextEncoder(nn.Module):
@@ -126,7 +121,7 @@ class TextEncoder(nn.Module):
         """
         c = self.config
         h = decoder.through_layers(self, Block, decoder.embedded(self, ids), mask)
-        return jnp.where(mask[..., None], rms_norm(c, "norm")(h), 0)
+        return jnp.where(mask[..., None], rms_norm(c.norm_eps, c.dtype, "norm")(h), 0)
 
 
 def table(config: Config) -> names.NameTable:

@@ -23,8 +23,9 @@ from twinflow_jax.keys import option
 from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import contract_in_place, tokens
-from twinflow_jax.models.conditioning import sinusoid
-from twinflow_jax.models.settings import LayeredSettings
+from twinflow_jax.models.conditioning import SinusoidEmbedder, embedder_names
+from twinflow_jax.models.projections import dense, rms_norm
+from twinflow_jax.models.settings import TextSettings
 from twinflow_jax.models.stack import run_layers
 
 EPSILON = 1e-6  # of every norm
@@ -49,7 +50,7 @@ _HARMLESS = ("pooled_projection_dim",)  # written by the published pipeline, rea
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(LayeredSettings):
+class Config(TextSettings):
     """The published values."""
 
     name: str = "qwen_image"
@@ -70,26 +71,16 @@ class Config(LayeredSettings):
         True, "whether r has an embedder; without, r is ignored"
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        problems, axes = [], self.rope_axes
+    splits_tokens = True
+
+    def problems(self) -> list[str]:
+        found, axes = super().problems(), self.rope_axes
         if sum(axes) != self.head_dim or any(axis % 2 for axis in axes):
-            problems.append(
+            found.append(
                 f"rope_axes {axes} must be three even numbers that add up to head_dim "
                 f"{self.head_dim}"
             )
-        problems += settings.not_latents_from_text(self)
-        settings.refuse("model 'qwen_image'", problems)
-
-    @property
-    def any_size(self) -> bool:
-        """Whether samples of other sizes than `sample_shape` can be drawn."""
-        return True
-
-    @property
-    def splits_tokens(self) -> bool:
-        """Whether a mesh's context axis has something to split."""
-        return True
+        return found
 
     @property
     def width(self) -> int:
@@ -180,39 +171,6 @@ def unpack(tokens: Float[Array, "B S D"], grid: tuple[int, int], patch: int) -> 
     return x.reshape(rows, height * patch, width * patch, channels)
 
 
-def _dense(
-    config: Config, features: int, axes: tuple[str | None, str | None], zero: bool = False,
-    name: str | None = None,
-) -> nn.Dense:
-    """A projection whose kernel has these logical axes; a bias of the model's width has none."""
-    kernel = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
-    bias_axes = (None if axes[1] == "embed" else axes[1],)
-    return nn.Dense(
-        features, dtype=config.dtype, name=name,
-        kernel_init=nn.with_logical_partitioning(kernel, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, bias_axes),
-    )
-
-
-def _rms_norm(dtype: str, name: str | None = None) -> nn.RMSNorm:
-    scale = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-    return nn.RMSNorm(EPSILON, dtype=dtype, scale_init=scale, name=name)
-
-
-class TimeEmbedder(nn.Module):
-    """The sinusoid of a time and an MLP."""
-
-    config: Config
-
-    def setup(self):
-        width = self.config.width
-        self.hidden = _dense(self.config, width, (None, None))
-        self.out = _dense(self.config, width, ("embed", None))
-
-    def __call__(self, time: Times) -> Float[Array, "B D"]:
-        return self.out(nn.silu(self.hidden(sinusoid(time, scale=1000.0))))
-
-
 class StackedDense(nn.Module):
     """The AdaLN projection of all layers at once, for one stream."""
 
@@ -279,11 +237,11 @@ class Stream(nn.Module):
         self.query = HeadProjection(c)
         self.key = HeadProjection(c)
         self.value = HeadProjection(c)
-        self.out = _dense(c, c.width, ("heads", "embed"))
-        self.query_norm = _rms_norm("float32")
-        self.key_norm = _rms_norm("float32")
-        self.mlp_hidden = _dense(c, 4 * c.width, ("embed", "mlp"))
-        self.mlp_out = _dense(c, c.width, ("mlp", "embed"))
+        self.out = dense(c, c.width, ("heads", "embed"))
+        self.query_norm = rms_norm(EPSILON, "float32")
+        self.key_norm = rms_norm(EPSILON, "float32")
+        self.mlp_hidden = dense(c, 4 * c.width, ("embed", "mlp"))
+        self.mlp_out = dense(c, c.width, ("mlp", "embed"))
 
     def heads(self, h: Float[Array, "B S D"], shift, scale) -> tuple[Array, Array, Array]:
         """Normalised float32 queries and keys, and values: (B, heads, S, head_dim) each."""
@@ -364,14 +322,15 @@ class Transformer(nn.Module):
         images = (x_t, *cond.get("references", ()))
         grids = tuple(self._grid(image) for image in images)
         packed = jnp.concatenate([pack(image, c.patch) for image in images], axis=1)
-        image = _dense(c, c.width, (None, None), name="image_in")(packed)
-        text = _rms_norm(c.dtype, name="text_norm")(cond["tokens"])
-        text = _dense(c, c.width, ("text", None), name="text_in")(text)
+        image = dense(c, c.width, (None, None), name="image_in")(packed)
+        text = rms_norm(EPSILON, c.dtype, name="text_norm")(cond["tokens"])
+        text = dense(c, c.width, ("text", None), name="text_in")(text)
 
-        embedder = TimeEmbedder(c, name="time_embedder")
+        embedder = SinusoidEmbedder(c, 1000.0, name="time_embedder")
         context = embedder(t).astype(jnp.float32)
         if c.second_embedder:
-            context += (t - r)[:, None] * TimeEmbedder(c, name="second_time_embedder")(r)
+            second = SinusoidEmbedder(c, 1000.0, name="second_time_embedder")
+            context += (t - r)[:, None] * second(r)
         context = nn.silu(context)[:, None]
         image_context = context
         if c.zero_cond_t and len(images) > 1:
@@ -388,11 +347,10 @@ class Transformer(nn.Module):
             ),
         )
 
-        final = _dense(
-            c, 2 * c.width, ("embed", "modulation"), zero=True, name="final_modulation"
-        )(context)
-        scale, shift = jnp.split(final, 2, axis=-1)
-        out = _dense(c, c.latent_channels * c.patch**2, ("embed", None), zero=True, name="out")
+        zeros, channels = nn.initializers.zeros, c.latent_channels * c.patch**2
+        final = dense(c, 2 * c.width, ("embed", "modulation"), "final_modulation", kernel=zeros)
+        scale, shift = jnp.split(final(context), 2, axis=-1)
+        out = dense(c, channels, ("embed", None), "out", kernel=zeros)
         velocity = out(modulated(image[:, :target], shift, scale)).astype(jnp.float32)
         return unpack(velocity, grids[0], c.patch)
 
@@ -431,13 +389,8 @@ _BLOCK = tuple(
 
 def table(config: Config) -> names.NameTable:
     """The published tensors' names; the second embedder starts as a copy of the first."""
-    first, second = (
-        names.linear(f"{key}.timestep_embedder.linear_1", f"{path}/hidden")
-        + names.linear(f"{key}.timestep_embedder.linear_2", f"{path}/out")
-        for key, path in (
-            ("time_text_embed", "time_embedder"), ("time_text_embed_2", "second_time_embedder")
-        )
-    )
+    first = embedder_names("time_text_embed.timestep_embedder", "time_embedder")
+    second = embedder_names("time_text_embed_2.timestep_embedder", "second_time_embedder")
     single = (
         *names.linear("img_in", "image_in"),
         ("txt_norm.weight", "text_norm/scale", "same"),
@@ -464,5 +417,5 @@ def table(config: Config) -> names.NameTable:
             *block,
         ),
         layers=config.layers,
-        prefixes=("transformer.", "module.", "base_model.model.transformer.", "extended_weights."),
+        prefixes=names.TRAINERS,
     )

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from twinflow_jax.arrays import Images, Latents, Maps
-from twinflow_jax.errors import UserError
-from twinflow_jax.models import names, settings
+from twinflow_jax.models import autoencoder, names, settings
 from twinflow_jax.models.convolution import Depthwise, Grouped
 from twinflow_jax.models.family import image_inputs
 from twinflow_jax.models.linear_attention import linear_attention
@@ -322,8 +321,8 @@ class Decoder(nn.Module):
         return nn.Conv(3, (3, 3), dtype=c.dtype, name="conv_out")(x)
 
 
-class Autoencoder(nn.Module):
-    """Use as `module.apply({"params": params}, images, method="encode")`."""
+class Autoencoder(autoencoder.Autoencoder):
+    """Of the published class."""
 
     config: Config
 
@@ -331,28 +330,11 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
 
-    def encode(self, images: Images) -> Latents:
-        """Normalised latents of images in [-1, 1].
+    def to_latents(self, images: Images) -> Latents:
+        return self.encoder(images).astype(jnp.float32) * self.config.scaling_factor
 
-        Raises UserError for sides that `config.downscale` does not divide.
-        """
-        c = self.config
-        height, width = images.shape[1:3]
-        if height % c.downscale or width % c.downscale:
-            raise UserError(
-                f"cannot encode images of {height}x{width}: crop or resize them to multiples of "
-                f"{c.downscale}"
-            )
-        return self.encoder(images).astype(jnp.float32) * c.scaling_factor
-
-    def decode(self, latents: Latents) -> Images:
-        """Images in [-1, 1] of normalised latents."""
-        images = self.decoder(latents / self.config.scaling_factor)
-        return jnp.clip(images.astype(jnp.float32), -1, 1)
-
-    def __call__(self, images: Images) -> Images:
-        """The reconstruction; meets every parameter, for `init`."""
-        return self.decode(self.encode(images))
+    def to_images(self, latents: Latents) -> Images:
+        return self.decoder(latents / self.config.scaling_factor)
 
 
 def table(config: Config) -> names.NameTable:

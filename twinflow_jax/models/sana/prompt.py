@@ -5,7 +5,6 @@ of its states only the first and the last stay. A negative prompt stands alone.
 """
 
 import os
-import warnings
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.arrays import TextMask, TextTokens
-from twinflow_jax.errors import TextCut, UserError
+from twinflow_jax.errors import UserError
 from twinflow_jax.models import tokenizers
 
 # The published text (complex_human_instruction), line by line.
@@ -44,7 +43,7 @@ def load_tokenizer(folder: str | os.PathLike):
     Reads files only: no name is looked up elsewhere, no code of the folder is run. Raises
     UserError where there is no tokenizer, or it cannot be read, or is not like Gemma's.
     """
-    tokenizer, empty = tokenizers.from_json(folder, "the local folder 'tokenizer' of SANA")
+    tokenizer, empty = tokenizers.load(folder, "the local folder 'tokenizer' of SANA")
     if tokenizer.pad_token_id is None or empty != [tokenizer.bos_token_id]:
         raise UserError(
             f"the tokenizer in {folder} is not SANA's: it has no padding token, or does not begin "
@@ -62,25 +61,14 @@ def tokenize(
     have no instruction and may be empty ("" is the usual one). A prompt too long is cut, with a
     warning. Raises UserError for an empty prompt.
     """
-    count, before = len(prompts), "" if negative else INSTRUCTION
-    for number, prompt in enumerate(prompts, 1):
-        if not negative and not prompt.strip():
-            raise UserError(f"prompt {number} of {count} is empty: write what the image shows")
+    if not negative:
+        tokenizers.refuse_empty(prompts)
+    before = "" if negative else INSTRUCTION
     start = len(tokenizer(before)["input_ids"])
     length = TOKENS if negative else start + TOKENS - 2
     rows = tokenizer([before + prompt.lower().strip() for prompt in prompts])["input_ids"]
-    for number, row in enumerate(rows, 1):
-        if len(row) > length:
-            warnings.warn(
-                f"prompt {number} of {count} makes {len(row) - start} tokens: only the first "
-                f"{length - start} are used",
-                TextCut, stacklevel=2,
-            )
-    ids = np.full((count, length), tokenizer.pad_token_id, np.int32)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = row[:length]
-    lengths = np.array([len(row) for row in rows])
-    return ids, np.arange(length) < lengths[:, None]
+    rows = tokenizers.cut(rows, length - start, start)
+    return tokenizers.padded(rows, length, tokenizer.pad_token_id)
 
 
 def select(

@@ -16,7 +16,8 @@ from twinflow_jax.arrays import Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Angles, Attention, GatedMLP, init_of
+from twinflow_jax.models.decoder import Angles, Attention, GatedMLP
+from twinflow_jax.models.projections import init_of
 
 ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
 

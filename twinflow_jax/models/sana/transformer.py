@@ -20,10 +20,11 @@ from twinflow_jax.keys import option
 from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import rows
-from twinflow_jax.models.conditioning import sinusoid
+from twinflow_jax.models.conditioning import SinusoidEmbedder, embedder_names
 from twinflow_jax.models.convolution import Depthwise
 from twinflow_jax.models.linear_attention import linear_attention
-from twinflow_jax.models.settings import LayeredSettings
+from twinflow_jax.models.projections import UNIT_VARIANCE, dense, rms_norm
+from twinflow_jax.models.settings import TextSettings
 from twinflow_jax.models.stack import run_layers
 
 EPSILON = 1e-6  # of the norms before self-attention, MLP and output
@@ -53,7 +54,7 @@ _DERIVED = ("out_channels", "cross_attention_dim", "sample_size", "qk_norm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(LayeredSettings):
+class Config(TextSettings):
     """The published values of SANA-0.6B at 512 pixels."""
 
     name: str = "sana"
@@ -72,20 +73,8 @@ class Config(LayeredSettings):
     timestep_scale: float = option(1.0, "that diffusers multiplies its times by", above=0)
     second_embedder: bool = option(True, "whether r has an embedder; without, r is ignored")
 
-    def __post_init__(self):
-        super().__post_init__()
-        problems = settings.not_positive(self, ("mlp_width",))
-        settings.refuse("model 'sana'", problems + settings.not_latents_from_text(self))
-
-    @property
-    def any_size(self) -> bool:
-        """Whether samples of other sizes than `sample_shape` can be drawn."""
-        return True
-
-    @property
-    def patch(self) -> int:
-        """Latents a token covers along each side."""
-        return 1
+    def problems(self) -> list[str]:
+        return settings.not_positive(self, ("mlp_width",)) + super().problems()
 
     @property
     def width(self) -> int:
@@ -141,27 +130,6 @@ class Config(LayeredSettings):
         return cls(**values, qk_norm=_QK_NORMS[norm], sample_shape=(side, side, channels))
 
 
-_unit_variance = nn.initializers.lecun_normal()
-
-
-def _dense(
-    config: Config, features: int, axes: tuple[str | None, str | None], name: str,
-    bias: bool = True, kernel: Callable = _unit_variance,
-) -> nn.Dense:
-    """A projection whose kernel has these logical axes; a bias of the model's width has none."""
-    bias_axes = (None if axes[1] == "embed" else axes[1],)
-    return nn.Dense(
-        features, use_bias=bias, dtype=config.dtype, name=name,
-        kernel_init=nn.with_logical_partitioning(kernel, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, bias_axes),
-    )
-
-
-def _rms_norm(config: Config, name: str, scale: float = 1.0) -> nn.RMSNorm:
-    scale_init = nn.with_logical_partitioning(nn.initializers.constant(scale), (None,))
-    return nn.RMSNorm(RMS_EPSILON, dtype=config.dtype, scale_init=scale_init, name=name)
-
-
 def _shift_scale_table(module: nn.Module, rows: int, name: str) -> Float[Array, "{rows} D"]:
     """A parameter that is added to a modulation."""
     width = module.config.width
@@ -180,18 +148,6 @@ def _modulated(
     return norm(h) * (1.0 + scale) + shift
 
 
-class Embedder(nn.Module):
-    """The sinusoid of a number and an MLP."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, values: Float[Array, "B"]) -> Float[Array, "B D"]:
-        c, normal = self.config, nn.initializers.normal(0.02)
-        hidden = _dense(c, c.width, (None, None), "hidden", kernel=normal)(sinusoid(values))
-        return _dense(c, c.width, ("embed", None), "out", kernel=normal)(nn.silu(hidden))
-
-
 class AdaLNSingle(nn.Module):
     """`(time (B,), guidance (B,) or None) -> (modulation (B, 6, D), embedding (B, D))`, float32.
 
@@ -202,13 +158,13 @@ class AdaLNSingle(nn.Module):
 
     @nn.compact
     def __call__(self, time: Float[Array, "B"], guidance: Float[Array, "B"] | None = None):
-        c = self.config
-        embedding = Embedder(c, name="time")(time).astype(jnp.float32)
+        c, normal = self.config, nn.initializers.normal(0.02)
+        embedder = functools.partial(SinusoidEmbedder, c, kernel=normal)
+        embedding = embedder(name="time")(time).astype(jnp.float32)
         if guidance is not None:
-            embedding += Embedder(c, name="guidance")(guidance)
-        modulation = _dense(
-            c, 6 * c.width, ("embed", "modulation"), "modulation",
-            kernel=nn.initializers.normal(0.02),
+            embedding += embedder(name="guidance")(guidance)
+        modulation = dense(
+            c, 6 * c.width, ("embed", "modulation"), "modulation", kernel=normal
         )(nn.silu(embedding))
         return modulation.astype(jnp.float32).reshape(-1, 6, c.width), embedding
 
@@ -231,13 +187,14 @@ class Attention(nn.Module):
         c, inner = self.config, self.heads * self.head_dim
         parts = []
         for name, source in (("query", h), ("key", context), ("value", context)):
-            part = _dense(c, inner, ("embed", "heads"), name, bias=self.input_bias)(source)
+            part = dense(c, inner, ("embed", "heads"), name, bias=self.input_bias)(source)
             if c.qk_norm and name != "value":
-                part = _rms_norm(c, f"{name}_norm")(part)  # over all heads together
+                # Over all heads together.
+                part = rms_norm(RMS_EPSILON, c.dtype, f"{name}_norm")(part)
             part = part.reshape(*part.shape[:2], self.heads, self.head_dim)
             parts.append(checkpoint_name(part, name))
         attended = checkpoint_name(attend(*parts), "attention_output")
-        return _dense(c, c.width, ("heads", "embed"), "out")(attended.reshape(*h.shape[:2], inner))
+        return dense(c, c.width, ("heads", "embed"), "out")(attended.reshape(*h.shape[:2], inner))
 
 
 class GatedConvolution(nn.Module):
@@ -248,15 +205,15 @@ class GatedConvolution(nn.Module):
     @nn.compact
     def __call__(self, h: Maps) -> Maps:
         c, channels = self.config, 2 * self.config.mlp_width
-        hidden = _dense(c, channels, ("embed", "mlp"), "hidden")(h)
+        hidden = dense(c, channels, ("embed", "mlp"), "hidden")(h)
         hidden = nn.silu(checkpoint_name(hidden, "mlp_hidden"))
         hidden = Depthwise(
             3, c.dtype, name="depthwise",
-            kernel_init=nn.with_logical_partitioning(_unit_variance, (None, None, None, "mlp")),
+            kernel_init=nn.with_logical_partitioning(UNIT_VARIANCE, (None, None, None, "mlp")),
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("mlp",)),
         )(hidden)
         value, gate = jnp.split(hidden, 2, axis=-1)
-        return _dense(c, c.width, ("mlp", "embed"), "out", bias=False)(value * nn.silu(gate))
+        return dense(c, c.width, ("mlp", "embed"), "out", bias=False)(value * nn.silu(gate))
 
 
 class Block(nn.Module):
@@ -318,10 +275,11 @@ class Transformer(nn.Module):
                     "(B,), give one for each row"
                 )
             guidance = c.guidance_embeds_scale * cond["guidance"]
-        h = _dense(c, c.width, (None, None), "latent_in")(x_t)
-        text = _dense(c, c.width, ("text", None), "text_hidden")(cond["tokens"])
-        text = _dense(c, c.width, ("embed", None), "text_out")(nn.gelu(text, approximate=True))
-        text = _rms_norm(c, "text_norm", scale=0.01)(text)  # SANA's training starts from 0.01
+        h = dense(c, c.width, (None, None), "latent_in")(x_t)
+        text = dense(c, c.width, ("text", None), "text_hidden")(cond["tokens"])
+        text = dense(c, c.width, ("embed", None), "text_out")(nn.gelu(text, approximate=True))
+        # SANA's training starts from 0.01.
+        text = rms_norm(RMS_EPSILON, c.dtype, "text_norm", scale=0.01)(text)
 
         modulation, embedding = AdaLNSingle(c, name="time_embedder")(c.time_scale * t, guidance)
         if c.second_embedder:
@@ -336,7 +294,7 @@ class Transformer(nn.Module):
 
         terms = embedding[:, None] + _shift_scale_table(self, 2, "final_modulation")[None]
         shift, scale = jnp.moveaxis(terms[:, :, None, None], 1, 0)
-        out = _dense(
+        out = dense(
             c, c.latent_channels, ("embed", None), "out", kernel=nn.initializers.zeros
         )
         return out(_modulated(h, shift, scale)).astype(jnp.float32)
@@ -356,34 +314,27 @@ def _attention(key: str, path: str, input_bias: bool, qk_norm: bool):
     )
 
 
-def _embedder(key: str, path: str):
-    return (
-        *names.linear(f"{key}.linear_1", f"{path}/hidden"),
-        *names.linear(f"{key}.linear_2", f"{path}/out"),
-    )
-
-
 def table(config: Config) -> names.NameTable:
     """The published tensors' names; a second embedder that is missing starts at random.
 
     It embeds r alone, also beside guidance, and has the keys of TwinFlow's wrapper for SANA.
     """
     first = "time_embed" if config.guidance_embeds else "time_embed.emb"
-    guidance = _embedder("time_embed.guidance_embedder", "time_embedder/guidance")
+    guidance = embedder_names("time_embed.guidance_embedder", "time_embedder/guidance")
     single = (
         ("patch_embed.proj.weight", "latent_in/kernel", "pointwise"),
         ("patch_embed.proj.bias", "latent_in/bias", "same"),
         *names.linear("caption_projection.linear_1", "text_hidden"),
         *names.linear("caption_projection.linear_2", "text_out"),
         ("caption_norm.weight", "text_norm/scale", "same"),
-        *_embedder(f"{first}.timestep_embedder", "time_embedder/time"),
+        *embedder_names(f"{first}.timestep_embedder", "time_embedder/time"),
         *(guidance if config.guidance_embeds else ()),
         *names.linear("time_embed.linear", "time_embedder/modulation"),
         ("scale_shift_table", "final_modulation", "same"),
         *names.linear("proj_out", "out"),
     )
     second = (
-        *_embedder("time_embed_2.emb.timestep_embedder", "second_time_embedder/time"),
+        *embedder_names("time_embed_2.emb.timestep_embedder", "second_time_embedder/time"),
         *names.linear("time_embed_2.linear", "second_time_embedder/modulation"),
     )
     block = (
@@ -409,5 +360,5 @@ def table(config: Config) -> names.NameTable:
             *names.stack("transformer_blocks", block, "layers"),
         ),
         layers=config.layers,
-        prefixes=("transformer.", "module.", "base_model.model.transformer.", "extended_weights."),
+        prefixes=names.TRAINERS,
     )
