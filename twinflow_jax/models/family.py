@@ -248,8 +248,9 @@ def check_family(name: str, family: Family) -> list[str]:
     kind = Settings if family.text_to_image is None else TextSettings
     if not issubclass(family.config, kind):
         return [f"config derives from no {kind.__name__}"]
-    config = family.config()
-    problems = [f"config's name is {config.name!r}, not {name!r}"] * (config.name != name)
+    config, problems = family.config(), []
+    if config.name != name:
+        problems.append(f"config's name is {config.name!r}, not {name!r}")
     if family.text_to_image:
         return problems + _check_text(family.text_to_image)
     x = jax.ShapeDtypeStruct((1, *config.sample_shape), "float32")
@@ -259,34 +260,38 @@ def check_family(name: str, family: Family) -> list[str]:
 
 
 def _check_text(family: TextToImage) -> list[str]:
-    problems = [f"has no network {name!r}" for name in ("transformer", "vae")
-                if name not in family.networks]
-    problems += [] if family.encoders else ["has no TextNetwork"]
+    lacking = [name for name in ("transformer", "vae") if name not in family.networks]
+    problems = [f"has no network {name!r}" for name in lacking]
+    if not family.encoders:
+        problems.append("has no TextNetwork")
     kinds = {"transformer": TransformerConfig, "vae": CodecConfig}
     for name, network in family.networks.items():
         found = contracts.missing(network.config, kinds.get(name, NetworkConfig))
-        found += contracts.missing(network.module, Codec) if name == "vae" else []
-        config = None if found else network.config()
+        if name == "vae":
+            found += contracts.missing(network.module, Codec)
         if network.published:
             found += contracts.missing(network.config, PublishedConfig)
-            found += [] if name in family.tiny else ["has no config in tiny"]
-            config = None if found else network.config.from_published(family.tiny[name])
-        problems += [f"{name}: {problem}" for problem in found or _check_network(network, config)]
+            if name not in family.tiny:
+                found.append("has no config in tiny")
+        if not found:
+            tiny = family.tiny.get(name)
+            config = network.config.from_published(tiny) if tiny else network.config()
+            if name == "transformer":
+                found += _check_velocity(network.module(config), network.example(config))
+            if network.published:
+                found += _check_table(network, config)
+        problems += [f"{name}: {problem}" for problem in found]
     return problems
 
 
-def _check_network(network: Network, config) -> list[str]:
-    """Whether its table reaches each of its parameters, and what a velocity network gives."""
-    inputs = network.example(config)
-    problems = _check_velocity(network.module(config), inputs) if len(inputs) == 4 else []
-    if not network.published:
-        return problems
+def _check_table(network: Network, config) -> list[str]:
+    """Whether its rules are of its parameters, and of all of them."""
     leaves = names.flatten(network.abstract(config)[0])
     paths = [rule.path for rule in network.table(config).rules]
-    problems += [f"no rule is of parameter {path}" for path in leaves if path not in paths]
-    problems += [f"a rule is of {path}, which is no parameter" for path in paths
-                 if path not in leaves]
-    return problems
+    return [
+        *(f"no rule is of parameter {path}" for path in leaves if path not in paths),
+        *(f"a rule is of {path}, which is no parameter" for path in paths if path not in leaves),
+    ]
 
 
 def _check_velocity(module: nn.Module, inputs: tuple) -> list[str]:
