@@ -137,7 +137,7 @@ def loop(
                 with clock.part("pictures"):
                     scores = preview.make(state.sampling_params(current), done)
                 log.write_samples(done, scores)
-                bar.write(Preview.line(done, scores)) if progress else None
+                bar.write(preview.line(done, scores)) if progress else None
             if stop and not last:
                 saver.wait()
                 raise Interrupted(stop, done, saved=True)
