@@ -391,8 +391,10 @@ def test_published_config():
     assert message.count(";") == len(wrong.keys() - PUBLISHED.keys()) + 11 - 1
     for part in (*(wrong.keys() - PUBLISHED.keys()), "PixArt", "interpolation_scale is 2.0"):
         assert part in message
-    with pytest.raises(UserError, match="mlp_width.*; sample_shape.*; num_classes.*; dtype"):
-        Config(mlp_ratio=0, sample_shape=(16, 16, 4), num_classes=3, dtype="float16")
+    with pytest.raises(UserError, match="mlp_width.*; sample_shape.*; num_classes"):
+        Config(mlp_ratio=0.001, heads=1, sample_shape=(16, 16, 4), num_classes=3)
+    with pytest.raises(UserError, match="model.dtype is 'float16'.*; model.mlp_ratio is 0"):
+        Config(mlp_ratio=0, dtype="float16")
 
 
 def test_missing_guidance():
