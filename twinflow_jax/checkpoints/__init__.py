@@ -2,14 +2,17 @@
 
 from twinflow_jax.checkpoints.run import (
     RANDOM,
+    check_claim,
     claim,
     load_weights,
     open_weights,
     pipeline_of,
     read_config,
+    steps_of,
 )
 from twinflow_jax.checkpoints.saver import Saver
 
 __all__ = [
-    "RANDOM", "Saver", "claim", "load_weights", "open_weights", "pipeline_of", "read_config",
+    "RANDOM", "Saver", "check_claim", "claim", "load_weights", "open_weights", "pipeline_of",
+    "read_config", "steps_of",
 ]

@@ -95,6 +95,30 @@ def check_fit(
         )
 
 
+def check_length(config, workdir: str) -> None:
+    """Refuses another number of steps than a run was started with, where that would change what
+    it has done.
+
+    Raises:
+      UserError: says what would change, and what to do.
+    """
+    done = checkpoints.steps_of(workdir)
+    if not done:
+        return
+    steps, before = config.train.steps, checkpoints.read_config(workdir).train.steps
+    if steps < done[-1]:
+        raise UserError(
+            f"{workdir} has done {done[-1]} steps: train.steps is {steps}; give that many or more"
+        )
+    if steps != before and optimizers.looks_ahead(config.optimizer):
+        raise UserError(
+            f"{workdir} was started for {before} steps, at the end of which its rate comes to "
+            f"optimizer.decay_to={config.optimizer.decay_to}: for {steps}, the steps that are done "
+            f"would have had other rates. Give train.steps={before}, or start from its weights in "
+            f"another --workdir (train.init_from={workdir})"
+        )
+
+
 def check_start(config, settings) -> None:
     """Refuses to start from what is no run, or from another network. settings: the network's.
 

@@ -14,7 +14,7 @@ import ml_collections
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, data, models, parallel, seeds
+from twinflow_jax import checkpoints, data, files, models, parallel, seeds
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.errors import UserError
@@ -59,10 +59,13 @@ def train(
     checks.check_fit(config, family, settings, source)
     if not (pathlib.Path(workdir) / "checkpoints").exists():
         checks.check_start(config, settings)
-    hosts.first(lambda: checkpoints.claim(workdir, config, inputs.digest(source)))
-    keep_compiled(workdir)
     try:
-        with contextlib.closing(checkpoints.Saver(workdir, config.train.keep)) as saver:
+        with contextlib.ExitStack() as stack:
+            rows = inputs.digest(source)
+            hosts.first(lambda: stack.enter_context(claimed(config, workdir, rows)))
+            keep_compiled(workdir)
+            saver = checkpoints.Saver(workdir, config.train.keep)
+            stack.enter_context(contextlib.closing(saver))
             # Before anything slow, so that errors come early.
             newest = hosts.told(saver.steps[-1] if saver.steps else 0)
             with clock.part("compiling"):
@@ -71,10 +74,18 @@ def train(
                 known = inputs.prepare(config, source, workdir)
             return run(prepared, known, shapes, steps, saver, workdir, progress, clock)
     except OSError as error:
+        advice = "make room there, then start" if files.is_full(error) else "start"
         raise UserError(
-            f"cannot write to {workdir} ({error.strerror or error}): make room there, then start "
-            "the same command again; it goes on from the last complete checkpoint"
+            f"{error.filename or workdir} cannot be read or written ({error.strerror or error}): "
+            f"{advice} the same command again; it goes on from the last complete checkpoint"
         ) from error
+
+
+def claimed(config, workdir: str, rows: str) -> contextlib.AbstractContextManager:
+    """The folder as this run's, unless it cannot be: then nothing in it is touched."""
+    checkpoints.check_claim(workdir, config, rows)
+    checks.check_length(config, workdir)
+    return checkpoints.claim(workdir, config, rows)
 
 
 def run(

@@ -25,6 +25,11 @@ def schedule(learning_rate: float, warmup: int, decay_to: float, steps: int) -> 
     return optax.join_schedules([before, after], [warmup])
 
 
+def looks_ahead(config) -> bool:
+    """Whether the rate of a step depends on how many there will be."""
+    return config.decay_to != 1.0
+
+
 def create(config, steps: int) -> optax.GradientTransformation:
     """The optimizer that `config` describes, gradients clipped by global norm first.
 
