@@ -255,6 +255,7 @@ def test_batches_share_one_program(made, monkeypatch):
 SHARDED = """
 import sys
 import jax
+import tests.conftest
 from twinflow_jax import sample, text_to_image
 from twinflow_jax.errors import run_verb
 

@@ -13,7 +13,7 @@ from PIL import Image
 from twinflow_jax import checkpoints, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
-from twinflow_jax.training import state
+from twinflow_jax.training import state, step
 from twinflow_jax.training.loop import keep_compiled, train
 
 
@@ -38,9 +38,8 @@ def test_run_leaves_pictures_metrics_and_the_last_checkpoints(small_config, tmp_
 
 
 def test_a_step_is_traced_once(small_config, tmp_path, monkeypatch):
-    """Every step of the run, and the count of its FLOPs, are of one trace."""
-    once = chex.assert_max_traces(objectives.Objective.draw, 1)
-    monkeypatch.setattr(objectives.Objective, "draw", once)
+    once = chex.assert_max_traces(step.loss_and_gradient, 1)
+    monkeypatch.setattr(step, "loss_and_gradient", once)
     trained(small_config("train.steps=4"), tmp_path / "run")
 
 
