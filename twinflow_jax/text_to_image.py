@@ -20,13 +20,15 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, models, parallel, sampling
-from twinflow_jax.arrays import HostImages, HostLatents
+from twinflow_jax.arrays import HostImages, HostLatents, Labels
 from twinflow_jax.checkpoints import imported, store, tensors
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import tiling
 from twinflow_jax.models.family import TextToImage
 from twinflow_jax.parallel import hosts
+
+Integers = Sequence[int] | Labels
 
 TEXT_BATCH = 8  # prompts encoded at once
 IMAGE_BATCH = 16  # images encoded at once
@@ -285,7 +287,7 @@ class Pipeline:
             yield run
 
     def denoise(
-        self, draw: Callable, cond: Embeddings, owners: Sequence[int], numbers: Sequence[int],
+        self, draw: Callable, cond: Embeddings, owners: Integers, numbers: Integers,
         shape: tuple[int, int, int], seed: int, batch: int | None = None,
         null: Embeddings | None = None,
     ) -> HostLatents:
