@@ -1,6 +1,7 @@
 """Lets the tests import the package and the benchmarks from a checkout that is not installed.
 
-The package's annotations are checked at every call in the processes of the tests themselves.
+The package's annotations are checked at every call in the processes of the tests themselves, and
+in a program that they start where it imports this.
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 import tempfile
 
 import jaxtyping
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -36,3 +38,18 @@ errors.end = sys.exit
 # A shell starts background jobs with SIGINT ignored, which what is tested would inherit.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list:
+    """The programs that are compiled ahead of their first call, as far as the test has come."""
+    import jax  # once it is known what the environment is
+
+    programs, compile_one = [], jax.stages.Lowered.compile
+
+    def count(lowered, *args, **options):
+        programs.append(lowered)
+        return compile_one(lowered, *args, **options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", count)
+    return programs

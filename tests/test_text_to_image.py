@@ -25,7 +25,7 @@ from tests.test_verbs import call
 from twinflow_jax import drawing, files, images, models, sample, sampling
 from twinflow_jax.checkpoints import imported, importing, store
 from twinflow_jax.models import tiling
-from twinflow_jax.models.qwen_image import autoencoder, text_encoder
+from twinflow_jax.models.qwen_image import autoencoder
 
 PROMPTS = [
     "a red fox",
@@ -293,30 +293,29 @@ def test_tiles(made):
     assert theirs.std() > 20 and 0 < np.abs(images.to_uint8(ours) - theirs).mean() < 3
 
 
-def test_batches_share_one_program(made, monkeypatch):
+def test_batches_share_one_program(made, monkeypatch, compiled):
     """Of the encoders and of the sampler; the last batch has fewer rows than the others."""
-    def once(owner, name):
-        guarded = chex.assert_max_traces(getattr(owner, name), 1)
-        monkeypatch.setattr(owner, name, guarded)
-
     pipeline = text_to_image.open_pipeline(made.checkpoint)
     prompts = pipeline.family.tokenize(pipeline.tokenizer(), PROMPTS[:1] * 5)
     with pipeline.text_encoder(batch=2) as encode:
-        once(text_encoder.TextEncoder, "__call__")
         tokens = encode(*prompts)
         encode(*(a[:1] for a in prompts))
+    assert len(compiled) == 1
     with pipeline.image_encoder() as encode:
-        once(autoencoder.Autoencoder, "encode")
+        once = chex.assert_max_traces(autoencoder.Autoencoder.encode, 1)
+        monkeypatch.setattr(autoencoder.Autoencoder, "encode", once)
         for rows in (2, 1):
             encode(np.zeros((rows, *SIZE, 3), np.float32), 2)
-    draw = chex.assert_max_traces(pipeline.few_step(sampling.few_step(2)), 1)
     numbers, shape = np.arange(3), pipeline.latent_shape(SIZE)
+    draw = pipeline.few_step(sampling.few_step(2))
     assert len(pipeline.denoise(draw, tokens, numbers, numbers, shape, 0, batch=2)) == 3
+    assert len(compiled) == 2
 
 
 SHARDED = """
 import sys
 import jax
+import tests.conftest
 from twinflow_jax import drawing, sample
 from twinflow_jax.errors import run_verb
 

@@ -11,7 +11,8 @@
     D, E            features of a place, of a row, of a head
     heads, ...      a word is what it says
 
-A number is that size, `{...}` an argument's, `_` any. Within one call an axis has one size.
+A number is that size, `{...}` an argument's, `_` any. Within one call an axis has one size,
+so that arrays of a list which differ along an axis call it `_`.
 """
 
 from collections.abc import Callable

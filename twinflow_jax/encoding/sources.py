@@ -220,8 +220,8 @@ def inside(place: Any) -> bool:
     return not place.startswith(("/", "\\", "~")) and ".." not in parts
 
 
-class Prompts:
-    """A text file with one prompt a line."""
+class Prompts(Source):
+    """A text file with one prompt a line; without pictures there is nothing to `read`."""
 
     pictures = False
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from twinflow_jax.arrays import Features, HostImages, Labels
+from twinflow_jax.arrays import Features, Labels
 from twinflow_jax.evaluation import features, metrics, projections
 
 DIMENSIONS = 64  # of features in Frechet distances: the covariance of 1,000 samples has full rank
@@ -25,10 +25,12 @@ class Pictures:
     """What the judge keeps of pictures: features, and small copies of their pixels."""
 
     features: Features
-    small: Float[np.ndarray, "N 32 32 3"]
+    small: Float[np.ndarray, "N side side 3"]
 
     @classmethod
-    def see(cls, network: Callable, batches: Iterable[HostImages]) -> "Pictures":
+    def see(
+        cls, network: Callable, batches: Iterable[Float[np.ndarray, "_ H W 3"]]
+    ) -> "Pictures":
         """Of batches of pictures in [-1, 1]. network: features.Network, or what stands for it."""
         shrink = jax.jit(features.scaled, static_argnums=1)
         parts = [(network(x), np.asarray(shrink(x, SMALL))) for x in batches]

@@ -1,10 +1,11 @@
 """Text-to-image runs scored on the captions of held-out records, whose embeddings they hold."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, drawing, sampling
@@ -192,7 +193,7 @@ def plain(run: Run, evaluations: int, guidance: float) -> drawing.Base:
     return denoising.base(run.pipeline, sampling.Schedule(times, times[:-1], "euler"), guidance)
 
 
-def shown(captions: Captions, seeds: int, rows: int) -> tuple[Labels, Sequence[int]]:
+def shown(captions: Captions, seeds: int, rows: int) -> tuple[Labels, Int[np.ndarray, "M"]]:
     """Captions of a sheet, spread over all, and the numbers of their pictures."""
     some = np.unique(np.linspace(0, len(captions.texts) - 1, rows).astype(int))
     return some, (some[:, None] * seeds + np.arange(seeds)).ravel()

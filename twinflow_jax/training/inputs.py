@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Float
 
 from twinflow_jax import checkpoints, data, evaluation, models
+from twinflow_jax.arrays import AnyArray
 from twinflow_jax.checkpoints import imported, random
 from twinflow_jax.config import RANDOM, Data, Run
 from twinflow_jax.data.records import Records
@@ -24,7 +25,7 @@ from twinflow_jax.models.settings import Settings
 from twinflow_jax.parallel import hosts
 from twinflow_jax.training import records
 
-Conditions = dict[str, np.ndarray]  # row k of each array is of label, or prompt, k
+Conditions = dict[str, AnyArray]  # row k of each array is of label, or prompt, k
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,15 @@ import optax
 from twinflow_jax.training import ema
 
 
+@no_type_check  # shapes and layouts of states, and what JAX fills trees with, are built as states
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """step: optimizer steps done. teacher: moving or frozen teacher, None where it is the
     student. average: what is sampled from, None where it is the student. fixed: patterns of the
-    paths of weights that are not trained, of which moments and averages hold nothing. Leaves are
-    arrays, or what stands for them: shapes, layouts."""
+    paths of weights that are not trained, of which moments and averages hold nothing."""
 
-    step: Any
+    step: jax.Array
     params: Any
     opt_state: Any
     teacher: ema.Average | None
