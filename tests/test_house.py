@@ -16,7 +16,8 @@ HOUSE = (
     ("sampling", "checkpoints"), ("data",), ("config",), ("parallel",), ("objectives", "models"),
     ("shared",),
 )
-SHARED = ("arguments", "arrays", "contracts", "errors", "files", "images", "keys", "seeds")
+SHARED = ("arguments", "arrays", "contracts", "errors", "files", "holders", "images", "keys",
+    "seeds")
 LEVEL = {room: level for level, rooms in enumerate(HOUSE) for room in rooms}
 
 

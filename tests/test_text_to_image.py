@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from etils import epath
 from PIL import Image
 
 from tests import qwen_folder
 from tests.test_verbs import call
 from twinflow_jax import drawing, files, images, models, sample, sampling
-from twinflow_jax.checkpoints import importing, store
+from twinflow_jax.checkpoints import imported, importing, store
+from twinflow_jax.models import tiling
 from twinflow_jax.models.qwen_image import autoencoder, text_encoder
 
 PROMPTS = [
@@ -180,10 +182,13 @@ def test_base_sampling_is_the_published_pipeline(made, tmp_path, size, negative)
 
 
 @pytest.mark.parametrize(("none", "guidance"), [(1.0, 4.0), (0.0, 3.0), (0.0, 0.0)])
-def test_guidance_is_counted_as_the_family_does(none, guidance):
+def test_guidance_is_counted_as_the_family_does(none, guidance, monkeypatch):
     """pos + w (pos - neg), w from 0, is neg + (1 + w) (pos - neg)."""
-    family = dataclasses.replace(models.FAMILIES["sana"].text_to_image, no_guidance=none)
-    pipeline = drawing.Pipeline(types.SimpleNamespace(text_to_image=family), "float32")
+    sana = models.FAMILIES["sana"]
+    counted = dataclasses.replace(sana.text_to_image, no_guidance=none)
+    family = dataclasses.replace(sana, text_to_image=counted)
+    monkeypatch.setitem(models.FAMILIES, "sana", family)
+    pipeline = drawing.Pipeline(imported.Imported(epath.Path(), {"family": "sana"}), "float32")
     apply = lambda params, x, t, r, cond: cond
     draw = drawing.denoising.base(
         pipeline, sampling.Schedule((1.0, 0.0), (1.0,), "euler"), guidance
@@ -222,6 +227,46 @@ def test_several_pictures_from_embeddings(made, tmp_path, monkeypatch):
         for prompt in PROMPTS for number in (0, 1)
     ]
     assert_close(ours, np.stack(theirs))
+
+
+def test_a_stopped_drawing_keeps_what_is_done_and_goes_on(made, tmp_path, monkeypatch, capsys):
+    """Stopped while the last of four is decoded. Others' pictures are not taken for its own."""
+    arguments = [
+        "--embeddings", str(made.embeddings), "--count", "2", "--steps", "2", "--out",
+        str(tmp_path / "out"), "--checkpoint", str(made.checkpoint), "--size", "96x64",
+    ]
+    whole, calls = tiling.tiled, []
+
+    def stopping(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(tiling, "tiled", stopping)
+    assert call(sample, *arguments) == 130
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert len(kept) == 3
+    monkeypatch.setattr(tiling, "tiled", whole)
+    first = next(iter(kept))
+    images.save(tmp_path / "out" / first, Image.new("RGB", (8, 8)), {"twinflow": "another's"})
+    calls.clear()
+    monkeypatch.setattr(tiling, "tiled", lambda *given: calls.append(1) or whole(*given))
+    assert call(sample, *arguments) == 0
+    assert len(calls) == 2  # the one that was missing, and the one that was another's
+    assert "4 pictures in" in (out := capsys.readouterr().out) and "2 of them there before" in out
+    again = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert len(again) == 4 and again.items() >= {k: kept[k] for k in kept if k != first}.items()
+    assert_close(read(tmp_path / "out")[::2], made.two_steps)
+
+
+def test_a_folder_that_cannot_be_written_shows_before_anything_is_drawn(made, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert call(
+            sample, "--checkpoint", str(made.checkpoint), "--prompt", "a fox", "--out", str(out)
+        ) == 2
+        assert "--out" in (said := capsys.readouterr().err) and "denoising" not in said
 
 
 def test_bfloat16_on_a_sheet(made, tmp_path):

@@ -157,6 +157,22 @@ def test_a_signal_while_a_step_compiles(tmp_path, sent, said):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("raises, status, last", [
+    ("UserError('no')", 2, "error: no"), ("KeyError('no')", 1, "KeyError: 'no'"),
+])
+def test_an_error_ends_a_process_whose_threads_go_on(raises, status, last):
+    program = f"""
+import threading
+from twinflow_jax.errors import UserError, run_verb
+def main():
+    threading.Thread(target=threading.Event().wait).start()
+    raise {raises}
+run_verb(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == status and done.stderr.splitlines()[-1] == last
+
+
 # Verbs that touch a device at different moments; each says the same.
 EVERY_VERB = """
 import sys

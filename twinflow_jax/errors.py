@@ -63,13 +63,8 @@ def run_verb(main: Callable[[], int | None]) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = one_line
             status = main()
-    except KeyboardInterrupt as error:
-        end(report(error))  # XLA's threads may be at work, and crash when the interpreter goes
-    except Exception as error:
-        told = explained(error)
-        if not isinstance(told, UserError):
-            raise
-        status = report(told)
+    except (Exception, KeyboardInterrupt) as error:
+        end(report(error))
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(status)
@@ -91,7 +86,8 @@ def report(error: BaseException) -> int:
 
 
 def end(status: int) -> NoReturn:
-    """Ends this process at once, whatever its threads do."""
+    """Ends this process at once, whatever its threads do: a save that failed leaves some of orbax's
+    that never end, and XLA's crash when the interpreter goes while they compile."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

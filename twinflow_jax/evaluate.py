@@ -27,19 +27,21 @@ def main() -> int:
 
     steps = arguments.evaluations(args.steps)
     if args.judge == "classes":
-        scores = by_class.score(
+        found = by_class.score(
             args.checkpoint, steps, arguments.sampler(args), args.count, args.seed, args.raw
         )
     else:
-        scores = by_caption.score(
+        found = by_caption.score(
             args.checkpoint, steps, arguments.sampler(args), args.count, args.seed, args.raw,
             by_caption.Source(
                 args.records, args.train_records, args.features, args.seeds, args.guidance,
                 args.pipeline,
             ),
         )
+    for scores in found:  # each is of everything so far: what is known is kept
+        report.write(scores, json_file=args.json)
     print(report.table(scores.rows, scores.real))
-    report.write(scores, args.json, args.plot, args.sheet)
+    report.write(scores, plot_file=args.plot, sheet=args.sheet)
     return 0
 
 

@@ -9,6 +9,7 @@ import shutil
 
 from etils import epath
 
+from twinflow_jax import holders
 from twinflow_jax.errors import UserError
 
 UNFINISHED = "UNFINISHED"  # a file that is in a folder for as long as the folder is written
@@ -101,54 +102,42 @@ def whole_folder(target: epath.PathLike, needed: int):
 
     needed: bytes that will be written.
     Raises:
-      UserError: the folder holds something, there is no room, writing failed, or another
-        process began to write to the same folder.
+      UserError: the folder holds something, another process writes to it, there is no room, or
+        writing failed.
     """
     target = epath.Path(target)
     mark = target / UNFINISHED
-    owner = secrets.token_hex()
     try:
         if target.exists() and not target.is_dir():
             raise UserError(f"{target} is a file: choose another folder")
         if target.exists() and any(target.iterdir()) and not mark.exists():
             raise UserError(f"{target} is not empty: choose another folder, or remove it first")
-        _remove(target)
-        _check_room(target, needed)
-        target.mkdir(parents=True, exist_ok=True)
-        mark.write_text(owner)
-        yield
-        if not _is_owner(mark, owner):
-            raise UserError(f"{target} is written by another process: leave it to that one")
-        if "://" not in str(target):
-            os.sync()  # a machine that is switched off now finds it whole, or marked
-        mark.unlink()
-    except BaseException as error:
-        if _is_owner(mark, owner):
-            with contextlib.suppress(OSError):  # what is left is still marked
-                _remove(target)
-        if isinstance(error, OSError):
-            raise UserError(f"{target} could not be written ({error.strerror or error})") from error
-        raise
+        with holders.held(mark, target, keep=True):
+            try:
+                _clear(target)
+                _check_room(target, needed)
+                yield
+                if "://" not in str(target):
+                    os.sync()  # a machine that is switched off now finds it whole, or marked
+            except BaseException:
+                with contextlib.suppress(OSError):  # what is left is still marked
+                    _clear(target)
+                    mark.unlink()
+                    target.rmdir()  # a mount point or a link to a folder stays, empty
+                raise
+    except OSError as error:
+        raise UserError(f"{target} could not be written ({error.strerror or error})") from error
 
 
-def _is_owner(mark: epath.Path, owner: str) -> bool:
-    try:
-        return mark.read_text() == owner
-    except OSError:
-        return False
-
-
-def _remove(folder: epath.Path) -> None:
-    """Removes an unfinished folder, its mark last."""
-    if not folder.exists():
-        return
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == UNFINISHED):
+def _clear(folder: epath.Path) -> None:
+    """Removes all of an unfinished folder but its mark."""
+    for entry in folder.iterdir():
+        if entry.name == UNFINISHED:
+            continue
         if entry.is_dir():
             entry.rmtree()
         else:
             entry.unlink()
-    with contextlib.suppress(OSError):  # a mount point or a link to a folder stays, empty
-        folder.rmdir()
 
 
 def _check_room(target: epath.Path, needed: int) -> None:

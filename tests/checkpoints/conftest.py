@@ -51,9 +51,9 @@ def run(checkpoint, tmp_path_factory):
     arrays = imported.open_imported(checkpoint).arrays("transformer")
     values = {path: array.read().result() + 1 for path, array in arrays.items()}
     average = {path: array * 2 for path, array in values.items()}
-    checkpoints.claim(workdir, described)
-    saver = checkpoints.Saver(workdir, keep=1)
-    saver.save(7, {"params": names.unflatten(values), "average": names.unflatten(average)})
-    saver.wait()
-    saver.close()
+    with checkpoints.claim(workdir, described):
+        saver = checkpoints.Saver(workdir, keep=1)
+        saver.save(7, {"params": names.unflatten(values), "average": names.unflatten(average)})
+        saver.wait()
+        saver.close()
     return workdir

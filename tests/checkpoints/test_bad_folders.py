@@ -337,18 +337,14 @@ def test_too_little_room_is_said_before(base, tmp_path, monkeypatch, capsys):
 
 
 def test_two_processes_do_not_share_a_target(tmp_path):
-    """The one that began last goes on; the other one fails, and leaves its files alone."""
+    """The one that began last is refused, and leaves the files of the other alone."""
     target = tmp_path / "target"
-    first, last = (files.whole_folder(target, 0) for _ in range(2))
-    first.__enter__()
-    files.write(target / "a", b"first")
-    last.__enter__()
-    files.write(target / "a", b"last")
-    with pytest.raises(UserError, match="written by another process"):
-        first.__exit__(None, None, None)
-    assert (target / files.UNFINISHED).exists()
-    last.__exit__(None, None, None)
-    assert [(f.name, f.read_bytes()) for f in target.iterdir()] == [("a", b"last")]
+    with files.whole_folder(target, 0):
+        files.write(target / "a", b"first")
+        for _ in range(2):
+            with pytest.raises(UserError, match="in use by process"), files.whole_folder(target, 0):
+                pass
+    assert [(f.name, f.read_bytes()) for f in target.iterdir()] == [("a", b"first")]
 
 
 def test_what_is_left_of_an_interrupted_removal_is_still_marked(tmp_path, monkeypatch):

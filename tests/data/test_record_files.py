@@ -17,6 +17,6 @@ def test_a_file_appears_whole_or_not_at_all_and_the_disk_is_not_blamed(tmp_path)
     path = records.shard_file(tmp_path, records.PROMPTS, 0, 1)
     with pytest.raises(RuntimeError, match="accelerator"):
         records.write_shard(path, examples(), MANIFEST)
-    with pytest.raises(UserError, match="cannot be written .*make room"):
+    with pytest.raises(UserError, match="cannot be written .*: give the same command"):
         records.write_shard(tmp_path / "gone" / "file", iter(()), MANIFEST)
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """twinflow encode: the same records however many processes make them and are killed."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -8,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pictures
 import pytest
+from etils import epath
 
 from twinflow_jax import encode as tool
 from twinflow_jax.checkpoints.random import write_random
@@ -20,6 +23,7 @@ from twinflow_jax.data import records
 from twinflow_jax.data.records import open_records
 from twinflow_jax.drawing import Embeddings, codec, denoising, open_pipeline, text
 from twinflow_jax.encoding import sizes, workspace
+from twinflow_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -162,6 +166,37 @@ def test_processes_killed_again_and_again(tmp_path, photos, pixels, reference):
     for seed in range(4):
         killed_often(photos, pixels, tmp_path / str(seed), processes=3, rounds=6, seed=seed)
         assert content(tmp_path / str(seed)) == reference
+
+
+def test_a_share_of_the_work_has_one_process(tmp_path):
+    space = lambda *share: workspace.Workspace(epath.Path(tmp_path / "records"), *share)
+    with space(0, 2).held(), space(1, 2).held():
+        for share in ((0, 2), (1, 2), (0, 1), (2, 3)):
+            before = sorted(tmp_path.rglob("*"))
+            with pytest.raises(UserError, match="in use by process"), space(*share).held():
+                pass
+            assert sorted(tmp_path.rglob("*")) == before
+    with space(0, 1).held():
+        pass
+
+
+def test_settings_that_begin_at_the_same_moment_are_those_of_one(tmp_path):
+    found, start = [], threading.Barrier(6)
+
+    def begin(number: int):
+        start.wait()
+        with contextlib.suppress(UserError):
+            space = workspace.Workspace(epath.Path(tmp_path / "records"), number, 6)
+            found.append((number, space.claim({"size": number})))
+
+    threads = [threading.Thread(target=begin, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [(winner, finished)] = found
+    assert not finished
+    assert json.loads((tmp_path / "records/work/settings.json").read_text()) == {"size": winner}
 
 
 def test_stopped_and_continued_with_other_processes(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import chex
@@ -116,6 +117,47 @@ def test_folder_of_another_run_is_refused(small_config, tmp_path):
     (tmp_path / "papers/thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not empty and holds no run"):
         trained(small_config(), tmp_path / "papers")
+
+
+def test_a_run_in_training_is_refused_and_not_touched(small_config, tmp_path):
+    config = small_config("train.steps=1")
+    trained(config, tmp_path / "run")
+    (tmp_path / "run/checkpoints/2.orbax-checkpoint-tmp").mkdir()  # what it saves
+    everything = lambda: {
+        path: path.read_bytes() if path.is_file() else None
+        for path in (tmp_path / "run").rglob("*")
+    }
+    with checkpoints.claim(tmp_path / "run", config):
+        before = everything()
+        with pytest.raises(UserError, match=f"run is in use by process {os.getpid()} on"):
+            trained(small_config("train.steps=2"), tmp_path / "run")
+        assert everything() == before
+        checkpoints.load_weights(tmp_path / "run")
+    trained(small_config("train.steps=2"), tmp_path / "run")
+
+
+def test_a_run_goes_on_as_if_it_had_been_meant_to_be_longer(small_config, tmp_path):
+    """Bit for bit, through a change of phases and pictures at its first end."""
+    more = ["train.flow_matching_steps=7", "train.keep=9", "optimizer.warmup=8"]
+    longer = small_config(*more, "train.steps=10")
+    trained(small_config(*more, "train.steps=6"), tmp_path / "run")
+    final, straight = trained(longer, tmp_path / "run"), trained(longer, tmp_path / "straight")
+    jax.tree.map(np.testing.assert_array_equal, final, straight)
+    assert checkpoints.read_run(tmp_path / "run").train.steps == 10
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "straight")]
+    assert rows[0] == rows[1]
+
+    record = (tmp_path / "run/config.json").read_bytes()
+    with pytest.raises(UserError, match="has done 10 steps: train.steps is 8; give that many"):
+        trained(small_config(*more, "train.steps=8"), tmp_path / "run")
+    assert (tmp_path / "run/config.json").read_bytes() == record
+
+
+def test_a_rate_that_ends_somewhere_fixes_the_number_of_steps(small_config, tmp_path):
+    falls = "optimizer.decay_to=0.1"
+    trained(small_config(falls, "train.steps=2"), tmp_path / "run")
+    with pytest.raises(UserError, match="decay_to=0.1: for 4,.* Give train.steps=2, or start from"):
+        trained(small_config(falls, "train.steps=4"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

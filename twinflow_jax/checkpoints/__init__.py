@@ -1,14 +1,17 @@
 """Runs on disk: their config, checkpoints of their state, and the weights to sample from."""
 
 from twinflow_jax.checkpoints.run import (
+    check_claim,
     claim,
     load_weights,
     open_weights,
     pipeline_of,
     read_run,
+    steps_of,
 )
 from twinflow_jax.checkpoints.saver import Saver
 
 __all__ = [
-    "Saver", "claim", "load_weights", "open_weights", "pipeline_of", "read_run",
+    "Saver", "check_claim", "claim", "load_weights", "open_weights", "pipeline_of", "read_run",
+    "steps_of",
 ]

@@ -2,30 +2,48 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from twinflow_jax import config as configs
-from twinflow_jax import files, models
+from twinflow_jax import files, holders, models
 from twinflow_jax.checkpoints import store
 from twinflow_jax.checkpoints.imported import FORMAT
 from twinflow_jax.checkpoints.saver import Saver, stored
 from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.errors import UserError
 
+IN_USE = "in_use"  # a file that is in a run's folder for as long as it is trained
+
 # A run may go on with other values of these: they change what is reported and how the work is
-# shared, not what is learned.
+# shared, not what is learned (training.checks says which numbers of steps do not either).
 FREE = (
-    "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep",
+    "train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep",
     "sample.steps", "sample.columns", "sample.prompts", "sample.score_count", "mesh.data",
     "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.strategy", "model.remat",
     "train.micro_steps", "objective.merge_passes",
 )
 
 
-def claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
-    """Makes a folder this run's, or finds that it already is.
+@contextlib.contextmanager
+def claim(workdir: epath.PathLike, run: Run, rows: str = "") -> Iterator[None]:
+    """Makes a folder this run's, and that for as long in the hands of this process.
+
+    Raises:
+      UserError: as `check_claim`, or another process has it, which is named.
+    """
+    folder = epath.Path(workdir)
+    with holders.held(folder / IN_USE, folder):
+        check_claim(workdir, run, rows)  # again: nobody else can change it now
+        fields = {"format": FORMAT, "rows": rows} | run.fields()
+        files.write(folder / "config.json", json.dumps(fields, indent=2).encode())
+        yield
+
+
+def check_claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
+    """Refuses a folder that cannot be this run's, and touches nothing.
 
     rows: a digest of what is trained on, where that may change. A record without checkpoints is of
     a start that came to nothing, and is replaced.
@@ -59,15 +77,11 @@ def claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
                 f"{folder} was started on other records than data.records now holds: choose "
                 "another --workdir, or encode again what it was started on"
             )
-    elif not record.exists() and folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} is not empty and holds no run: choose another --workdir"
-        )
-    try:
-        fields = {"format": FORMAT, "rows": rows} | run.fields()
-        files.write(record, json.dumps(fields, indent=2).encode())
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    elif (
+        not record.exists() and folder.exists()
+        and any(entry.name != IN_USE for entry in folder.iterdir())
+    ):
+        raise UserError(f"{folder} is not empty and holds no run: choose another --workdir")
 
 
 def read_run(folder: epath.PathLike) -> Run:
@@ -95,6 +109,13 @@ def read_run(folder: epath.PathLike) -> Run:
             "order: use that version, or start again in another --workdir"
         )
     return run
+
+
+def steps_of(run: epath.PathLike) -> list[int]:
+    """The steps that a run has a complete checkpoint of, in order."""
+    folder = epath.Path(run) / "checkpoints"
+    entries = folder.iterdir() if folder.exists() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
 
 
 def load_weights(

@@ -63,6 +63,11 @@ class Optimizer(keys.Part):
         "float32", "that moments are kept in; bfloat16 halves their memory", choices=DTYPES
     )
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the rate of a step depends on how many there will be."""
+        return self.decay_to != 1.0
+
     def __post_init__(self):
         super().__post_init__()
         if self.weight_decay and self.name != "adamw":

@@ -136,7 +136,10 @@ def _room_for(path: epath.Path):
     try:
         yield
     except RuntimeError as error:
-        raise UserError(f"{path.name} cannot be written ({error}): make room for it") from error
+        advice = "make room for it, and give" if files.is_full(error) else "give"
+        raise UserError(
+            f"{path.name} cannot be written ({error}): {advice} the same command again"
+        ) from error
 
 
 def _fields(example: Example, manifest: Manifest) -> dict[str, Any]:

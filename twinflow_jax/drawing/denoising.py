@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from twinflow_jax import parallel, sampling, seeds
-from twinflow_jax.arrays import HostLatents
+from twinflow_jax.arrays import HostLatents, Labels
 from twinflow_jax.drawing.conditions import Embeddings
 from twinflow_jax.drawing.pipeline import Pipeline
 from twinflow_jax.errors import UserError
@@ -59,8 +59,8 @@ def base(pipeline: Pipeline, schedule: sampling.Schedule, guidance: float) -> Ba
 
 
 def denoise(
-    pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Sequence[int],
-    numbers: Sequence[int], shape: tuple[int, int, int], seed: int, batch: int | None = None,
+    pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Labels,
+    numbers: Labels, shape: tuple[int, int, int], seed: int, batch: int | None = None,
     null: Embeddings | None = None,
 ) -> HostLatents:
     """Latents: one for each of `owners`, the row of `cond` that it is of.
@@ -70,8 +70,7 @@ def denoise(
     """
     stage, mesh = "denoising", pipeline.mesh()
     batch = min(batch or parallel.row_parts(mesh), len(owners))
-    owners, numbers = np.asarray(owners), np.asarray(numbers, np.uint32)
-    keys = jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers)
+    keys = jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers.astype(np.uint32))
     over = parallel.over_rows(mesh, batch)
     empty = null.rows(np.zeros(batch, int)) if null else None
     with pipeline.loaded("transformer", stage) as (config, params):

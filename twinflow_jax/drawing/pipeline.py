@@ -47,8 +47,7 @@ class Pipeline:
     """The networks of an imported checkpoint, and perhaps a run's transformer in their stead.
 
     dtype: of computation and of the loaded weights. trained: the run's arrays, with `settings`,
-    its transformer's config, and the step that they are of. keep: whether networks stay in memory
-    once they are loaded.
+    its transformer's config, and the step that they are of.
     """
 
     checkpoint: Imported
@@ -58,8 +57,7 @@ class Pipeline:
     step: int | None = None
     clock: Clock = dataclasses.field(default_factory=Clock)
     progress: bool = True
-    keep: bool = False
-    _kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _kept: dict[str, Any] | None = None
     _programs: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -89,18 +87,24 @@ class Pipeline:
     @contextlib.contextmanager
     def loaded(self, name: str, stage: str) -> Iterator[tuple[Any, Any]]:
         """`(config, params)` of a network, freed at the end unless they are kept."""
-        params = self._kept.get(name)
-        if params is None:
+        kept = {} if self._kept is None else self._kept
+        if name not in kept:
             with self.clock.measure(stage, "load"):
-                params = jax.block_until_ready(self._load(name))
-        if self.keep:
-            self._kept[name] = params
+                kept[name] = jax.block_until_ready(self._load(name))
         try:
-            yield self.config(name), params
+            yield self.config(name), kept[name]
         finally:
-            if not self.keep:
-                for leaf in jax.tree.leaves(params):
-                    leaf.delete()
+            if self._kept is None:
+                _free(kept)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator["Pipeline"]:
+        """The same pipeline, whose networks stay in memory once they are loaded, until the end."""
+        kept: dict[str, Any] = {}
+        try:
+            yield dataclasses.replace(self, _kept=kept)
+        finally:
+            _free(kept)
 
     def _load(self, name: str):
         config, network = self.config(name), self.checkpoint.network(name)
@@ -132,6 +136,11 @@ class Pipeline:
         devices, heads = jax.local_devices(), self.config("transformer").heads
         tensor = next(n for n in (8, 4, 2, 1) if len(devices) % n == 0 and heads % n == 0)
         return parallel.make_mesh(parallel.MeshConfig(tensor=tensor), devices)
+
+
+def _free(params) -> None:
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
 
 
 def open_pipeline(

@@ -76,11 +76,20 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
 
     None on other processes, and where everything was done before.
     Raises:
-      UserError: the folder is of other records, the source changed, or nothing can be used.
+      UserError: the folder is of other records or in use, the source changed, or nothing can be
+        used.
     """
     settings, manifest = job.settings(), manifest_of(job.pipeline, bool(job.sizes))
     if space.claim(settings):
         return None
+    with space.held():
+        return share(job, space, settings, manifest)
+
+
+def share(
+    job: Job, space: Workspace, settings: dict[str, Any], manifest: Manifest
+) -> dict[str, Any] | None:
+    """What this process does in a folder that is claimed; the report, as `encode`."""
     chunks = job.source.chunks
     listings = [index.chunk_file(space.work, number) for number in range(len(chunks))]
     todo = [n for n, _ in space.mine(chunks) if not listings[n].exists()]

@@ -1,16 +1,18 @@
 """The folder that processes write records to: whose it is, what is done, what is awaited."""
 
 import collections
+import contextlib
 import dataclasses
 import json
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
 
-from twinflow_jax import files
+from twinflow_jax import files, holders
 from twinflow_jax.data import records
 from twinflow_jax.encoding.index import Key, Plan, Shard, Skipped
 from twinflow_jax.errors import UserError
@@ -71,16 +73,31 @@ class Workspace:
             if self.process == 0 and self.work.exists():  # it was killed after the last file
                 self.work.rmtree()
             return True
-        if begun:
-            self._compare(settings, json.loads((self.work / SETTINGS).read_text()))
-            return False
         others = [name for name in found if name != WORK]
-        if others:
+        if others and not begun:
             raise UserError(
                 f"{self.folder} holds other files ({', '.join(others[:3])}): choose another folder"
             )
-        files.write(self.work / SETTINGS, json.dumps(settings, indent=1).encode())
+        self.work.mkdir(parents=True, exist_ok=True)
+        with holders.alone(self.work / "beginning"):  # as others may at the same moment
+            if not (self.work / SETTINGS).exists():
+                files.write(self.work / SETTINGS, json.dumps(settings, indent=1).encode())
+        self._compare(settings, json.loads((self.work / SETTINGS).read_text()))
         return False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """This process as the only one that does its share.
+
+        Raises:
+          UserError: another does, or the work is shared among another number of processes.
+        """
+        mine = self.work / f"in_use_{self.process}_of_{self.processes}"
+        with holders.held(mine, f"share {self.process} of {self.processes} in {self.folder}"):
+            for entry in self.work.iterdir():
+                if re.fullmatch(rf"in_use_\d+_of_(?!{self.processes}$)\d+", entry.name):
+                    holders.check_free(entry, self.folder)
+            yield
 
     def _compare(self, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
         differ = [key for key in mine if json.loads(json.dumps(mine[key])) != theirs.get(key)]

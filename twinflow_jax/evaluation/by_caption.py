@@ -1,7 +1,7 @@
 """Text-to-image runs in one table, judged on the captions of held-out records."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from twinflow_jax.drawing import FewStep
@@ -34,8 +34,9 @@ class Source:
 def score(
     folders: Sequence[str], steps: Sequence[int], sampler: dict[str, Any], count: int | None,
     seed: int, raw: bool, source: Source,
-) -> Scores:
-    """Of `count` held-out captions (default: all). sampler: for `sampling.few_step`.
+) -> Iterator[Scores]:
+    """Of `count` held-out captions (default: all): everything so far, after each run and number of
+    steps. sampler: for `sampling.few_step`.
 
     Raises:
       UserError: too few captions, or runs, records and features that do not go together.
@@ -51,29 +52,31 @@ def score(
         folder: held_out.open_run(folder, raw, source.pipeline, reals) for folder in folders
     }
     samplers = {
-        (name, grids[n].nfe if grids else n): FewStep(grids[n])
-        if grids else held_out.plain(run, n, guidance)
-        for name, run in runs.items() for n in steps
+        name: {grids[n].nfe: FewStep(grids[n]) for n in steps}
+        if grids else {n: held_out.plain(run, n, guidance) for n in steps}
+        for name, run in runs.items()
     }
     network = features.load(source.features)
     decode = held_out.decoder(reals, next(iter(runs.values())).pipeline)
     captions = held_out.hold_out(reals, count, decode)
     judge = held_out.create_judge(network.remembered, train, captions, decode)
     owners = held_out.owners_of(captions, seeds)
-    some, pictures = held_out.shown(captions, seeds, ROWS)
-    rows, blocks = [], {"real": captions.real[some]}
-    for (name, nfe), sampler in samplers.items():
-        run = runs[name]
-        x = held_out.draw(run, captions, seeds, seed, sampler, decode)
-        scores = judge.score(captioned.Pictures.see(network, [x]), owners)
-        rows.append({"run": name, "step": run.step, "nfe": nfe} | scores)
-        print(f"{name}, {nfe} NFE: R@1 {scores['retrieval']:.3f}", flush=True)
-        label = f"{name}, {nfe} NFE: {scores['retrieval']:.3f} / {scores['frechet']:.1f}"
-        blocks[label] = x[pictures]
+    some, shown = held_out.shown(captions, seeds, ROWS)
+    real, rows, blocks = judge.real(len(owners)), [], {"real": captions.real[some]}
+    texts = tuple(captions.texts[i] for i in some)
     settings = {
         "captions": len(captions.texts), "seeds": seeds, "seed": seed, "guidance": guidance,
     }
-    return Scores(
-        rows, judge.real(len(owners)), blocks, "R@1 / Frechet distance", settings, seeds,
-        tuple(captions.texts[i] for i in some),
-    )
+    for name, run in runs.items():
+        with run.pipeline.kept() as pipeline:
+            drawing = dataclasses.replace(run, pipeline=pipeline)
+            for nfe, way in samplers[name].items():
+                x = held_out.draw(drawing, captions, seeds, seed, way, decode)
+                scores = judge.score(captioned.Pictures.see(network, [x]), owners)
+                rows.append({"run": name, "step": run.step, "nfe": nfe} | scores)
+                print(f"{name}, {nfe} NFE: R@1 {scores['retrieval']:.3f}", flush=True)
+                label = f"{name}, {nfe} NFE: {scores['retrieval']:.3f} / {scores['frechet']:.1f}"
+                blocks[label] = x[shown]
+                yield Scores(
+                    rows, real, blocks, "R@1 / Frechet distance", settings, seeds, texts
+                )

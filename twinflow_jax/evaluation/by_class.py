@@ -1,6 +1,6 @@
 """Class-conditional runs in one table, judged by their dataset's classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ COLUMNS, LEAST = 8, 200  # samples of a class on the sheet, and samples of a sco
 def score(
     folders: Sequence[str], steps: Sequence[int], sampler: dict[str, Any], count: int, seed: int,
     raw: bool,
-) -> Scores:
-    """Of `count` samples of each run at each number of steps. sampler: for `sampling.few_step`.
+) -> Iterator[Scores]:
+    """Of `count` samples of each run and number of steps: everything so far, after each of them.
+    sampler: for `sampling.few_step`.
 
     Raises:
       UserError: too few samples, or runs that cannot stand in one table.
@@ -41,7 +42,7 @@ def score(
     shown = np.concatenate(  # rows are classes
         [np.flatnonzero(labels == c)[:COLUMNS] for c in range(dataset.num_classes)]
     )
-    rows, blocks = [], {}
+    rows, blocks, title = [], {}, "accuracy / Frechet distance"
     for folder, (_, model, params, step) in loaded.items():
         for grid in grids:
             x = generate(model, params, labels, grid, seed, progress=False)
@@ -49,6 +50,4 @@ def score(
             rows.append({"run": folder, "step": step, "nfe": grid.nfe} | scores)
             name = f"{folder}, {grid.nfe} NFE: {scores['accuracy']:.3f} / {scores['frechet']:.1f}"
             blocks[name] = x[shown]
-    settings = {"count": count, "seed": seed}
-    title = "accuracy / Frechet distance"
-    return Scores(rows, judge.real, blocks, title, settings, COLUMNS)
+            yield Scores(rows, judge.real, blocks, title, {"count": count, "seed": seed}, COLUMNS)

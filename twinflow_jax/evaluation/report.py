@@ -43,7 +43,10 @@ class Scores:
     captions: tuple[str, ...] = ()
 
 
-def write(scores: Scores, json_file: str | None, plot_file: str | None, sheet: str | None) -> None:
+def write(
+    scores: Scores, json_file: str | None = None, plot_file: str | None = None,
+    sheet: str | None = None,
+) -> None:
     """Writes what was asked for.
 
     Raises:

@@ -174,7 +174,7 @@ def of_one_encoder(tokenize: Callable, embed: Callable) -> dict[str, Callable]:
     def tokenize_by_name(tokenizers, prompts, tokens: int | None = None, negative: bool = False):
         return {name: tokenize(tokenizers[name], prompts, tokens, negative)}
 
-    def embed_by_name(configs, params, prompts: Prompts):
+    def embed_by_name(configs, params, prompts):
         return embed(configs[name], params[name], *prompts[name])
 
     return {"tokenize": tokenize_by_name, "embed": embed_by_name}

@@ -48,6 +48,30 @@ def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
         )
 
 
+def check_length(run: Run, workdir: str) -> None:
+    """Refuses another number of steps than a run was started with, where that would change what
+    it has done.
+
+    Raises:
+      UserError: says what would change, and what to do.
+    """
+    done = checkpoints.steps_of(workdir)
+    if not done:
+        return
+    steps, before = run.train.steps, checkpoints.read_run(workdir).train.steps
+    if steps < done[-1]:
+        raise UserError(
+            f"{workdir} has done {done[-1]} steps: train.steps is {steps}; give that many or more"
+        )
+    if steps != before and run.optimizer.looks_ahead:
+        raise UserError(
+            f"{workdir} was started for {before} steps, at the end of which its rate comes to "
+            f"optimizer.decay_to={run.optimizer.decay_to}: for {steps}, the steps that are done "
+            f"would have had other rates. Give train.steps={before}, or start from its weights in "
+            f"another --workdir (train.init_from={workdir})"
+        )
+
+
 def check_start(source: str, settings: Settings) -> None:
     """Refuses to start from what is no run, or from another network. source: `train.init_from`.
 

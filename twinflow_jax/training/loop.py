@@ -13,7 +13,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, data, parallel, seeds
+from twinflow_jax import checkpoints, data, files, parallel, seeds
 from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.config import Run, to_json
 from twinflow_jax.errors import UserError
@@ -54,10 +54,13 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
     checks.check_fit(run, source)
     if not (pathlib.Path(workdir) / "checkpoints").exists():
         checks.check_start(run.train.init_from, run.model)
-    hosts.first(lambda: checkpoints.claim(workdir, run, inputs.digest(source)))
-    keep_compiled(workdir)
     try:
-        with contextlib.closing(checkpoints.Saver(workdir, run.train.keep)) as saver:
+        with contextlib.ExitStack() as stack:
+            rows = inputs.digest(source)
+            hosts.first(lambda: stack.enter_context(claimed(run, workdir, rows)))
+            keep_compiled(workdir)
+            saver = checkpoints.Saver(workdir, run.train.keep)
+            stack.enter_context(contextlib.closing(saver))
             # Before anything slow, so that errors come early.
             newest = hosts.told(saver.steps[-1] if saver.steps else 0)
             with clock.part("compiling"):
@@ -66,10 +69,18 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
                 known = inputs.prepare(run, source, workdir)
             return loop(prepared, known, shapes, steps, saver, workdir, progress, clock)
     except OSError as error:
+        advice = "make room there, then start" if files.is_full(error) else "start"
         raise UserError(
-            f"cannot write to {workdir} ({error.strerror or error}): make room there, then start "
-            "the same command again; it goes on from the last complete checkpoint"
+            f"{error.filename or workdir} cannot be read or written ({error.strerror or error}): "
+            f"{advice} the same command again; it goes on from the last complete checkpoint"
         ) from error
+
+
+def claimed(run: Run, workdir: str, rows: str) -> contextlib.AbstractContextManager:
+    """The folder as this run's, unless it cannot be: then nothing in it is touched."""
+    checkpoints.check_claim(workdir, run, rows)
+    checks.check_length(run, workdir)
+    return checkpoints.claim(workdir, run, rows)
 
 
 def loop(
@@ -137,7 +148,7 @@ def loop(
                 with clock.part("pictures"):
                     scores = preview.make(state.sampling_params(current), done)
                 log.write_samples(done, scores)
-                bar.write(Preview.line(done, scores)) if progress else None
+                bar.write(preview.line(done, scores)) if progress else None
             if stop and not last:
                 saver.wait()
                 raise Interrupted(stop, done, saved=True)

@@ -66,10 +66,9 @@ class Preview:
         images.save(self._file(step), sheet, {"rows": "\n".join(self._inputs.names)})
         return scores
 
-    @staticmethod
-    def line(step: int, scores: dict[int, dict[str, float]]) -> str:
-        """The scores in one line."""
-        return f"step {step}: pictures" + "".join(
+    def line(self, step: int, scores: dict[int, dict[str, float]]) -> str:
+        """Where the pictures are, and the scores, in one line."""
+        return f"step {step}: pictures in {self._file(step)}" + "".join(
             f"   {n} NFE accuracy {row['accuracy']:.3f} Frechet {row['frechet']:.1f} "
             f"diversity {row['diversity']:.1f}"
             for n, row in scores.items()
