@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from etils import epath
 
 from tests.checkpoints.folders import (
     NETWORKS,
@@ -265,4 +266,4 @@ def test_other_added_tensors_say_nothing_of_r(tmp_path):
     for added, knows_r in (([], True), (["sign"], True), (sorted(table.group(KNOWS_R)), False)):
         network = {"published": tiny, "added": added}
         record = {"family": "sana", "networks": {"transformer": network}}
-        assert imported.Imported(tmp_path, record).knows_r == knows_r
+        assert imported.Imported(epath.Path(tmp_path), record).knows_r == knows_r

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from etils import epath
 
 from twinflow_jax import models
 from twinflow_jax.checkpoints import published
@@ -24,6 +25,11 @@ def families(request, monkeypatch):
     monkeypatch.setattr(models, "FAMILIES", known)
 
 
+@pytest.fixture
+def folder(tmp_path) -> epath.Path:
+    return epath.Path(tmp_path)
+
+
 def write(path, *folders: str, **configs: dict) -> None:
     for name in folders:
         config = configs.get(name, SANA.text_to_image.tiny[name])
@@ -32,28 +38,28 @@ def write(path, *folders: str, **configs: dict) -> None:
 
 
 @pytest.mark.usefixtures("families")
-def test_the_text_encoder_decides_a_whole_folder(tmp_path):
-    write(tmp_path / "sana", *FOLDERS)
-    write(tmp_path / "shared", *FOLDERS, text_encoder={"architectures": ["InternVLChatModel"]})
-    write(tmp_path / "tie", "transformer", "text_encoder",
+def test_the_text_encoder_decides_a_whole_folder(folder):
+    write(folder / "sana", *FOLDERS)
+    write(folder / "shared", *FOLDERS, text_encoder={"architectures": ["InternVLChatModel"]})
+    write(folder / "tie", "transformer", "text_encoder",
           text_encoder={"architectures": ["InternVLChatModel"]})
     for name, family in (("sana", "sana"), ("shared", "shared"), ("tie", "shared")):
-        found, places = published._networks(tmp_path / name, None)
+        found, places = published._networks(folder / name, None)
         assert found == family
-        assert places == {name: tmp_path / places[name].parent / name for name in FOLDERS}
+        assert places == {name: folder / places[name].parent / name for name in FOLDERS}
 
 
 @pytest.mark.usefixtures("families")
-def test_what_several_share_has_to_be_named(tmp_path):
-    write(tmp_path, "transformer", "vae")
-    for path, names in ((tmp_path, FOLDERS), (tmp_path / "vae", ("vae",))):
+def test_what_several_share_has_to_be_named(folder):
+    write(folder, "transformer", "vae")
+    for path, names in ((folder, FOLDERS), (folder / "vae", ("vae",))):
         with pytest.raises(UserError, match="holds what .*sana.* share: say which with --family"):
             published._networks(path, None)
         for family in ("sana", "shared"):
             found, places = published._networks(path, family)
             assert found == family and tuple(places) == names
-    write(tmp_path / "other", "text_encoder")
+    write(folder / "other", "text_encoder")
     with pytest.raises(UserError, match="of class 'Gemma2Model'; known are .*InternVLChatModel"):
-        published._networks(tmp_path / "other" / "text_encoder", "shared")
+        published._networks(folder / "other" / "text_encoder", "shared")
     with pytest.raises(UserError, match="'dit' is no family that draws from text"):
-        published._networks(tmp_path, "dit")
+        published._networks(folder, "dit")

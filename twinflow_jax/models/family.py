@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax import contracts
-from twinflow_jax.arrays import Images, Latents
+from twinflow_jax.arrays import AnyArray, Images, Latents
 from twinflow_jax.models import names
 from twinflow_jax.models.names import NameTable
 from twinflow_jax.models.settings import Settings, TextSettings
@@ -155,8 +154,8 @@ def image_inputs(config) -> tuple:
     return (jax.ShapeDtypeStruct((1, config.downscale, config.downscale, 3), "float32"),)
 
 
-Prompts = dict[str, tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]]
-"""Ids and their mask, of the same prompts, by text encoder."""
+Prompts = dict[str, tuple[Int[AnyArray, "B _"], Bool[AnyArray, "B _"]]]
+"""Ids and their mask, of the same prompts, by text encoder; each has its own length."""
 
 
 def lengths(prompts: Prompts) -> tuple[int, ...]:
