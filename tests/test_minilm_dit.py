@@ -1,5 +1,6 @@
 """minilm_dit end to end: its text encoder's folder in and out, training, pictures of prompts."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -134,13 +135,13 @@ def test_a_text_encoder_alone_draws_nothing(run, checkpoint, tmp_path, capsys):
 
 
 def test_a_run_for_another_text_encoder_is_refused(checkpoint, tmp_path):
-    made = config(text_width=384)
     for pipeline in ("random", str(checkpoint.folder)):
-        made.pipeline = pipeline
+        made = dataclasses.replace(config(text_width=384), pipeline=pipeline)
         with pytest.raises(UserError, match="model.text_width is 384.* of 48 channels"):
             train(made, str(tmp_path / "run"), progress=False)
     assert not (tmp_path / "run").exists()
-    made = config()
-    made.train.init_from = made.pipeline = str(checkpoint.folder)
+    folder, made = str(checkpoint.folder), config()
+    start = dataclasses.replace(made.train, init_from=folder)
+    made = dataclasses.replace(made, train=start, pipeline=folder)
     with pytest.raises(UserError, match="no transformer"):
         train(made, str(tmp_path / "run"), progress=False)

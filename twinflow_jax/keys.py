@@ -36,10 +36,10 @@ class Bounds:
         if low is None:
             return ""
         if high is None:
-            return f"more than {low:g}" if self.least is None else f"{low:g} or more"
+            return f"more than {low}" if self.least is None else f"{low} or more"
         opening = "(" if self.least is None else "["
         closing = ")" if self.most is None else "]"
-        return f"a number in {opening}{low:g}, {high:g}{closing}"
+        return f"a number in {opening}{low}, {high}{closing}"
 
     def hold(self, value: Any) -> bool:
         """Whether a value lies within."""

@@ -420,7 +420,7 @@ def test_warnings_name_the_picture(tmp_path):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
         source = opened(tmp_path)
-        index.write_chunk(tmp_path / "work", source, 0, 64)
+        index.write_chunk(epath.Path(tmp_path / "work"), source, 0, 64)
     found = sorted(str(warning.message) for warning in told)
     assert [text.split(":")[0] for text in found] == ["a.jpg", "b.jpg"]
     assert all("EXIF" in text for text in found)

@@ -59,7 +59,7 @@ def test_meshes():
     few = MeshConfig(context=0).filled(64, rows=24)  # 8 parts of rows, 8 of tokens
     assert (few.fsdp, few.context) == (8, 8)
     assert MeshConfig(context=0).filled(64, rows=128).context == 1
-    assert MeshConfig().filled(8, slices=2) == MeshConfig(data=2, fsdp=4)
+    assert MeshConfig().filled(8, slices=2) == MeshConfig(data=2, fsdp=4, context=1)
 
 
 @pytest.mark.parametrize("fields, message", [

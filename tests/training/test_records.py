@@ -59,14 +59,14 @@ def write(pipeline, tmp_path_factory):
         for split, count in splits.items():
             examples = []
             for row in range(count):
-                text = embedded[row % 3]
+                mine = embedded[row % 3]
                 sample = None
                 if channels:
                     width, height = map(int, split.split("x"))
                     sample = np.full((height, width, 3), row / 100) + rng.uniform(
                         -0.1, 0.1, (height, width, 3)
                     )
-                tokens = [t[m] for t, m in zip(text.tokens, text.mask, strict=True)]
+                tokens = [t[m] for t, m in zip(mine.tokens, mine.mask, strict=True)]
                 examples.append(records.Example(
                     f"{name}/{split}/{row}", CAPTIONS[row % 3], tokens, sample, (50, 60)
                 ))

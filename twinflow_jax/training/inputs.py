@@ -8,7 +8,6 @@ text encoder once, before training; or the run reads what twinflow encode made o
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import ml_dtypes  # noqa: F401 - NumPy then knows bfloat16 by name
 import numpy as np
 from etils import epath
@@ -99,7 +98,7 @@ def of_classes(settings: Settings, dataset: data.Dataset, scored: bool) -> Input
     classes = np.arange(dataset.num_classes, dtype=np.int32)
     table = {"label": classes} if settings.num_classes else {}
     return Inputs(
-        model, labelled(dataset.train, table), jax.tree.map(np.asarray, dict(model.null)), table,
+        model, labelled(dataset.train, table), dict(model.null), table,
         names=tuple(map(str, classes)), decode=lambda x: np.clip(x, -1, 1),
         judge=evaluation.ClassJudge.create(dataset) if scored and table else None,
     )
