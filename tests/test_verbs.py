@@ -116,7 +116,8 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         (train, digits, "arguments are required: --workdir"),
         (sample, [*out, "--seed", "-1"], "--seed: the seed is -1; give a whole"),
         (sample, [*out, "--seed", str(2**64)], "--seed: the seed is 1844.*; give a whole"),
-        (evaluate, ["classes", "--checkpoint", str(run), "--seed", "-1"], "--seed: the seed is -1; give a"),
+        (evaluate, ["classes", "--checkpoint", str(run), "--seed", "-1"],
+         "--seed: the seed is -1; give a whole"),
         (sample, ["--checkpoint", str(tmp_path), "--out", "x"], "is no run"),
         (sample, [*out, "--classes", "11"], "classes 0 to 9"),
         (sample, [*out, "--classes", "cat"], "give numbers"),
@@ -177,9 +178,10 @@ run_verb(main)
 EVERY_VERB = """
 import sys
 import jax.extend.backend
-from twinflow_jax import encode, evaluate, sample, train
+from twinflow_jax import encode, errors, evaluate, sample, train
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.errors import run_verb
+errors.end = sys.exit
 run, new, pipeline, platform = sys.argv[1:]
 for verb, arguments in (
     (train, ["--config", "configs/digits.py", "--workdir", new]),
