@@ -179,9 +179,8 @@ import sys
 import jax.extend.backend
 sys.path.append("tools")
 import encode
-from twinflow_jax import evaluate, sample, train
-from twinflow_jax.checkpoints.random import write_random
-from twinflow_jax.errors import run_verb
+from twinflow_jax import errors, evaluate, sample, train
+errors.end = sys.exit
 run, new, pipeline, platform = sys.argv[1:]
 for verb, arguments in (
     (train, ["--config", "configs/digits.py", "--workdir", new]),
@@ -193,7 +192,7 @@ for verb, arguments in (
     jax.config.update("jax_platforms", platform)
     sys.argv = ["verb", *arguments]
     try:
-        run_verb(verb.main)
+        errors.run_verb(verb.main)
     except SystemExit as stop:
         print(stop.code)
 """
