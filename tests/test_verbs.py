@@ -179,8 +179,6 @@ EVERY_VERB = """
 import sys
 import jax.extend.backend
 from twinflow_jax import encode, errors, evaluate, sample, train
-from twinflow_jax.checkpoints.random import write_random
-from twinflow_jax.errors import run_verb
 errors.end = sys.exit
 run, new, pipeline, platform = sys.argv[1:]
 for verb, arguments in (
@@ -193,7 +191,7 @@ for verb, arguments in (
     jax.config.update("jax_platforms", platform)
     sys.argv = ["verb", *arguments]
     try:
-        run_verb(verb.main)
+        errors.run_verb(verb.main)
     except SystemExit as stop:
         print(stop.code)
 """
