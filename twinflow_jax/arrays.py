@@ -7,13 +7,15 @@
     h w c           the same of a smaller map: an image's latents, what a layer makes
     S, T            places in a sequence: an image's, or an image's and a text's together
     L               tokens of a text, padding included
-    D, E            features of each place, of a row, of a head
+    K               vectors of a row, one beside the other: modulations
+    D, E            features of a place, of a row, of a head
     heads, ...      a word is what it says
 
-A number is that size, and `{...}` an argument's. Within one call an axis has one size.
+A number is that size, `{...}` an argument's, `_` any. Within one call an axis has one size,
+so that arrays of a list which differ along an axis call it `_`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ HostImages = Float[np.ndarray, "N H W 3"]
 HostLatents = Float[np.ndarray, "N h w c"]
 Features = Float[np.ndarray, "N D"]
 Labels = Int[np.ndarray, "N"]  # a number of something else for each
+Numbers = Sequence[int] | Labels  # the same, as users give them
 
 Apply = Callable[[Any, Samples, Times, Times, Any], Velocities]
 """A network: `(params, x_t, t, r, cond) -> velocity`."""

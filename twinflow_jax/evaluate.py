@@ -34,7 +34,7 @@ class Scores:
 
     rows: list[report.Row]
     real: dict[str, float]
-    blocks: dict[str, Float[np.ndarray, "N H W C"]]
+    blocks: dict[str, Float[np.ndarray, "_ H W C"]]
     title: str
     settings: dict
     columns: int = COLUMNS

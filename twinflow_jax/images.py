@@ -31,7 +31,7 @@ def tile(x: Float[np.ndarray, "N H W C"], columns: int) -> UInt8[np.ndarray, "H_
 
 
 def sheet(
-    blocks: dict[str, Float[np.ndarray, "N H W C"]], columns: int, title: str = "",
+    blocks: dict[str, Float[np.ndarray, "_ H W C"]], columns: int, title: str = "",
     rows: Sequence[str] = (),
 ) -> Image.Image:
     """Blocks of images side by side, each under its caption, enlarged to be looked at.

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, models, parallel, sampling
+from twinflow_jax.arrays import HostImages, HostLatents, Numbers
 from twinflow_jax.checkpoints import imported, store, tensors
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.errors import UserError
@@ -256,7 +257,7 @@ class Pipeline:
 
         return jax.jit(apply, static_argnums=0)
 
-    def encode(self, images: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N h w c"]:
+    def encode(self, images: HostImages) -> HostLatents:
         """Normalised latents of images in [-1, 1]."""
         size, parts = min(IMAGE_BATCH, len(images)), []
         with self.image_encoder() as encode:
@@ -276,7 +277,7 @@ class Pipeline:
         with self.loaded("vae", "encoding") as (config, params):
             encode, mesh = self.codec("encode"), self.mesh()
 
-            def run(images: Float[np.ndarray, "N H W 3"], batch: int):
+            def run(images: HostImages, batch: int):
                 rows = images[np.arange(batch) % len(images)]  # what is missing repeats
                 rows = jax.device_put(rows, parallel.over_devices(mesh, batch))
                 return np.asarray(encode(config, params, rows))[: len(images)]
@@ -284,10 +285,10 @@ class Pipeline:
             yield run
 
     def denoise(
-        self, draw: Callable, cond: Embeddings, owners: Sequence[int], numbers: Sequence[int],
+        self, draw: Callable, cond: Embeddings, owners: Numbers, numbers: Numbers,
         shape: tuple[int, int, int], seed: int, batch: int | None = None,
         null: Embeddings | None = None,
-    ) -> Float[np.ndarray, "N h w c"]:
+    ) -> HostLatents:
         """Latents: one for each of `owners`, the prompt that it is of.
 
         draw: `(apply, params, noise, cond, null, keys) -> latents`, of a batch. numbers: which
@@ -322,7 +323,7 @@ class Pipeline:
                     parts.append(np.asarray(compiled(params, *inputs)))
         return np.concatenate(parts)[: len(owners)]
 
-    def decode(self, latents: Float[np.ndarray, "N h w c"], tile: int) -> list[np.ndarray]:
+    def decode(self, latents: HostLatents, tile: int) -> list[np.ndarray]:
         """Images in [-1, 1], one at a time; those beyond `tile` pixels a side in tiles."""
         stage = "decoding"
         with self.loaded("vae", stage) as (config, params):

@@ -74,7 +74,7 @@ def as_published(
 
 
 def export_folder(
-    checkpoint: Imported, target: str, dtype: str | None = None,
+    checkpoint: Imported, target: epath.PathLike, dtype: str | None = None,
     trained: store.Arrays | None = None, readme: str = "", progress: bool = True,
 ) -> None:
     """Writes a folder that diffusers loads.

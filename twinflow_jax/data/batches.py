@@ -17,7 +17,7 @@ from jaxtyping import Int
 THREADS, AHEAD = 4, 8  # that read, and batches that are read before they are asked for
 FOREVER = np.iinfo(np.int32).max
 
-Read = Callable[[Int[np.ndarray, "n"], Int[np.ndarray, "n 4"]], dict[str, Any]]
+Read = Callable[[Int[np.ndarray, "N"], Int[np.ndarray, "N 4"]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Stream:
 
 def batches(
     shapes: Sequence[Sequence[Stream]], batch_size: int, seed: int, start: int = 0,
-    rows: Int[np.ndarray, "n"] | None = None,
+    rows: Int[np.ndarray, "N"] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Endless (number of the shape, batch) from step `start` on, read ahead in threads.
 

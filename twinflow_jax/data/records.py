@@ -90,7 +90,7 @@ class Example:
 
     id: str
     captions: Sequence[str]
-    tokens: Sequence[Float[np.ndarray, "L D"]]
+    tokens: Sequence[Float[np.ndarray, "_ D"]]
     sample: Float[np.ndarray, "h w c"] | None = None
     size: tuple[int, int] = (0, 0)
 

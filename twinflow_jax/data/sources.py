@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from PIL import Image
 
+from twinflow_jax.arrays import Labels
 from twinflow_jax.errors import UserError
 
 
@@ -15,7 +16,7 @@ class Split:
     """x: images in [-1, 1], float32, channels last. label: class numbers, int32."""
 
     x: Float[np.ndarray, "N H W C"]
-    label: Int[np.ndarray, "N"]
+    label: Labels
 
     def __len__(self) -> int:
         return len(self.x)
@@ -38,7 +39,7 @@ DIGITS = tuple(f"the handwritten digit {number}" for number in NUMBERS)
 
 def to_rgb(
     x: Float[np.ndarray, "N H W C"], height: int, width: int
-) -> Float[np.ndarray, "N height width 3"]:
+) -> Float[np.ndarray, "N {height} {width} 3"]:
     """Images of another size, with three channels (bilinear)."""
     channels = [
         [Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in c]
@@ -48,7 +49,7 @@ def to_rgb(
     return np.repeat(resized, 3, axis=-1) if resized.shape[-1] == 1 else resized
 
 
-def held_out(labels: Int[np.ndarray, "N"]) -> np.ndarray:
+def held_out(labels: Labels) -> Bool[np.ndarray, "N"]:
     """Every fifth image of each class, as a mask: the split where a source ships none."""
     mask = np.zeros(len(labels), bool)
     for label in np.unique(labels):

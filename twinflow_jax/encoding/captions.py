@@ -36,7 +36,7 @@ class Captions:
 
     def __call__(
         self, captions: Sequence[Sequence[str]], tally: Tally
-    ) -> list[list[Float[np.ndarray, "L D"]]]:
+    ) -> list[list[Float[np.ndarray, "_ D"]]]:
         """The valid tokens of each item's captions.
 
         A caption is padded for itself and goes with others of its padded length, so that it does

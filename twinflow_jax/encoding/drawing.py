@@ -59,6 +59,6 @@ def drawing(job, how: Drawing):
     yield examples
 
 
-def padded(tokens: Sequence[Float[np.ndarray, "L D"]]) -> Embeddings:
+def padded(tokens: Sequence[Float[np.ndarray, "_ D"]]) -> Embeddings:
     """Embeddings of prompts from their valid tokens."""
     return Embeddings.join([Embeddings(t[None], np.ones((1, len(t)), bool)) for t in tokens])

@@ -158,7 +158,7 @@ def encoders(job: Job):
 
 def load_one(
     job: Job, space: Workspace, shard: Shard, key: Key
-) -> tuple[Key, Entry, UInt8[np.ndarray, "h w 3"] | Skipped | None]:
+) -> tuple[Key, Entry, UInt8[np.ndarray, "H W 3"] | Skipped | None]:
     """An item of a shard with its picture, or why that cannot be used.
 
     Raises:
@@ -190,7 +190,7 @@ def batch_of(batch: int, size: sizes.Size) -> int:
 
 
 def latents_of(
-    encode: Callable, pixels: Sequence[UInt8[np.ndarray, "h w 3"]], batch: int
+    encode: Callable, pixels: Sequence[UInt8[np.ndarray, "H W 3"]], batch: int
 ) -> list[Float[np.ndarray, "h w c"]]:
     """What pictures of one size are encoded to, always `batch` at once."""
     parts = [np.stack(part).astype(np.float32) / 127.5 - 1 for part in cut(pixels, batch)]

@@ -77,7 +77,7 @@ def measure(data: bytes) -> Size:
         return picture.size[::-1] if turned else picture.size
 
 
-def decode(data: bytes, size: Size) -> UInt8[np.ndarray, "h w 3"]:
+def decode(data: bytes, size: Size) -> UInt8[np.ndarray, "H W 3"]:
     """A picture in RGB, upright, resized so that it covers `size`, and cut at its centre.
 
     As the published training code does with torchvision: bilinear with antialiasing. What is

@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -37,6 +37,7 @@ class Item:
     problem: tuple[str, str] | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """name: for people. pictures: whether its items have any. chunks: what `items` takes."""
 
@@ -244,8 +245,8 @@ def inside(place: Any) -> bool:
     return not place.startswith(("/", "\\", "~")) and ".." not in parts
 
 
-class Prompts:
-    """A text file with one prompt a line."""
+class Prompts(Source):
+    """A text file with one prompt a line; without pictures there is nothing to `read`."""
 
     pictures = False
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from twinflow_jax.arrays import Features, Labels
 from twinflow_jax.evaluation import features, metrics, projections
 
 DIMENSIONS = 64  # of features in Frechet distances: the covariance of 1,000 samples has full rank
@@ -23,11 +24,13 @@ SMALL = 32  # pixels a side of the copies that nearest pictures are looked for i
 class Pictures:
     """What the judge keeps of pictures: features, and small copies of their pixels."""
 
-    features: Float[np.ndarray, "N D"]
-    small: Float[np.ndarray, "N SMALL SMALL 3"]
+    features: Features
+    small: Float[np.ndarray, "N side side 3"]
 
     @classmethod
-    def see(cls, network: Callable, batches: Iterable[Float[np.ndarray, "B H W 3"]]) -> "Pictures":
+    def see(
+        cls, network: Callable, batches: Iterable[Float[np.ndarray, "_ H W 3"]]
+    ) -> "Pictures":
         """Of batches of pictures in [-1, 1]. network: features.Network, or what stands for it."""
         shrink = jax.jit(features.scaled, static_argnums=1)
         parts = [(network(x), np.asarray(shrink(x, SMALL))) for x in batches]
@@ -39,7 +42,7 @@ class Pictures:
         return Pictures(self.features[rows], self.small[rows])
 
 
-def embedding(tokens: Sequence[Float[np.ndarray, "L D"]]) -> Float[np.ndarray, "N D"]:
+def embedding(tokens: Sequence[Float[np.ndarray, "_ D"]]) -> Features:
     """Of captions: the mean of each one's tokens, of length 1."""
     return metrics.unit(np.stack([np.asarray(t, np.float64).mean(0) for t in tokens]))
 
@@ -56,7 +59,7 @@ class CaptionJudge:
     captions: Sequence[str]
     embeddings: Float[np.ndarray, "N E"]
     held_out: Pictures
-    targets: Float[np.ndarray, "C E"]
+    targets: Float[np.ndarray, "M E"]
 
     @functools.cached_property
     def _reduced(self) -> projections.Linear:
@@ -67,7 +70,7 @@ class CaptionJudge:
         x, y = self.train.features, self.embeddings
         return projections.ridges(x, y, [projections.choose_strength(x, y, self.captions)])[0]
 
-    def score(self, drawn: Pictures, owners: Int[np.ndarray, "N"]) -> dict[str, float]:
+    def score(self, drawn: Pictures, owners: Labels) -> dict[str, float]:
         """Scores of pictures, of which each was drawn from the caption in `owners`.
 
         retrieval: share whose caption is found among all held-out ones. frechet: distance to the

@@ -38,7 +38,7 @@ def train(network: Classifier, dataset: Dataset):
     """Parameters after STEPS steps of Adam on randomly shifted real training images."""
     split, schedule = dataset.train, optax.cosine_decay_schedule(RATE, STEPS)
     optimizer = optax.adam(schedule)
-    params = network.init(jax.random.key(0), dataset.train.x[:1])["params"]
+    params = network.init(jax.random.key(0), jnp.asarray(dataset.train.x[:1]))["params"]
 
     def loss(params, x, label):
         logits, _ = network.apply({"params": params}, x)

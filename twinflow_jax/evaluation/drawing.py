@@ -1,14 +1,15 @@
 """Text-to-image runs scored on the captions of held-out records, whose embeddings they hold."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, models, sampling, text_to_image
+from twinflow_jax.arrays import HostImages, HostLatents, Labels
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
 from twinflow_jax.errors import UserError
@@ -16,7 +17,7 @@ from twinflow_jax.evaluation import captioned
 from twinflow_jax.text_to_image import Embeddings, Pipeline
 
 BATCH, CHUNK = 64, 256  # pictures drawn, and records read, at once
-Decode = Callable[[Float[np.ndarray, "N h w c"]], Float[np.ndarray, "N H W 3"]]
+Decode = Callable[[HostLatents], HostImages]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Captions:
     texts: tuple[str, ...]
     cond: Embeddings
     null: Embeddings
-    real: Float[np.ndarray, "C H W 3"]
+    real: HostImages
 
 
 def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> Run:
@@ -134,7 +135,7 @@ def create_judge(
     """A judge fitted to all pairs of the training records, each with its first caption."""
     split, captions, embeddings = split_of(train), [], []
 
-    def batches() -> Iterator[Float[np.ndarray, "B H W 3"]]:
+    def batches() -> Iterator[HostImages]:
         rows = range(train.splits[split])
         for start in tqdm(rows[::CHUNK], unit_scale=CHUNK, unit=" pictures", desc="real pairs"):
             examples = [train.read(split, row) for row in rows[start : start + CHUNK]]
@@ -151,14 +152,14 @@ def create_judge(
     )
 
 
-def owners_of(captions: Captions, seeds: int) -> Int[np.ndarray, "N"]:
+def owners_of(captions: Captions, seeds: int) -> Labels:
     """The caption of each picture: all of one after the other."""
     return np.repeat(np.arange(len(captions.texts)), seeds)
 
 
 def draw(
     run: Run, captions: Captions, seeds: int, seed: int, sampler: Callable, decode: Decode
-) -> Float[np.ndarray, "N H W 3"]:
+) -> HostImages:
     """`seeds` pictures of each caption. sampler: for `Pipeline.denoise`."""
     owners = owners_of(captions, seeds)
     cut = slice(None), slice(run.text_tokens)
@@ -191,7 +192,7 @@ def plain(run: Run, evaluations: int, guidance: float) -> Callable:
     return run.pipeline.base(sampling.Schedule(times, times[:-1], "euler"), guidance)
 
 
-def shown(captions: Captions, seeds: int, rows: int) -> tuple[Int[np.ndarray, "R"], Sequence[int]]:
+def shown(captions: Captions, seeds: int, rows: int) -> tuple[Labels, Int[np.ndarray, "M"]]:
     """Captions of a sheet, spread over all, and the numbers of their pictures."""
     some = np.unique(np.linspace(0, len(captions.texts) - 1, rows).astype(int))
     return some, (some[:, None] * seeds + np.arange(seeds)).ravel()

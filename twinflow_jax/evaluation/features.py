@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 
+from twinflow_jax.arrays import Features, HostImages, Images
 from twinflow_jax.checkpoints import tensors
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import cache
@@ -22,7 +23,7 @@ SIDE = 128  # pixels that images are scaled to; at 224 it takes three times as l
 BATCH = 32
 
 
-def scaled(x: Float[Array, "B H W 3"], side: int) -> Float[Array, "B side side 3"]:
+def scaled(x: Images, side: int) -> Float[Array, "B {side} {side} 3"]:
     """Images of another size, linear and antialiased."""
     return jax.image.resize(x, (x.shape[0], side, side, 3), "linear")
 
@@ -39,7 +40,7 @@ class Network:
         network = efficientnet.EfficientNet()
         return jax.jit(lambda params, x: network.apply({"params": params}, scaled(x, SIDE)))
 
-    def __call__(self, x: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+    def __call__(self, x: HostImages) -> Features:
         """Features of images in [-1, 1], in float64."""
         parts = []
         for start in range(0, len(x), BATCH):
@@ -47,7 +48,7 @@ class Network:
             parts.append(np.asarray(self._apply(self.params, np.asarray(x[rows], np.float32))))
         return np.concatenate(parts)[: len(x)].astype(np.float64)
 
-    def remembered(self, x: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N D"]:
+    def remembered(self, x: HostImages) -> Features:
         """The same, kept for the next time: of real images, which are seen again and again."""
         x = np.ascontiguousarray(x, np.float32)
         key = self.digest, repr((SIDE, x.shape)).encode(), x.tobytes()

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from twinflow_jax.arrays import Labels
 from twinflow_jax.data import Dataset
 from twinflow_jax.evaluation import classifier, metrics
 
 
-def sample_labels(count: int, num_classes: int) -> Int[np.ndarray, "count"]:
+def sample_labels(count: int, num_classes: int) -> Int[np.ndarray, "{count}"]:
     """Classes in turn, so that every count has them balanced."""
     return np.arange(count, dtype=np.int32) % num_classes
 
@@ -41,9 +42,7 @@ class Judge:
     def _held_out(self):
         return self._features(self.dataset.test.x)[1]
 
-    def score(
-        self, x: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"]
-    ) -> dict[str, float]:
+    def score(self, x: Float[np.ndarray, "N H W C"], labels: Labels) -> dict[str, float]:
         """Scores of samples in [-1, 1] that were made for `labels`; clamp them first.
 
         accuracy: share that the classifier gives their label. frechet: distance of features to

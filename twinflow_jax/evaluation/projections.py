@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from twinflow_jax.arrays import Features
 from twinflow_jax.evaluation import metrics
 
 STRENGTHS = tuple(10.0**e for e in np.arange(-3, 1.5, 0.5))  # tried, of the mean squared scale
@@ -19,11 +20,11 @@ class Linear:
     shift: Float[np.ndarray, "D"]
     matrix: Float[np.ndarray, "D E"]
 
-    def __call__(self, x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N E"]:
+    def __call__(self, x: Features) -> Float[np.ndarray, "N E"]:
         return (x - self.shift) @ self.matrix
 
 
-def principal(x: Float[np.ndarray, "N D"], dimensions: int) -> Linear:
+def principal(x: Features, dimensions: int) -> Linear:
     """Onto the directions in which x varies most; distances in them are kept."""
     shift = x.mean(0)
     _, vectors = np.linalg.eigh(np.cov((x - shift).T))
@@ -31,7 +32,7 @@ def principal(x: Float[np.ndarray, "N D"], dimensions: int) -> Linear:
 
 
 def ridges(
-    x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "N E"], strengths: Sequence[float]
+    x: Features, y: Float[np.ndarray, "N E"], strengths: Sequence[float]
 ) -> list[Linear]:
     """From standardised x to centred y, by least squares with a penalty on the matrix.
 
@@ -48,7 +49,7 @@ def ridges(
 
 
 def choose_strength(
-    x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "N E"], captions: Sequence[str]
+    x: Features, y: Float[np.ndarray, "N E"], captions: Sequence[str]
 ) -> float:
     """The penalty with which captions left out of the fit are found best.
 

@@ -71,8 +71,8 @@ def locally(function: Callable, *arguments: tuple[Array, tuple[str | None, ...]]
 
 
 def contract_in_place(
-    x: Float[Array, "B K D"], kernel: Float[Array, "layers D M"]
-) -> Float[Array, "layers B K M"]:
+    x: Float[Array, "B K D"], kernel: Float[Array, "layers D E"]
+) -> Float[Array, "layers B K E"]:
     """`x @ kernel` of all layers, the kernel staying where it lies: for kernels far larger than x.
 
     Each device multiplies its part of D for all rows, and the rows' sums come home to the

@@ -35,7 +35,7 @@ def blend_weights(corners: list[int], tile: int, overlap: int) -> list[Float[np.
 
 def tiled(
     fn: Callable, x: Float[np.ndarray, "B H W C"], tile: int, overlap: int, scale: Fraction | int
-) -> Float[np.ndarray, "B H*{scale} W*{scale} K"]:
+) -> Float[np.ndarray, "B H*{scale} W*{scale} c"]:
     """`fn(x)` by overlapping tiles: the device holds one at a time, the host the float32 result.
 
     fn: (B, h, w, C) -> (B, h*scale, w*scale, K); it meets one shape only, (B, tile, tile, C) or

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,7 @@ from twinflow_jax.parallel.rules import RULES, shardings
 NAMES = ("partitioner", "gather_layers", "gather_once")
 
 
+@no_type_check  # layouts of weights, and what JAX fills trees with, are built as weights
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Held:

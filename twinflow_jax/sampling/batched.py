@@ -2,9 +2,10 @@
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tqdm import tqdm
 
+from twinflow_jax.arrays import Numbers
 from twinflow_jax.sampling.any_step import sample
 from twinflow_jax.sampling.grids import Grid
 
@@ -12,7 +13,7 @@ BATCH = 256
 
 
 def generate(
-    model, params, labels: Int[np.ndarray, "N"], grid: Grid, seed: int, progress: bool = True
+    model, params, labels: Numbers, grid: Grid, seed: int, progress: bool = True
 ) -> Float[np.ndarray, "N ..."]:
     """Samples for labels, clamped to [-1, 1]; model: has apply, cond and sample_shape.
 

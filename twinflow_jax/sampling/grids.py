@@ -70,8 +70,8 @@ def recommended(steps: int) -> dict[str, Any]:
 
 
 def kumaraswamy(
-    u: Float[np.ndarray, "n"], a: Number, b: Number, c: Number
-) -> Float[np.ndarray, "n"]:
+    u: Float[np.ndarray, "steps"], a: Number, b: Number, c: Number
+) -> Float[np.ndarray, "steps"]:
     """`(1 - (1 - u^a)^b)^c`: moves grid points where a trajectory bends; (1, 1, 1) is identity."""
     return (1 - (1 - u**a) ** b) ** c
 

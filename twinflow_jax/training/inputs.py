@@ -14,13 +14,14 @@ from etils import epath
 from jaxtyping import Float
 
 from twinflow_jax import checkpoints, data, evaluation, models, text_to_image
+from twinflow_jax.arrays import AnyArray
 from twinflow_jax.checkpoints import imported, random
 from twinflow_jax.data.records import Records
 from twinflow_jax.errors import UserError
 from twinflow_jax.parallel import hosts
 from twinflow_jax.training import records
 
-Conditions = dict[str, np.ndarray]  # row k of each array is of label, or prompt, k
+Conditions = dict[str, AnyArray]  # row k of each array is of label, or prompt, k
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Everything that a checkpoint holds."""
 
 import dataclasses
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 from twinflow_jax.training import ema
 
 
+@no_type_check  # shapes and layouts of states, and what JAX fills trees with, are built as states
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:

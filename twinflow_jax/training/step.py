@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from twinflow_jax import parallel
+from twinflow_jax.arrays import Apply
 from twinflow_jax.errors import UserError
 from twinflow_jax.objectives import Batch, Objective
-from twinflow_jax.objectives.draws import counts_of
+from twinflow_jax.objectives.draws import Draws, counts_of
 from twinflow_jax.training import ema, optimizers
 from twinflow_jax.training.state import TrainState
 
@@ -30,7 +31,9 @@ class StepConfig:
     condition_dropout: float = 0.0
 
 
-def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
+def micro_batches(
+    objective: Objective, batch: Batch, draws: Draws, micro_steps: int
+) -> list[tuple[Batch, Draws]]:
     """The batch in consecutive parts of equal size, as (batch, draws) pairs.
 
     Rows stand in role order, so with several parts the roles rotate over them; a part may
@@ -52,7 +55,7 @@ def micro_batches(objective: Objective, batch: Batch, draws, micro_steps: int):
 
 
 def loss_and_gradient(
-    objective: Objective, apply, params, teacher_params, batch: Batch, draws,
+    objective: Objective, apply: Apply, params, teacher_params, batch: Batch, draws: Draws,
     micro_steps: int = 1, strategy: parallel.Strategy | None = None,
 ):
     """`((loss, terms), gradient)` of a whole batch, computed in micro-steps.
@@ -104,7 +107,7 @@ def loss_and_gradient(
 
 
 def make_step(
-    objective: Objective, apply: Callable, optimizer: optax.GradientTransformation,
+    objective: Objective, apply: Apply, optimizer: optax.GradientTransformation,
     config: StepConfig, strategy: parallel.Strategy | None = None,
     layouts: TrainState | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:

@@ -257,7 +257,7 @@ class HeadProjection(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B heads S d"]:
+    def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B heads S E"]:
         c = self.config
         kernel = self.param(
             "kernel",
