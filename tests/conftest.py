@@ -1,10 +1,17 @@
-"""Lets the tests import the package and the benchmarks from a checkout that is not installed."""
+"""Lets the tests import the package and the benchmarks from a checkout that is not installed.
+
+The package's annotations are checked at every call in the processes of the tests themselves, and
+in a program that they start where it imports this.
+"""
 
 import os
 import pathlib
 import signal
 import sys
 import tempfile
+
+import jaxtyping
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -15,8 +22,29 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "twinflow_jax_test_cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("TWINFLOW_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+# Before anything of the package is imported. An int is a float, as in Python's type system.
+jaxtyping.install_import_hook(
+    "twinflow_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 # A shell starts background jobs with SIGINT ignored, which what is tested would inherit.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list:
+    """The programs that are compiled ahead of their first call, as far as the test has come."""
+    import jax  # once it is known what the environment is
+
+    programs, compile_one = [], jax.stages.Lowered.compile
+
+    def count(lowered, *args, **options):
+        programs.append(lowered)
+        return compile_one(lowered, *args, **options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", count)
+    return programs

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from PIL import Image
 
 from tests import qwen_folder
 from tests.test_verbs import call
-from twinflow_jax import files, images, sample, text_to_image
+from twinflow_jax import files, images, sample, sampling, text_to_image
 from twinflow_jax.checkpoints import importing, store
+from twinflow_jax.models.qwen_image import autoencoder
 
 PROMPTS = [
     "a red fox",
@@ -229,9 +231,29 @@ def test_tiles(made):
     assert theirs.std() > 20 and 0 < np.abs(images.to_uint8(ours) - theirs).mean() < 3
 
 
+def test_batches_share_one_program(made, monkeypatch, compiled):
+    """Of the encoders and of the sampler; the last batch has fewer rows than the others."""
+    pipeline = text_to_image.open_pipeline(made.checkpoint)
+    prompts = pipeline.family.tokenize(pipeline.tokenizer(), PROMPTS[:1] * 5)
+    with pipeline.text_encoder(batch=2) as encode:
+        tokens = encode(*prompts)
+        encode(*(a[:1] for a in prompts))
+    assert len(compiled) == 1
+    with pipeline.image_encoder() as encode:
+        once = chex.assert_max_traces(autoencoder.Autoencoder.encode, 1)
+        monkeypatch.setattr(autoencoder.Autoencoder, "encode", once)
+        for rows in (2, 1):
+            encode(np.zeros((rows, *SIZE, 3), np.float32), 2)
+    numbers, shape = np.arange(3), pipeline.latent_shape(SIZE)
+    draw = pipeline.few_step(sampling.few_step(2))
+    assert len(pipeline.denoise(draw, tokens, numbers, numbers, shape, 0, batch=2)) == 3
+    assert len(compiled) == 2
+
+
 SHARDED = """
 import sys
 import jax
+import tests.conftest
 from twinflow_jax import sample, text_to_image
 from twinflow_jax.errors import run_verb
 

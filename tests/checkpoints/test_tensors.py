@@ -124,7 +124,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
         yield np.zeros(4, np.float32)
         raise OSError("disk full")
 
-    shapes = {"a": (np.float32, (4,)), "b": (np.float32, (4,))}
+    shapes = dict.fromkeys("ab", (np.dtype(np.float32), (4,)))
     with pytest.raises(OSError, match="disk full"):
         tensors.write(epath.Path(tmp_path / "new.safetensors"), shapes, arrays())
     assert not list(tmp_path.iterdir())

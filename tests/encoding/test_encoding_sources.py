@@ -10,6 +10,7 @@ import pictures
 import pyarrow
 import pyarrow.parquet
 import pytest
+from etils import epath
 from PIL import Image
 
 from twinflow_jax.encoding import index, open_source, sizes
@@ -203,9 +204,10 @@ def test_kinds_of_pictures(tmp_path):
 
 def test_plans_depend_on_the_listing_alone(tmp_path):
     source = opened(pictures.write_lines(tmp_path / "in" / "lines.jsonl", COUNT))
+    work = epath.Path(tmp_path)
     for number in range(len(source.chunks)):
-        index.write_chunk(tmp_path, source, number, 64)
-    plan = index.plan(tmp_path, len(source.chunks), ((96, 64), (64, 64), (64, 96)), 2)
+        index.write_chunk(work, source, number, 64)
+    plan = index.plan(work, len(source.chunks), ((96, 64), (64, 64), (64, 96)), 2)
     keys = [key for shard in plan.shards for key in shard.keys]
     assert len(set(keys)) == len(keys) and not set(keys) & plan.skipped.keys()
     assert {s.reason for s in plan.skipped.values()} == {

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -79,7 +80,7 @@ def test_evaluate_scores_a_run_on_held_out_captions(made, tmp_path, capsys, monk
 
     def see(self, x):
         seen.append(len(x))
-        return np.asarray(features.scaled(x, 4)).reshape(len(x), -1).astype(np.float64)
+        return np.asarray(features.scaled(jnp.asarray(x), 4)).reshape(len(x), -1).astype(np.float64)
 
     monkeypatch.setattr(features.Network, "__call__", see)
     monkeypatch.setattr(features, "load", lambda file: features.Network({}, b"pixels"))

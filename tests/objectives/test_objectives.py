@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,10 +129,8 @@ def test_terms_add_up_and_are_finite_at_the_ends_of_time(preset):
             if name in role:
                 role[name] = role[name].at[:1].set(0.0).at[-1:].set(1.0)
     (loss, terms), gradient = evaluate(objective, batch, draws)
-    assert np.isfinite(loss)
+    chex.assert_tree_all_finite((loss, gradient))
     assert float(loss) == pytest.approx(sum(float(term) for term in terms.values()), rel=1e-6)
-    for leaf in jax.tree.leaves(gradient):
-        assert np.isfinite(leaf).all()
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 0
 
 
@@ -298,7 +297,7 @@ def test_draws_have_the_rows_that_the_roles_count(preset):
         joined = jax.tree.map(
             lambda *leaves: jnp.concatenate(leaves), *[p[role] for p in parts if role in p]
         )
-        jax.tree.map(np.testing.assert_array_equal, joined, draws[role])
+        chex.assert_trees_all_equal(joined, draws[role])
 
 
 # What is refused

@@ -5,6 +5,7 @@ JAX computes in float32, PyTorch in float64 from the same float32 weights, data 
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,8 +196,12 @@ def test_loss_terms_and_gradient_match_pytorch(case):
     ],
     ids=lambda value: str(value).replace(" ", ""),
 )
-def test_training_follows_pytorch(preset, fields, unconditional):
-    """Five steps of the real train step with Adam: same losses, weights, teacher and average."""
+def test_training_follows_pytorch(preset, fields, unconditional, monkeypatch):
+    """Five steps of the real train step with Adam, which is traced once: same losses, weights,
+    teacher and average."""
+    chex.clear_trace_counter()
+    once = chex.assert_max_traces(train_step.loss_and_gradient, 1)
+    monkeypatch.setattr(train_step, "loss_and_gradient", once)
     objective = objectives.build(objectives.preset(preset, **fields))
     rows, seed, rate = 16, 3, 1e-3
     params = weights()[0]

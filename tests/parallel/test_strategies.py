@@ -104,7 +104,8 @@ def check_collectives(hlo: str, config, name: str, mesh, where) -> None:
 
 @pytest.mark.parametrize("name", ["QWEN", "SANA", "DIT, FEW"])
 def test_eight_devices_compute_what_one_does(name):
-    program = f"from tests.parallel.test_strategies import *; compare({name})"
+    program = "import tests.conftest; from tests.parallel.test_strategies import *"
+    program += f"; compare({name})"
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     root = pathlib.Path(__file__).resolve().parents[2]
     process = subprocess.run(

@@ -1,8 +1,10 @@
 """The any-step sampler against an oracle in float64 NumPy, and its time grids."""
 
 import functools
+import types
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from twinflow_jax import sampling
 from twinflow_jax.errors import UserError
+from twinflow_jax.sampling import any_step, batched
 
 ROWS, WIDTH = 6, 3
 MIX = np.array([[0.9, -0.4, 0.2], [0.3, 0.7, -0.5], [-0.6, 0.1, 0.8]])
@@ -370,3 +373,16 @@ def test_images_and_low_precision_networks_sample_in_float32():
     grid = sampling.make_grid(3, "any")
     assert sampling.sample(half, None, noise, {}, grid, KEY).dtype == jnp.float32
     assert sampling.trajectory(half, None, noise, {}, grid, KEY).shape == (4, 2, 4, 4, 1)
+
+
+def test_batches_share_one_program(monkeypatch):
+    """Ten samples, four at once: the last batch has fewer rows than the others."""
+    model = types.SimpleNamespace(
+        sample_shape=(WIDTH,), cond=lambda labels: {"shift": jnp.asarray(COND["shift"])[labels]},
+        apply=functools.partial(apply),  # which nothing was compiled for before
+    )
+    monkeypatch.setattr(batched, "BATCH", 4)
+    monkeypatch.setattr(any_step, "_run", chex.assert_max_traces(any_step._run, 1))
+    labels, grid = np.arange(10) % ROWS, sampling.make_grid(3, "any")
+    samples = sampling.generate(model, jnp.float32(1), labels, grid, 0, progress=False)
+    assert samples.shape == (10, WIDTH)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -36,6 +37,11 @@ def test_run_leaves_pictures_metrics_and_the_last_checkpoints(small_config, tmp_
     assert list((tmp_path / "run/tensorboard").iterdir())
 
 
+def test_a_step_is_compiled_once(small_config, tmp_path, compiled):
+    trained(small_config("train.steps=4"), tmp_path / "run")
+    assert len(compiled) == 1
+
+
 def test_several_processes_share_compiled_programs(tmp_path, monkeypatch):
     """They are kept in the run's folder, also where something has compiled before."""
     jax.jit(lambda x: x + 1)(1.0)
@@ -64,7 +70,7 @@ def test_micro_steps_train_the_same_weights(small_config, tmp_path):
         ).unlock()
         config.objective = objectives.preset("released")
         results.append(trained(config, tmp_path / str(micro_steps)).params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), *results)
+    chex.assert_trees_all_close(*results, rtol=2e-4, atol=1e-6)
 
 
 def test_starts_from_another_run(small_config, tmp_path):
@@ -73,7 +79,7 @@ def test_starts_from_another_run(small_config, tmp_path):
         f"train.init_from={tmp_path / 'first'}", "train.steps=1", "optimizer.learning_rate=0.0"
     )
     second = trained(config, tmp_path / "second")
-    jax.tree.map(np.testing.assert_array_equal, second.params, first.average.params)
+    chex.assert_trees_all_equal(second.params, first.average.params)
 
     with pytest.raises(UserError, match=r"another network.*model.width \(32\)"):
         trained(
@@ -94,7 +100,7 @@ def test_nan_stops_with_step_and_term(small_config, tmp_path):
         trained(small_config("optimizer.learning_rate=1e12"), tmp_path / "run")
     _, _, raw, step = checkpoints.load_weights(tmp_path / "run", raw=True)
     assert step == 5
-    jax.tree.map(np.testing.assert_array_equal, raw, first.params)
+    chex.assert_trees_all_equal(raw, first.params)
 
 
 def test_folder_of_another_run_is_refused(small_config, tmp_path):
@@ -140,9 +146,7 @@ def test_phases_differ_in_terms_and_their_means_are_written(small_config, tmp_pa
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert {"loss/multi_step", "loss/rcgm", "loss/rectify"} <= row.keys()
     shutil.rmtree(tmp_path / "run/checkpoints/10")
-    jax.tree.map(
-        np.testing.assert_array_equal, trained(config, tmp_path / "run").params, whole.params
-    )
+    chex.assert_trees_all_equal(trained(config, tmp_path / "run").params, whole.params)
 
 
 def test_condition_dropout_trains_the_empty_condition(small_config, tmp_path):
@@ -195,7 +199,7 @@ def test_torn_checkpoint_falls_back_loudly(small_config, tmp_path, capsys):
         checkpoints.load_weights(tmp_path / "run")
     again = trained(config, tmp_path / "run")
     assert "checkpoint 20" in capsys.readouterr().err
-    jax.tree.map(np.testing.assert_array_equal, again.params, expected.params)
+    chex.assert_trees_all_equal(again.params, expected.params)
 
 
 def test_no_room_for_a_checkpoint(small_config, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -135,8 +136,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(write, config, tmp_path, monke
         train(made, str(tmp_path / "parts"), progress=False)
     monkeypatch.undo()
     again = train(made, str(tmp_path / "parts"), progress=False)
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(again.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(whole.params, again.params)
     write_again(folders[1])
     with pytest.raises(UserError, match="started on other records"):
         train(made, str(tmp_path / "parts"), progress=False)

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 from twinflow_jax import checkpoints, models
@@ -104,8 +104,7 @@ def test_killed_run_ends_with_the_same_bits(undisturbed, tmp_path):
     assert process.wait() == 0, process.stderr.read()
 
     mine, theirs = final_state(workdir), final_state(undisturbed)
-    for ours, expected in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(ours, expected)
+    chex.assert_trees_all_equal(mine, theirs)
     assert losses(workdir) == losses(undisturbed)
 
 
@@ -114,8 +113,8 @@ def test_weights_of_the_run_are_its_average(undisturbed):
     _, _, raw, _ = checkpoints.load_weights(undisturbed, raw=True)
     last = final_state(undisturbed)
     assert step == STEPS
-    jax.tree.map(np.testing.assert_array_equal, average, last.average.params)
-    jax.tree.map(np.testing.assert_array_equal, raw, last.params)
+    chex.assert_trees_all_equal(average, last.average.params)
+    chex.assert_trees_all_equal(raw, last.params)
 
 
 def test_config_record_is_the_config(undisturbed):
