@@ -15,7 +15,7 @@ A number is that size, `{...}` an argument's, `_` any. Within one call an axis h
 so that arrays of a list which differ along an axis call it `_`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ HostImages = Float[np.ndarray, "N H W 3"]
 HostLatents = Float[np.ndarray, "N h w c"]
 Features = Float[np.ndarray, "N D"]
 Labels = Int[np.ndarray, "N"]  # a number of something else for each
+Numbers = Sequence[int] | Labels  # the same, as users give them
 
 Apply = Callable[[Any, Samples, Times, Times, Any], Velocities]
 """A network: `(params, x_t, t, r, cond) -> velocity`."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Float
 
-from twinflow_jax.arrays import HostLatents, Labels
+from twinflow_jax.arrays import HostLatents, Numbers
 from twinflow_jax.drawing import codec, denoising, text
 from twinflow_jax.drawing.conditions import Embeddings, same_length
 from twinflow_jax.drawing.denoising import Base, FewStep, Sampler
@@ -20,8 +20,8 @@ ROUND = 256  # pictures whose latents are in memory at once
 
 
 def pictures(
-    pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Labels,
-    numbers: Labels, shape: tuple[int, int, int], seed: int, batch: int | None = None,
+    pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Numbers,
+    numbers: Numbers, shape: tuple[int, int, int], seed: int, batch: int | None = None,
     null: Embeddings | None = None, tile: int = codec.TILE,
     seen: Callable[[HostLatents], None] | None = None,
 ) -> Iterator[Float[np.ndarray, "H W 3"]]:

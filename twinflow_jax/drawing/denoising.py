@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from twinflow_jax import parallel, sampling, seeds
-from twinflow_jax.arrays import HostLatents, Labels
+from twinflow_jax.arrays import HostLatents, Numbers
 from twinflow_jax.drawing.conditions import Embeddings
 from twinflow_jax.drawing.pipeline import Pipeline
 from twinflow_jax.errors import UserError
@@ -59,8 +59,8 @@ def base(pipeline: Pipeline, schedule: sampling.Schedule, guidance: float) -> Ba
 
 
 def denoise(
-    pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Labels,
-    numbers: Labels, shape: tuple[int, int, int], seed: int, batch: int | None = None,
+    pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Numbers,
+    numbers: Numbers, shape: tuple[int, int, int], seed: int, batch: int | None = None,
     null: Embeddings | None = None,
 ) -> HostLatents:
     """Latents: one for each of `owners`, the row of `cond` that it is of.
@@ -69,8 +69,9 @@ def denoise(
     noise. batch: images at once (default: one for each part of the mesh's rows).
     """
     stage, mesh = "denoising", pipeline.mesh()
+    owners, numbers = np.asarray(owners), np.asarray(numbers, np.uint32)
     batch = min(batch or parallel.row_parts(mesh), len(owners))
-    keys = jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers.astype(np.uint32))
+    keys = jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers)
     over = parallel.over_rows(mesh, batch)
     empty = null.rows(np.zeros(batch, int)) if null else None
     with pipeline.loaded("transformer", stage) as (config, params):

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, UInt
 from tqdm import tqdm
 
 from twinflow_jax import seeds
+from twinflow_jax.arrays import Numbers
 from twinflow_jax.sampling.any_step import sample
 from twinflow_jax.sampling.grids import Grid
 
@@ -31,7 +32,7 @@ def batches(
 
 
 def generate(
-    model, params, labels: Int[np.ndarray, "N"], grid: Grid, seed: int, progress: bool = True
+    model, params, labels: Numbers, grid: Grid, seed: int, progress: bool = True
 ) -> Float[np.ndarray, "N ..."]:
     """Samples for labels, clamped to [-1, 1]; model: has apply, cond and sample_shape.
 
