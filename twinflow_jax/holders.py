@@ -46,10 +46,10 @@ class Holder:
         return cls(owner, host, machine(), process, started(process), since)
 
     @classmethod
-    def of(cls, file: epath.Path) -> "Holder | None":
+    def of(cls, file: epath.PathLike) -> "Holder | None":
         """Whom a file names; None for nobody, or where it is gone or cannot be read."""
         try:
-            return cls(**json.loads(file.read_text()))
+            return cls(**json.loads(epath.Path(file).read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
