@@ -1,12 +1,13 @@
 """Config files and overrides: typed, locked, and helpful when something is misspelled."""
 
+import dataclasses
 import json
 import pathlib
 
 import pytest
 
 from twinflow_jax import config as configs
-from twinflow_jax import models, objectives, train
+from twinflow_jax import keys, models, objectives, train
 from twinflow_jax.config import reference
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import optimizers
@@ -130,6 +131,22 @@ def test_configs_that_come_along_have_names(tmp_path, monkeypatch):
         assert configs.parse(name) == here
     with pytest.raises(UserError, match="no config file"):
         configs.parse("elsewhere/mnist.py")
+
+
+def test_a_key_without_meaning_or_of_another_kind_is_told():
+    @dataclasses.dataclass(frozen=True)
+    class Bare(keys.Part):
+        section = "bare"
+        speed: int = 3
+
+    @dataclasses.dataclass(frozen=True)
+    class Other(keys.Part):
+        section = "other"
+        speed: dict | None = keys.option(None, "of it")
+
+    for part, message in ((Bare, "Bare.speed has no meaning"), (Other, "Other.speed is .*: a key")):
+        with pytest.raises(TypeError, match=message):
+            part()
 
 
 def test_unknown_model_and_objective_fields():

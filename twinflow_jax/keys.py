@@ -153,14 +153,19 @@ def keys_of(part: type) -> dict[str, Key]:
     for field in dataclasses.fields(part):
         declared = (base.__dataclass_fields__.get(field.name) for base in part.__mro__[:-1]
                     if dataclasses.is_dataclass(base))
-        told = next(one.metadata for one in declared if one is not None and one.metadata)
+        told = next((one.metadata for one in declared if one is not None and one.metadata), None)
+        where = f"{part.__module__}.{part.__name__}.{field.name}"
+        if told is None:
+            raise TypeError(f"{where} has no meaning: make it with option(default, meaning)")
+        if hints[field.name] not in WORDS and not isinstance(hints[field.name], types.GenericAlias):
+            raise TypeError(f"{where} is {hints[field.name]}: a key is int, float, str, bool or a "
+                            "tuple of one of them")
         found[field.name] = Key(hints[field.name], field.default, **told)
     return found
 
 
 def _elements(kind: Any) -> tuple[type, int | None]:
     """The type of a tuple's elements, and how many there are: None for any number."""
-    assert isinstance(kind, types.GenericAlias), kind
     each, *others = typing.get_args(kind)
     return each, None if others == [...] else 1 + len(others)
 

@@ -134,11 +134,9 @@ def test_terms_add_up_and_are_finite_at_the_ends_of_time(preset):
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 0
 
 
-@pytest.mark.parametrize(
-    "preset, numbers", [("released", (2, 4, 8)), ("paper", (8,)), ("tutorial", (4,))]
-)
-def test_micro_steps_do_not_change_the_gradient(preset, numbers):
-    objective = build(preset)
+@pytest.mark.parametrize("preset", objectives.PRESETS)
+def test_micro_steps_do_not_change_the_gradient(preset):
+    objective, numbers = build(preset), {"released": (2, 4, 8), "paper": (8,)}.get(preset, (4,))
     batch, draws = example(objective, 8)
     (loss, terms), gradient = evaluate(objective, batch, draws)
     whole = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
@@ -150,6 +148,26 @@ def test_micro_steps_do_not_change_the_gradient(preset, numbers):
         for name, term in terms.items():
             assert float(part_terms[name]) == pytest.approx(float(term), rel=1e-5)
         np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda draws: draws.pop("base"),
+    lambda draws: draws["twin"].update(t_fake=draws["twin"]["t_fake"][1:]),
+    lambda draws: draws.update(other=draws["twin"]),
+])
+def test_draws_of_other_rows_than_counted_are_told(wrong, monkeypatch):
+    """They would train on less than the batch without a word."""
+    form, objective = objectives.FORMS["paper"], build("paper")
+    whole = form.draw
+
+    def draw(*given):
+        draws = whole(*given)
+        wrong(draws)
+        return draws
+
+    monkeypatch.setattr(form, "draw", draw)
+    with pytest.raises(TypeError, match="paper: draw gives rows .* counts"):
+        objective.draw(jax.random.key(0), 8, SHAPE)
 
 
 @pytest.mark.parametrize("preset", ["released", "tutorial", "paper"])

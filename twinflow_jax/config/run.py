@@ -22,7 +22,7 @@ class Data(keys.Part):
 
     section: ClassVar[str] = "data"
 
-    name: str = option("mnist5k", "labelled images: digits, mnist5k or mnist")
+    name: str = option("mnist5k", "labelled images, a name in data.sources.SOURCES")
     records: tuple[str, ...] = option(
         (), "in their place: folders that twinflow encode wrote", is_path=True
     )

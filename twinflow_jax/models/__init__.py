@@ -55,12 +55,13 @@ class Model:
 
     def abstract_null(self, text_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of `null`, for text of so many tokens in the dtype of computation."""
-        def of_text(name, leaf):
+        def abstract(name, leaf):
+            of_text = name in ("tokens", "mask")
+            shape = (1, text_tokens, *leaf.shape[2:]) if of_text else leaf.shape
             dtype = jnp.dtype(self.dtype) if name == "tokens" else leaf.dtype
-            return jax.ShapeDtypeStruct((1, text_tokens, *leaf.shape[2:]), dtype)
+            return jax.ShapeDtypeStruct(shape, dtype)
 
-        null = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for k, leaf in self.null.items()}
-        return {k: of_text(k, leaf) for k, leaf in null.items()} if "tokens" in null else null
+        return {name: abstract(name, leaf) for name, leaf in self.null.items()}
 
     def cond(self, labels) -> dict[str, jax.Array]:
         """The condition for class labels (B,); {} for a network without classes."""

@@ -1,6 +1,6 @@
 """What is minimised. Pure functions of `apply(params, x_t, t, r, cond) -> velocity`.
 
-Three forms, one module each (`form.Form` says what one is):
+The forms, one module each (`form.Form` says what one is):
 `twinflow` (as released: roles), `tutorial` (five full-batch losses) and `paper` (equations).
 A preset is a name for one Config; `build` binds a Config to its form.
 """
@@ -17,7 +17,11 @@ from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import Counts, Draws, cut
 from twinflow_jax.objectives.form import Form
 
-FORMS: dict[str, Form] = {"twinflow": twinflow, "tutorial": tutorial, "paper": paper}
+FORMS: dict[str, Form] = {
+    "twinflow": twinflow,
+    "tutorial": tutorial,
+    "paper": paper,
+}
 
 PRESETS = {
     "released": twinflow.Config(),
@@ -84,7 +88,13 @@ class Objective:
         return all(mine[role] > 0 for role, rows in used.items() if rows > 0)
 
     def draw(self, key, batch_size: int, sample_shape: tuple[int, ...]) -> Draws:
-        return self.form.draw(key, batch_size, sample_shape, self.config)
+        draws = self.form.draw(key, batch_size, sample_shape, self.config)
+        # Shapes only, once for each trace: a row too few would silently train on less.
+        wanted = {r: {n} for r, n in self.form.counts(batch_size, self.config).items() if n}
+        found = {role: {leaf.shape[0] for leaf in mine.values()} for role, mine in draws.items()}
+        if found != wanted:
+            raise TypeError(f"{self.config.form}: draw gives rows {found}, counts {wanted}")
+        return draws
 
     def loss(
         self, apply: Apply, params, teacher_params, batch: Batch, draws: Draws,

@@ -21,7 +21,7 @@ class Shared(keys.Part):
     section: ClassVar[str] = "objective"
     guidance = 0.0  # a key only of the forms that have it
 
-    form: str = option("", "the form of the loss: twinflow, tutorial or paper")
+    form: str = option("", "the form of the loss, a name in objectives.FORMS")
     order: int = option(2, "teacher sub-steps of a jump", least=0)
     dt: float = option(0.01, "length of the step along the known velocity", above=0, below=1)
     clip: float = option(1.0, "limit on the RCGM error; 0 is none", least=0)

@@ -1,4 +1,4 @@
-"""What a form of the loss is: fill these four in, in a module of its own."""
+"""What a form of the loss is: fill these five in, in a module of its own."""
 
 from typing import Any, Protocol, runtime_checkable
 

@@ -35,9 +35,11 @@ def shrink(
 
     sample_shape: of the latents. text_tokens: of each caption.
     """
-    networks = models.FAMILIES[config.model.name].text_to_image
-    published = networks.tiny["transformer"]
-    settings = networks.networks["transformer"].config.from_published(published)
+    family = models.FAMILIES[config.model.name].text_to_image
+    network = family.networks["transformer"]
+    settings = network.config()
+    if network.published:
+        settings = network.config.from_published(family.tiny["transformer"])
     config.pipeline = "random"
     config.data.update(name="digits", records=(), batch_size=16, text_tokens=text_tokens)
     config.model = dataclasses.asdict(settings) | {"sample_shape": sample_shape, "remat": "full"}
