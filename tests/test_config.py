@@ -21,7 +21,7 @@ def test_every_config_file_builds(file):
     assert sum(run.bound_objective.counts(run.data.batch_size).values()) == run.data.batch_size
     optimizers.create(run.optimizer, run.train.steps)
     assert models.build(run.model).abstract_params()
-    assert configs.from_json(configs.to_json(run)) == run
+    assert configs.Run.of(json.loads(configs.to_json(run))) == run
 
 
 def test_baseline_differs_only_in_the_objective():
@@ -60,10 +60,10 @@ def test_a_record_without_some_keys_has_their_defaults():
     run = configs.parse("configs/mnist.py")
     fields = json.loads(configs.to_json(run))
     del fields["objective"]["merge_passes"], fields["train"]["weights"], fields["mesh"]
-    assert configs.from_json(json.dumps(fields)) == run
+    assert configs.Run.of(json.loads(json.dumps(fields))) == run
     fields["train"]["speed"] = 3
     with pytest.raises(UserError, match="train has no key 'speed'"):
-        configs.from_json(json.dumps(fields))
+        configs.Run.of(json.loads(json.dumps(fields)))
 
 
 def test_the_reference_of_all_keys_is_current():

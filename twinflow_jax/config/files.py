@@ -141,19 +141,6 @@ def to_json(run: Run) -> str:
     return json.dumps(run.fields(), indent=2)
 
 
-def from_json(text: str) -> Run:
-    """The run of a record; nothing in it is executed, and keys that it lacks have their defaults.
-
-    Raises:
-      UserError: it is no record of a run, or one of another version.
-    """
-    fields = json.loads(text)
-    try:
-        return Run.of(fields)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"it describes no run ({error!r})") from error
-
-
 def _nearest(known: list[str], key: str) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not close:  # perhaps the right name in the wrong section
