@@ -14,8 +14,8 @@ from twinflow_jax import files
 
 def folder() -> pathlib.Path:
     """$TWINFLOW_CACHE, or the user's cache folder."""
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-    return pathlib.Path(os.environ.get("TWINFLOW_CACHE", default / "twinflow_jax"))
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "twinflow_jax")
+    return pathlib.Path(files.path(os.environ.get("TWINFLOW_CACHE", default)))
 
 
 def kept(
