@@ -17,6 +17,10 @@ IMAGE, ROWS, CLASSES = (8, 8, 1), 3, 4
 QUICK = {"xla_backend_optimization_level": 0}
 CONFIGS = {
     "mlp raw": {"name": "mlp", "sample_shape": IMAGE, "width": 16, "depth": 2, "times": "raw"},
+    "mlp picture": {
+        "name": "mlp", "sample_shape": IMAGE, "width": 16, "depth": 2, "times": "sinusoid",
+        "estimates": "picture",
+    },
     "mlp sinusoid": {
         "name": "mlp", "sample_shape": IMAGE, "width": 16, "depth": 2, "times": "sinusoid"
     },
@@ -124,6 +128,16 @@ def test_without_classes_the_condition_is_empty(name):
 
 @pytest.mark.parametrize("times", ["raw", "sinusoid"])
 @pytest.mark.parametrize("shape", [(2,), (3, 5), (4, 4, 2)])
+def test_an_estimated_picture_is_where_the_velocity_leads():
+    """x - t F is what the last layer gives, down to the time below which it is not."""
+    (_, params, offset), (_, _, picture) = network("mlp sinusoid"), network("mlp picture")
+    for time, divisor in ((1.0, 1.0), (0.7, 0.7), (-0.8, 0.8), (0.1, 0.6)):
+        x, t, r, cond = inputs(t=time)
+        estimate = x - offset(params, x, t, r, cond)  # of the same weights
+        found = x - divisor * picture(params, x, t, r, cond)
+        np.testing.assert_allclose(found, estimate, atol=1e-5)
+
+
 def test_the_mlp_takes_samples_of_any_rank(times, shape):
     model = models.create(
         {"name": "mlp", "sample_shape": shape, "width": 8, "depth": 1, "times": times}

@@ -1,7 +1,9 @@
 """Residual multilayer perceptrons on flattened samples: points, digits.
 
-Both output `x - net(...)`, as the tutorial's network does: at the start of training the
+All output `x - net(...)`, as the tutorial's network does: at the start of training the
 network's data prediction at t = 1 is then its own output instead of noise minus something.
+At other times too where the network estimates the picture: noise, which fills a sample, then need
+not pass through the width.
 """
 
 import dataclasses
@@ -14,6 +16,10 @@ from twinflow_jax.arrays import Samples, Times, Velocities
 from twinflow_jax.keys import option
 from twinflow_jax.models import conditioning
 from twinflow_jax.models.settings import Settings
+
+# That an estimated picture is divided by. A smaller one blows up the errors at small times, which
+# the network then spends itself on: one evaluation gets worse (docs/benchmarks.md).
+SMALLEST_TIME = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,12 @@ class Config(Settings):
         "raw: t and r as scalars through separate embeddings that add (the tutorial's kind); "
         "sinusoid: features of t and t - r modulate every block",
         choices=("raw", "sinusoid"),
+    )
+    estimates: str = option(
+        "offset",
+        "what the last layer gives. offset: x_t less the velocity (the tutorial's kind); picture: "
+        "the sample itself, however much noise there is",
+        choices=("offset", "picture"),
     )
 
 
@@ -58,4 +70,8 @@ class MLP(nn.Module):
                 h = h + gate * inner
             h = nn.LayerNorm()(h)
         out = nn.Dense(math.prod(c.sample_shape))(nn.silu(h))
-        return x_t - out.reshape(x_t.shape)
+        velocity = x_t - out.reshape(x_t.shape)
+        if c.estimates == "offset":
+            return velocity
+        scale = jnp.maximum(jnp.abs(t), SMALLEST_TIME)
+        return velocity / scale.reshape(-1, *(1,) * (x_t.ndim - 1))
