@@ -126,8 +126,6 @@ def test_without_classes_the_condition_is_empty(name):
     assert out.shape == x.shape
 
 
-@pytest.mark.parametrize("times", ["raw", "sinusoid"])
-@pytest.mark.parametrize("shape", [(2,), (3, 5), (4, 4, 2)])
 def test_an_estimated_picture_is_where_the_velocity_leads():
     """x - t F is what the last layer gives, down to the time below which it is not."""
     (_, params, offset), (_, _, picture) = network("mlp sinusoid"), network("mlp picture")
@@ -138,6 +136,8 @@ def test_an_estimated_picture_is_where_the_velocity_leads():
         np.testing.assert_allclose(found, estimate, atol=1e-5)
 
 
+@pytest.mark.parametrize("times", ["raw", "sinusoid"])
+@pytest.mark.parametrize("shape", [(2,), (3, 5), (4, 4, 2)])
 def test_the_mlp_takes_samples_of_any_rank(times, shape):
     model = models.create(
         {"name": "mlp", "sample_shape": shape, "width": 8, "depth": 1, "times": times}
