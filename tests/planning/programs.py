@@ -11,6 +11,7 @@ from collections import Counter
 
 from twinflow_jax.planning import hlo
 from twinflow_jax.planning.collectives import collectives
+from twinflow_jax.planning.work import step_flops
 
 HERE = pathlib.Path(__file__).parent
 LAYERS, WIDTH, HIDDEN, ROWS = 3, 256, 512, 128  # ROWS per device
@@ -157,6 +158,19 @@ def shortened(text):
 
 def read(name):
     return hlo.parse((HERE / f"{name}.hlo.txt").read_text())
+
+
+def matmul_flops(program):
+    return sum(step.times * step_flops(program, step) for step in program.steps)
+
+
+def trips(program):
+    """How often each loop's body runs, by the loop's name."""
+    times = {step.computation.name: step.times for step in program.steps}
+    return {
+        step.op.name: times[step.op.calls("body")[0]] // step.times
+        for step in program.steps if step.op.opcode == "while"
+    }
 
 
 def counted(program):

@@ -31,7 +31,7 @@ def part(prediction, name):
 
 
 def one(kind, size, groups, network="ici"):
-    return Collective(kind, "x", 1, size, len(groups[0]), groups, network, False, False, (), 0, "")
+    return Collective(kind, 1, size, len(groups[0]), groups, network, False, False, (), 0)
 
 
 def seconds(generation, devices, collective):
@@ -154,21 +154,6 @@ def test_rules_for_single_instructions():
     away = part(found, "host copies")
     assert away.seconds == pytest.approx(array / 16e9)
     assert away.hidden == pytest.approx(3 * array / 2765e9)
-
-
-def test_the_table_says_what_it_is():
-    text = cost.table(cost.predict(hlo.parse(OWN), grid("TPU v5", 1, 1, 1)))
-    assert "A model, not a measurement" in text and "30-50 %" in text
-    assert "note: kernel own" in text
-
-
-def test_memory_of_a_compiled_program():
-    analysis = SimpleNamespace(
-        peak_memory_in_bytes=7, argument_size_in_bytes=1, output_size_in_bytes=2,
-        alias_size_in_bytes=3, temp_size_in_bytes=4, generated_code_size_in_bytes=5,
-        host_temp_size_in_bytes=6)
-    found = cost.memory(SimpleNamespace(memory_analysis=lambda: analysis))
-    assert found == cost.Memory(7, 1, 2, 3, 4, 5, 6)
 
 
 def test_devices_without_figures_are_refused():

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.planning.programs import LAYERS, read
+from tests.planning.programs import LAYERS, read, trips
 from twinflow_jax.planning import hlo
 from twinflow_jax.planning.collectives import collectives
-from twinflow_jax.planning.work import kernels
+from twinflow_jax.planning.work import step_kernels
 
 HAND = """HloModule hand, num_partitions=2
 
@@ -65,19 +65,20 @@ frontend_attributes={kernel_metadata={
 
 def test_a_loop_of_a_written_module():
     program = hlo.parse(HAND)
-    assert program.trip_counts == {"while": 5}  # 1, 3, 5, 7, 9: the limit comes with the state
+    assert trips(program) == {"while": 5}  # 1, 3, 5, 7, 9: the limit comes with the state
     gather, = collectives(program)
     assert (gather.kind, gather.count, gather.bytes, gather.group) == ("all-gather", 5, 64, 2)
     assert gather.overlapped and gather.covers == ("sum",)
-    assert [kernel.name for kernel in kernels(program)] == ["own"]
+    kernels = [kernel for step in program.steps for kernel in step_kernels(program, step)]
+    assert [kernel.name for kernel in kernels] == ["own"]
     unknown = hlo.parse(HAND.replace("constant(10)", "parameter(1)"))
-    assert unknown.unknown_loops == ("while",) and unknown.trip_counts == {"while": 1}
+    assert unknown.unknown_loops == ("while",) and trips(unknown) == {"while": 1}
 
 
 def test_loops_of_recorded_programs():
-    assert set(read("explicit").trip_counts.values()) == {LAYERS}
+    assert set(trips(read("explicit")).values()) == {LAYERS}
     # The backward loop between slices was rotated: it starts at 1, and the first pass is outside.
-    assert sorted(read("slices").trip_counts.values()) == [LAYERS - 1, LAYERS]
+    assert sorted(trips(read("slices")).values()) == [LAYERS - 1, LAYERS]
 
 
 def test_text_that_is_no_module_is_refused():

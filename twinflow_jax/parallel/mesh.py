@@ -81,7 +81,7 @@ def make_mesh(
       UserError: the axes do not multiply to the devices, or do not fit the torus.
     """
     devices = devices or jax.devices()
-    slices = len({_slice(device) for device in devices})
+    slices = len({slice_of(device) for device in devices})
     config = config.filled(len(devices), rows, slices)
     minor = _minor(config.fsdp, devices)
     shape = (config.data, config.fsdp // minor, minor, config.tensor, config.context)
@@ -98,16 +98,15 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _slice(device) -> int:
-    return getattr(device, "slice_index", 0)
+def slice_of(device) -> int:
+    """The slice of TPUs that a device belongs to; 0 where there is only one."""
+    return getattr(device, "slice_index", 0) or 0
 
 
 def _minor(fsdp: int, devices: list) -> int:
     """Devices of the gather's first step: the last side of a 3-D torus that fsdp covers whole."""
-    first = _slice(devices[0])
-    coords = [
-        getattr(device, "coords", None) for device in devices if _slice(device) == first
-    ]
+    first = slice_of(devices[0])
+    coords = [getattr(one, "coords", None) for one in devices if slice_of(one) == first]
     if None in coords or fsdp < len(coords):
         return 1
     sides = [int(side) for side in np.ptp(np.array(coords), axis=0) + 1 if side > 1]

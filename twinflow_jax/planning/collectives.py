@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -28,7 +28,6 @@ class Collective:
     """
 
     kind: str
-    name: str
     count: int
     bytes: int
     group: int
@@ -38,7 +37,6 @@ class Collective:
     overlapped: bool
     covers: tuple[str, ...]
     visit: int
-    source: str
 
     @property
     def total(self) -> int:
@@ -73,8 +71,8 @@ def collective(program: Program, step: Step, computation: Computation, op: Instr
         size = sum(array.bytes for array in computation.operand_arrays(op))
     groups = replica_groups(op.attributes)
     group = len(groups[0]) if groups else program.devices
-    return Collective(kind, op.name, step.times, size, group, groups, "ici", step.in_loop,
-                      beside is not None, beside or (), step.visit, op.source)
+    return Collective(kind, step.times, size, group, groups, "ici", step.in_loop,
+                      beside is not None, beside or (), step.visit)
 
 
 def fused_collectives(program: Program, step: Step) -> list[Collective]:
@@ -92,19 +90,18 @@ def fused_collectives(program: Program, step: Step) -> list[Collective]:
         if started or not continued:
             beside = carriers(program, step, op) if started else None
             one = collective(program, step, computation, op, beside)
-            found.append(as_reduce_scatter(step, computation, one))
+            found.append(as_reduce_scatter(computation, one))
     return found
 
 
-def as_reduce_scatter(step: Step, computation: Computation, one: Collective) -> Collective:
+def as_reduce_scatter(computation: Computation, one: Collective) -> Collective:
     """A fused all-reduce of which only a slice is kept is a reduce-scatter of the operand."""
     slices = any(op.opcode == "dynamic-slice" for op in computation.instructions.values())
     if one.kind != "all-reduce" or not slices:
         return one
     # The operand before padding to a multiple of the group.
     size = sum(array.bytes for array in computation.parameters[0].results)
-    return Collective(**{**vars(one), "kind": "reduce-scatter", "bytes": size,
-                         "source": one.source or step.op.source})
+    return replace(one, kind="reduce-scatter", bytes=size)
 
 
 def carriers(program: Program, step: Step, op: Instruction) -> tuple[str, ...]:
@@ -151,8 +148,8 @@ def between_slices(send: Step) -> Collective:
     slices = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', send.op.attributes)
     count = len(numbers(slices[1])) if slices else 2
     return Collective(
-        kind, rendezvous, send.times, sum(array.bytes for array in data[:-2]), count, (), "dcn",
-        send.in_loop, True, covers(send) or (), send.visit, send.op.source)
+        kind, send.times, sum(array.bytes for array in data[:-2]), count, (), "dcn",
+        send.in_loop, True, covers(send) or (), send.visit)
 
 
 def numbers(text: str) -> list[int]:

@@ -11,9 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from twinflow_jax.parallel.mesh import slice_of
 from twinflow_jax.planning.collectives import Collective, collectives, covers
 from twinflow_jax.planning.hlo import Program, Step
-from twinflow_jax.planning.topology import Generation, generation_of, slice_of, torus
+from twinflow_jax.planning.topology import Generation, generation_of, torus
 from twinflow_jax.planning.traffic import Traffic, moves, step_traffic
 from twinflow_jax.planning.work import Kernel, step_flops, step_kernels
 
@@ -52,19 +53,6 @@ class Component:
     amount: float
     unit: str
     count: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes per device, of `compiled.memory_analysis()`. peak includes the arguments."""
-
-    peak: int
-    arguments: int
-    outputs: int
-    aliased: int
-    temporary: int
-    code: int
-    host_temporary: int
 
 
 @dataclass(frozen=True)
@@ -274,34 +262,3 @@ class Network:
         """1 for an axis whose ends are joined, `line` for one whose ends are not."""
         joined = self.shape[axis] % self.generation.wraps == 0
         return 1. if joined else self.assumptions.line
-
-
-def memory(compiled) -> Memory:
-    """What the compiler says about a compiled program's memory, per device."""
-    found = compiled.memory_analysis()
-    return Memory(
-        peak=found.peak_memory_in_bytes,
-        arguments=found.argument_size_in_bytes,
-        outputs=found.output_size_in_bytes,
-        aliased=found.alias_size_in_bytes,
-        temporary=found.temp_size_in_bytes,
-        code=found.generated_code_size_in_bytes,
-        host_temporary=found.host_temp_size_in_bytes,
-    )
-
-
-def table(prediction: Prediction) -> str:
-    """The breakdown as text, with the uncertainty said."""
-    low, high = (round(100 * share) for share in UNCERTAINTY)
-    lines = [f"{'component':<28}{'seconds':>10}{'hidden':>10}{'count':>9}  amount"]
-    for part in prediction.components:
-        scale, unit = (1e12, "TFLOP") if part.unit == "FLOP" else (1e9, "GB")
-        lines.append(f"{part.name:<28}{part.seconds:>10.3g}{part.hidden:>10.3g}{part.count:>9}"
-                     f"  {part.amount / scale:.4g} {unit}")
-    lines += [
-        f"{'sum':<28}{prediction.seconds:>10.3g}   with nothing overlapped",
-        f"{'':<28}{prediction.overlapped:>10.3g}   less the overlap that the compiler shows, "
-        f"{100 * prediction.utilisation:.0f} % of peak",
-        f"A model, not a measurement: right to {low}-{high} %, good for comparing programs.",
-    ]
-    return "\n".join(lines + [f"note: {note}" for note in prediction.notes])

@@ -11,9 +11,9 @@ device. Branches of a conditional all count, which makes the sums upper bounds.
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from twinflow_jax.planning.instructions import LINE, Computation, Instruction, instructions
+from twinflow_jax.planning.instructions import LINE, Computation, Instruction, instruction
 
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 # Alone in its line: a kernel's metadata may hold other braces and line breaks.
@@ -47,7 +47,6 @@ class Program:
     devices: int
     steps: tuple[Step, ...] = ()
     unknown_loops: tuple[str, ...] = ()
-    trip_counts: dict[str, int] = field(default_factory=dict)  # of each while instruction
 
 
 def parse(text: str) -> Program:
@@ -61,7 +60,7 @@ def parse(text: str) -> Program:
         elif lines is None:
             continue
         elif CLOSING.match(line):
-            computations[name] = Computation(name, instructions(lines))
+            computations[name] = Computation(name, {op.name: op for op in map(instruction, lines)})
             lines = None
         elif LINE.match(line):
             lines.append(line)
@@ -73,8 +72,7 @@ def parse(text: str) -> Program:
     program = Program(computations, entry, math.prod(map(int, counts)))
     walker = Walker(program)
     steps = tuple(walker.walk(computations[entry], 1, False, None))
-    return replace(program, steps=steps, unknown_loops=tuple(walker.unknown),
-                   trip_counts=walker.trips)
+    return replace(program, steps=steps, unknown_loops=tuple(walker.unknown))
 
 
 # Walking: which instructions run, and how often
@@ -95,7 +93,6 @@ class Walker:
     def __init__(self, program: Program):
         self.program = program
         self.unknown: list[str] = []
-        self.trips: dict[str, int] = {}
         self.visits = 0
 
     def walk(self, computation: Computation, times: int, in_loop: bool, caller: Frame | None,
@@ -132,9 +129,7 @@ class Walker:
         count = trip_count(self.program, loop)
         if count is None:
             self.unknown.append(loop.op.name)
-            count = 1
-        self.trips[loop.op.name] = count
-        return count
+        return 1 if count is None else count
 
 
 def trip_count(program: Program, loop: Frame) -> int | None:

@@ -116,11 +116,6 @@ LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$", re.DOTALL)
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=?]*)\](?:\{([^}]*)\})?")
 
 
-def instructions(lines: list[str]) -> dict[str, Instruction]:
-    parsed = (instruction(line) for line in lines)
-    return {op.name: op for op in parsed}
-
-
 def instruction(line: str) -> Instruction:
     """One instruction from its text, which may contain line breaks."""
     match = LINE.match(line)

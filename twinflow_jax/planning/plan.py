@@ -15,10 +15,8 @@ from twinflow_jax.errors import UserError, reason
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo
 from twinflow_jax.planning.collectives import collectives
-from twinflow_jax.planning.topology import GENERATIONS, Topology, devices
+from twinflow_jax.planning.topology import Topology, devices, generation_of
 from twinflow_jax.training import flops, setup
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +92,7 @@ def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
     remat = prepared.model.config.remat
     work = flops.step(one, prepared.evaluations(), remat, row_parts)
     lower = lambda: prepared.lower(phase, lowering_platforms=("tpu",))
-    base = dataclasses.replace(
-        _base(run, topology, prepared.strategy.mesh), remat=remat, steps=run.train.steps
-    )
+    base = _base(run, topology, remat, steps=run.train.steps)
     return _compiled(base, lower, prepared.strategy.mesh, parts, one, work, hlo_file)
 
 
@@ -124,15 +120,13 @@ def sample(run: Run, topology: Topology, steps: int, hlo_file=None) -> Plan:
         one, [flops.Call(rows, False)] * grid.nfe, "none", parallel.row_parts(mesh)
     )
     parts = {"weights": on_device(params), "batch": on_device((batch["x"], batch["cond"]))}
-    base = _base(run, topology, mesh)
+    base = _base(run, topology, "none")
     return _compiled(base, lower, mesh, parts, one, work, hlo_file)
 
 
 def impossible(run: Run, topology: Topology, why: str) -> Plan:
     """The plan of a run that the topology does not take."""
-    remat = run.model.remat
-    rows = run.data.batch_size
-    return Plan(topology.name, {}, run.mesh.strategy, remat, rows, topology.chips, refused=why)
+    return _base(run, topology, run.model.remat, refused=why)
 
 
 def on_device(tree) -> int:
@@ -143,20 +137,19 @@ def on_device(tree) -> int:
     )
 
 
-def _base(run: Run, topology: Topology, mesh) -> Plan:
-    shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"fsdp": 1}
-    return Plan(
-        topology.name, shape, run.mesh.strategy, "none", run.data.batch_size, topology.chips
-    )
+def _base(run: Run, topology: Topology, remat: str, **known) -> Plan:
+    """The plan with what is known before anything is compiled."""
+    rows = run.data.batch_size
+    return Plan(topology.name, {}, run.mesh.strategy, remat, rows, topology.chips, **known)
 
 
 def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
     """The plan with what the compiler says."""
-    kind = mesh.devices.flat[0].device_kind
-    generation = next(g for g in GENERATIONS.values() if g.kind == kind)
-    options, count = flags.options(kind), mesh.devices.size
+    placed, count = list(mesh.devices.flat), mesh.devices.size
+    options = flags.options(placed[0].device_kind)
     plan = dataclasses.replace(
-        base, parts=parts, hbm_bytes=generation.hbm_bytes, options=options,
+        base, mesh={axis: size for axis, size in mesh.shape.items() if size > 1} or {"fsdp": 1},
+        parts=parts, hbm_bytes=generation_of(placed).hbm_bytes, options=options,
         analytic={"matmul": work.matmul / count, "attention": work.attention / count},
         forwards=(work.matmul + work.attention) / (base.rows * (one.matmul + one.attention)),
     )
@@ -173,20 +166,20 @@ def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
     seconds, text = time.perf_counter() - begin, compiled.as_text()
     if hlo_file:
         hlo_file.write_text(text)
-    memory, program = cost.memory(compiled), hlo.parse(text)
-    predicted = cost.predict(program, list(mesh.devices.flat))
+    memory, program = compiled.memory_analysis(), hlo.parse(text)
+    predicted, peak = cost.predict(program, placed), memory.peak_memory_in_bytes
     by_name = {part.name: part for part in predicted.components}
     amount = lambda name: by_name[name].amount if name in by_name else 0.0
     return dataclasses.replace(
-        plan, peak_bytes=memory.peak, host_bytes=memory.host_temporary,
-        parts=parts | {"activations": memory.peak - sum(parts.values()), "program": memory.code},
+        plan, peak_bytes=peak, host_bytes=memory.host_temp_size_in_bytes,
+        parts=parts | {
+            "activations": peak - sum(parts.values()),  # its peak includes the arguments
+            "program": memory.generated_code_size_in_bytes,
+        },
         compiled={"matmul": amount("matmul"), "attention": amount("attention kernels")},
         collectives=_collectives(program),
         components={
-            part.name: {
-                "seconds": part.seconds, "hidden": part.hidden, "amount": part.amount,
-                "count": part.count,
-            }
+            part.name: {k: getattr(part, k) for k in ("seconds", "hidden", "amount", "count")}
             for part in predicted.components
         },
         seconds=predicted.seconds, overlapped=predicted.overlapped,

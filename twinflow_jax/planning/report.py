@@ -8,7 +8,8 @@ from etils import epath
 from twinflow_jax import files, models, parallel
 from twinflow_jax.parallel.mesh import AnyMesh
 from twinflow_jax.planning.cost import UNCERTAINTY
-from twinflow_jax.planning.plan import GIB, Plan
+from twinflow_jax.planning.plan import Plan
+from twinflow_jax.planning.topology import GIB
 
 HEADER = (
     f"{'topology':<14}{'mesh':<26}{'strategy':<15}{'remat':<9}{'batch':>6}{'GiB':>7}"
@@ -93,14 +94,12 @@ def parameters(topology: str, model: models.Model, mesh: AnyMesh) -> str:
 
 def plot(plans: Sequence[Plan], file: epath.PathLike) -> None:
     """Bars of memory by part and of seconds by component, one for each plan that fits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     fitting = [plan for plan in plans if not plan.refused]
     names = [f"{p.topology} {p.strategy}\n{p.remat}, batch {p.rows}" for p in fitting]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.5 * len(fitting)), layout="constrained")
+    figure = Figure(figsize=(12, 1.5 + 0.5 * len(fitting)), layout="constrained")
+    axes = figure.subplots(1, 2)
     bars = (
         ("GiB per device", [{k: v / GIB for k, v in p.parts.items()} for p in fitting]),
         ("predicted seconds per step, nothing overlapped",
@@ -118,5 +117,4 @@ def plot(plans: Sequence[Plan], file: epath.PathLike) -> None:
     axes[1].set_yticklabels([])
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
-    plt.close(figure)
     files.write(epath.Path(file), picture.getvalue())

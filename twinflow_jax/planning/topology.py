@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from twinflow_jax.errors import UserError
+from twinflow_jax.parallel.mesh import slice_of
 from twinflow_jax.parallel.peaks import PEAKS
 
 GIB = 2**30
@@ -21,7 +22,6 @@ class Generation:
     kind: str  # jax.Device.device_kind
     axes: int  # of the torus: 2 or 3
     devices_per_chip: int
-    chips_per_host: int
     hbm_bytes: int  # per device: what the compiler lets a program use
     hbm: float  # per device: bytes/s
     ici: float  # per chip and torus axis, both directions of a wrapped axis together: bytes/s
@@ -45,16 +45,13 @@ class Generation:
 GENERATIONS = {
     generation.name: generation
     for generation in (
-        Generation("v4", "TPU v4", 3, 1, 4, int(30.75 * GIB), 1228e9, 90e9, 6.25e9,
-                   1.05e9, True, 4),
-        Generation("v5e", "TPU v5 lite", 2, 1, 4, int(15.75 * GIB), 819e9, 90e9, 3.125e9,
-                   1.5e9, False, 16),
-        Generation("v5p", "TPU v5", 3, 1, 4, int(95.74 * GIB), 2765e9, 180e9, 6.25e9,
-                   1.75e9, True, 4),
-        Generation("v6e", "TPU v6 lite", 2, 1, 4, int(31.25 * GIB), 1638e9, 180e9, 12.5e9,
-                   1.75e9, False, 16),
-        Generation("tpu7x", "TPU7x", 3, 2, 4, int(94.75 * GIB), 3690e9, 180e9, 12.5e9,
-                   2.2e9, True, 4),
+        Generation("v4", "TPU v4", 3, 1, int(30.75 * GIB), 1228e9, 90e9, 6.25e9, 1.05e9, True, 4),
+        Generation("v5e", "TPU v5 lite", 2, 1, int(15.75 * GIB), 819e9, 90e9, 3.125e9, 1.5e9,
+                   False, 16),
+        Generation("v5p", "TPU v5", 3, 1, int(95.74 * GIB), 2765e9, 180e9, 6.25e9, 1.75e9, True, 4),
+        Generation("v6e", "TPU v6 lite", 2, 1, int(31.25 * GIB), 1638e9, 180e9, 12.5e9, 1.75e9,
+                   False, 16),
+        Generation("tpu7x", "TPU7x", 3, 2, int(94.75 * GIB), 3690e9, 180e9, 12.5e9, 2.2e9, True, 4),
     )
 }
 
@@ -63,7 +60,7 @@ CLOUD_NAMES = {"v5litepod": "v5e", **{name: name for name in GENERATIONS}}
 SMALL = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16),
         256: (16, 16)}
-LARGEST = 2048  # hosts of a slice: beyond it a number is a typing error
+LARGEST = 8192  # chips of a slice: beyond it a number is a typing error
 
 
 @dataclass(frozen=True)
@@ -89,16 +86,6 @@ class Topology:
         """Of all slices."""
         return math.prod(self.shape) * self.slices
 
-    @property
-    def devices(self) -> int:
-        """What `len(devices(topology))` will be."""
-        return self.chips * self.generation.devices_per_chip
-
-    @property
-    def hosts(self) -> int:
-        """Of all slices."""
-        return max(self.chips // self.generation.chips_per_host, self.slices)
-
 
 def known_names() -> str:
     """Examples of what `resolve` reads, for its error messages."""
@@ -107,19 +94,16 @@ def known_names() -> str:
             "or a cloud name such as v4-64, v5litepod-256, v5p-128, v6e-256, tpu7x-128")
 
 
-def resolve(name: str, slices: int = 1) -> Topology:
+def resolve(name: str) -> Topology:
     """The topology of a name: "v5p:4x4x4", "2*v5p:4x4x4" or a cloud name ("v5p-128").
 
-    slices: number of slices, where the name itself gives none.
     A cloud name's number counts cores for v4, v5p and tpu7x, chips for v5e and v6e.
     Raises UserError for a name or size that does not exist.
     """
     match = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+)(?::(\d+(?:x\d+)+)|-(\d+))", name.strip().lower())
     if match is None or match[2] not in CLOUD_NAMES:
         raise UserError(f"unknown topology {name!r}: {known_names()}")
-    if match[1] and slices != 1:
-        raise UserError(f"{name!r} already gives the number of slices: drop slices={slices}")
-    slices = int(match[1] or slices)
+    slices = int(match[1] or 1)
     if slices < 1:
         raise UserError(f"{name!r}: the number of slices must be positive, not {slices}")
     generation = GENERATIONS[CLOUD_NAMES[match[2]]]
@@ -167,9 +151,8 @@ def check_shape(topology: Topology, name: str) -> None:
                         f"not {len(shape)}: {known_names()}")
     # Hosts hold 2x2 chips; a single chip exists alone.
     whole_hosts = shape[0] % 2 == shape[1] % 2 == 0
-    limit = 256 if generation.axes == 2 else LARGEST * generation.chips_per_host
-    too_large = math.prod(shape) > limit
-    if too_large or 0 in shape or not (whole_hosts or math.prod(shape) == 1):
+    limit, chips = 256 if generation.axes == 2 else LARGEST, math.prod(shape)
+    if not 0 < chips <= limit or not (whole_hosts or chips == 1):
         raise UserError(f"{name!r}: no such slice: the first two axes must be even and "
                         f"{generation.name} has at most {limit} chips: {known_names()}")
 
@@ -215,11 +198,6 @@ def libtpu_environment() -> None:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         # Several compiling processes may share a machine, but never one with a TPU in use.
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
-
-def slice_of(device) -> int:
-    """The slice that a device belongs to; 0 where there is only one."""
-    return getattr(device, "slice_index", 0) or 0
 
 
 def torus(devices: list) -> tuple[int, ...]:

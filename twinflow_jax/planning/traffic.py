@@ -26,18 +26,6 @@ class Traffic:
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(self.hbm + other.hbm, self.vmem + other.vmem, self.host + other.host)
 
-    def __mul__(self, times: int) -> "Traffic":
-        return Traffic(self.hbm * times, self.vmem * times, self.host * times)
-
-
-def traffic(program: Program) -> Traffic:
-    """Of every instruction that is no matrix product, kernel or collective, in one run."""
-    total = Traffic()
-    for step in program.steps:
-        if moves(program, step):
-            total += step_traffic(program, step) * step.times
-    return total
-
 
 def moves(program: Program, step: Step) -> bool:
     """Whether a step's cost is its memory traffic."""

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,13 +13,9 @@ from twinflow_jax.planning.instructions import Array, Computation, Instruction
 KERNEL_CALL = "tpu_custom_call"
 
 
-def matmul_flops(program: Program) -> int:
-    """FLOPs of all dots and convolutions of one run, on one device; kernels are not in it."""
-    return sum(step.times * step_flops(program, step) for step in program.steps)
-
-
 def step_flops(program: Program, step: Step) -> int:
-    """FLOPs of one execution of a step's dots and convolutions, two per multiply-add."""
+    """FLOPs of one execution of a step's dots and convolutions, two per multiply-add, on one
+    device; kernels are not in it."""
     return sum(flops(computation, op) for computation, op in within(program, step)
                if op.opcode in ("dot", "convolution"))
 
@@ -68,28 +63,16 @@ def window_pairs(length: int, window: int, outputs: int, low: int, stride: int, 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel of some operand shapes, and how often it runs."""
+    """A Pallas kernel of some operand shapes."""
 
     name: str
     operands: tuple[Array, ...]
     results: tuple[Array, ...]
-    count: int
-
-
-def kernels(program: Program) -> tuple[Kernel, ...]:
-    """The program's Pallas kernels; calls of the same kernel with the same shapes are one row."""
-    counts = Counter()
-    for step in program.steps:
-        for kernel in step_kernels(program, step):
-            counts[kernel.name, kernel.operands, kernel.results] += step.times
-    return tuple(Kernel(*key, count) for key, count in counts.items())
 
 
 def step_kernels(program: Program, step: Step) -> list[Kernel]:
-    """The kernels of one execution of a step, each with count 1, wherever their arrays lie."""
-    anywhere = lambda arrays: tuple(Array(array.dtype, array.dims) for array in arrays)
-    return [Kernel(kernel_name(op), anywhere(computation.operand_arrays(op)),
-                   anywhere(op.results), 1)
+    """The kernels of one execution of a step."""
+    return [Kernel(kernel_name(op), computation.operand_arrays(op), op.results)
             for computation, op in within(program, step) if op.target == KERNEL_CALL]
 
 
