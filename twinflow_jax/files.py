@@ -33,11 +33,20 @@ def path(text: str) -> str:
 
 def write(path: epath.PathLike, data: bytes) -> None:
     """Writes a file so that it appears complete or not at all; makes its folder."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: epath.PathLike):
+    """A hidden name to write to, in a file's folder, which is made; the file appears at the end,
+    complete, or not at all."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(path)
+    # Cut, since names have a longest length. No process's id: another machine's may have it too.
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
     try:
-        temporary.write_bytes(data)
+        yield temporary
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -70,12 +79,6 @@ def text_lines(data: bytes, errors: str = "strict") -> list[tuple[int, str]]:
     lines = re.split(r"\r\n|\r|\n", data.decode("utf-8", errors))
     stripped = ((number, line.lstrip("\ufeff").strip()) for number, line in enumerate(lines, 1))
     return [(number, line) for number, line in stripped if line]
-
-
-def beside(path: epath.Path) -> epath.Path:
-    """A new hidden name in the same folder, for what is not yet whole."""
-    # Cut, since names have a longest length. No process's id: another machine's may have it too.
-    return path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -23,7 +23,7 @@ from tests.checkpoints.folders import (
     weight_file,
 )
 from twinflow_jax import checkpoints, files
-from twinflow_jax.checkpoints import exporting, imported, store
+from twinflow_jax.checkpoints import imported, store, tensors
 from twinflow_jax.errors import UserError
 
 # Each changes `source` and returns what the message must say.
@@ -297,7 +297,7 @@ def test_a_killed_import_never_looks_finished(base, tmp_path, capsys):
 def test_an_interrupted_conversion_leaves_nothing(
     verb, sent, said, base, checkpoint, tmp_path, monkeypatch, capsys
 ):
-    module, name = {"import": (store, "write"), "export": (exporting, "nbytes")}[verb]
+    module, name = {"import": (store, "write"), "export": (tensors, "nbytes")}[verb]
     original, calls = getattr(module, name), []
 
     def signalled(*arguments):

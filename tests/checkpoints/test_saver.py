@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
-from twinflow_jax.checkpoints.saver import Saver, abstract
+from twinflow_jax.checkpoints.saver import Saver
 from twinflow_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ def save(workdir, step: int, value: float, keep: int = 1) -> None:
 
 def restored(workdir) -> float:
     saver = Saver(workdir, keep=1, writes=False)
-    found = saver.restore(abstract(parts(0.0)))
+    found = saver.restore(parts(0.0))
     saver.close()
     jax.tree.map(np.testing.assert_array_equal, found, parts(float(found["params"]["c"])))
     return float(found["params"]["c"])

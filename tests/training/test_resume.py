@@ -14,7 +14,6 @@ import pytest
 
 from twinflow_jax import checkpoints, models
 from twinflow_jax import config as configs
-from twinflow_jax.checkpoints.saver import abstract
 from twinflow_jax.training import optimizers, state
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -53,7 +52,7 @@ def final_state(workdir: pathlib.Path) -> state.TrainState:
     fresh = jax.jit(lambda: state.create(model.init(jax.random.key(0)), optimizer, 0.99, 0.99))()
     saver = checkpoints.Saver(workdir, 3)
     assert saver.steps[-1] == STEPS
-    restored = saver.restore(abstract(state.to_parts(fresh)))
+    restored = saver.restore(state.to_parts(fresh))
     saver.close()
     return state.from_parts(restored)
 

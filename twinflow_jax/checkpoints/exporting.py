@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +13,6 @@ from tqdm import tqdm
 from twinflow_jax import files
 from twinflow_jax.checkpoints import published, store, tensors
 from twinflow_jax.checkpoints.imported import Imported, layout
-from twinflow_jax.checkpoints.importing import DTYPES
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.names import Rule
 
@@ -93,18 +91,15 @@ def export_folder(
     for name in checkpoint.parts:
         replaced = trained if name == "transformer" else None
         networks[name] = as_published(checkpoint, name, replaced)
-        cast = DTYPES[dtype] if dtype and name == "transformer" else None
+        cast = np.dtype(dtype) if dtype and name == "transformer" else None
         own = {} if replaced else checkpoint.record["networks"][name].get("widened", {})
         wanted[name] = {
             key: (cast or np.dtype(own.get(key, tensor.dtype)), tensor.shape)
             for key, tensor in networks[name].items()
         }
-    total = sum(nbytes(*entry) for shapes in wanted.values() for entry in shapes.values())
+    total = sum(tensors.nbytes(*entry) for shapes in wanted.values() for entry in shapes.values())
     alone = "model_index.json" not in checkpoint.record["files"] and len(networks) == 1
-    with files.whole_folder(target, total), tqdm(
-        total=total, unit="B", unit_scale=True, desc="export", disable=not progress,
-        dynamic_ncols=True, smoothing=0.05,
-    ) as bar:
+    with files.whole_folder(target, total), store.bytes_bar("export", total, progress) as bar:
         for name, network in networks.items():
             part = checkpoint.network(name)
             folder = target if alone else target / part.folder
@@ -134,22 +129,17 @@ def _unwrapped(data: bytes, checkpoint: Imported) -> bytes:
     return json.dumps(index | wrapped, indent=2).encode() if wrapped else data
 
 
-def nbytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
 def _write_network(folder: epath.Path, stem: str, network: Tensors, wanted, bar: tqdm) -> None:
     """Writes one network's weights, in shards with an index where they are large."""
     shards: list[dict] = [{}]
     size = 0
     # Larger elements first, so that all are aligned, then by name: as the library writes them.
     for key, entry in sorted(wanted.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
-        if shards[-1] and size + nbytes(*entry) > SHARD:
+        if shards[-1] and size + tensors.nbytes(*entry) > SHARD:
             shards.append({})
             size = 0
         shards[-1][key] = entry
-        size += nbytes(*entry)
-    folder.mkdir(parents=True, exist_ok=True)
+        size += tensors.nbytes(*entry)
 
     def make(keys) -> Iterator[np.ndarray]:
         for key in keys:
@@ -168,7 +158,7 @@ def _write_network(folder: epath.Path, stem: str, network: Tensors, wanted, bar:
         name = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors.write(folder / name, shard, read(shard))
         place |= dict.fromkeys(shard, name)
-    total = sum(nbytes(*entry) for entry in wanted.values())
+    total = sum(tensors.nbytes(*entry) for entry in wanted.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
     files.write(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2).encode())
 
@@ -201,10 +191,7 @@ def compare(
         )
     total = sum(t.nbytes for name in shared for t in folder.parts[name].tensors.values())
     found = collections.defaultdict(Difference)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="verify", disable=not progress,
-        dynamic_ncols=True,
-    ) as bar:
+    with store.bytes_bar("verify", total, progress) as bar:
         for name in shared:
             theirs = folder.parts[name].tensors
             ours = as_published(checkpoint, name, trained if name == "transformer" else None)

@@ -6,10 +6,8 @@ Nothing here holds more than one published tensor and its copies, or one small s
 import codecs
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -20,7 +18,6 @@ from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.checkpoints.published import Part
 from twinflow_jax.models.names import Rule
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 FILE = 64 << 20  # bytes of an array that share a file; a layer of a larger one has its own
 
 
@@ -41,16 +38,13 @@ def import_folder(
     """
     folder = published.open_folder(source, family)
     target = epath.Path(target)
-    wanted = DTYPES[dtype] if dtype else None
+    wanted = np.dtype(dtype) if dtype else None
     plans = {name: _plans(part, wanted) for name, part in folder.parts.items()}
     carried = {name: _carried(part) for name, part in folder.parts.items()}
     total = sum(plan.nbytes for plan in sum(plans.values(), [])) + sum(
         tensor.nbytes for kept in carried.values() for tensor in kept.values()
     )
-    with files.whole_folder(target, total), tqdm(
-        total=total, unit="B", unit_scale=True, desc="import", disable=not progress,
-        dynamic_ncols=True, smoothing=0.05,
-    ) as bar:
+    with files.whole_folder(target, total), store.bytes_bar("import", total, progress) as bar:
         for name in folder.parts:
             _write_arrays(target, name, plans[name], pieces, bar)
             if carried[name]:
@@ -101,7 +95,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return tensors.nbytes(self.dtype, self.shape)
 
     @property
     def rows(self) -> int:
@@ -143,7 +137,7 @@ def _plans(part: Part, dtype: np.dtype | None) -> list[Plan]:
         sources = {key: _source(part, rule, key) for key in part.table.keys(rule)}
         theirs = {source.dtype for source in sources.values()}
         # Layers of several dtypes are stored as the one that holds them all.
-        own = theirs.pop() if len(theirs) == 1 else DTYPES["float32"]
+        own = theirs.pop() if len(theirs) == 1 else np.dtype(np.float32)
         plans.append(Plan(rule.path, rule, sources, part.leaves[rule.path], dtype or own))
     return plans
 
@@ -193,5 +187,4 @@ def _write_carried(file: epath.Path, carried: dict[str, tensors.Tensor], bar: tq
             yield tensor.read()
             bar.update(tensor.nbytes)
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     tensors.write(file, {key: (t.dtype, t.shape) for key, t in carried.items()}, read())

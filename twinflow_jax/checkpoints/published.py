@@ -198,7 +198,10 @@ def _open_part(network: Network, folder: epath.Path) -> tuple[Part | None, list[
     """The network in a folder, and its problems."""
     if not folder.is_dir():
         return None, ["no such folder: give the whole pipeline, or the folder of one network"]
-    found, unread, problems = _tensors(folder, network.stem)
+    try:
+        found, unread, problems = _tensors(folder, network.stem)
+    except UserError as error:
+        found, unread, problems = {}, set(), [str(error)]
     try:
         published = _json(folder / "config.json")
         config = network.config.from_published(published)
@@ -262,7 +265,11 @@ def _wrong(
 def _tensors(
     folder: epath.Path, stem: str
 ) -> tuple[dict[str, tensors.Tensor], set[str], list[str]]:
-    """All tensors of a folder by the keys in its files, keys that cannot be read, problems."""
+    """All tensors of a folder by the keys in its files, keys that cannot be read, problems.
+
+    Raises:
+      UserError: no keys can be known, and why.
+    """
     listing = sorted(file.name for file in folder.iterdir())
     shards = [name for name in listing if name.endswith(".safetensors")]
     indices = [n for n in listing if re.search(r"\.safetensors\.index(\.\w+)?\.json$", n)]
@@ -271,26 +278,20 @@ def _tensors(
     sets = plain or indices or shards
     if not sets:
         pickled = [name for name in listing if name.endswith(PICKLED)]
-        return {}, set(), [
+        raise UserError(
             f"{pickled[0]} is a pickle, which can run code when it is read: save the weights "
             "as safetensors" if pickled else "no safetensors file"
-        ]
+        )
     if len(sets) > 1:
-        many = ", ".join(sets)
-        return {}, set(), [f"{many}: leave one, or the index that joins them"]
+        raise UserError(f"{', '.join(sets)}: leave one, or the index that joins them")
     if sets[0] in shards:
-        try:
-            found = tensors.read_header(folder / sets[0])
-        except UserError as error:
-            return {}, set(), [str(error)]
+        found = tensors.read_header(folder / sets[0])
         return found, set(), [] if found else [f"{sets[0]} holds no tensors"]
     try:
         place = _json(folder / sets[0])["weight_map"]
         outside = {n for n in place.values() if not re.fullmatch(r"[\w.-]+\.safetensors", n)}
-    except UserError as error:
-        return {}, set(), [str(error)]
     except (KeyError, TypeError, AttributeError) as error:
-        return {}, set(), [f"{sets[0]} is no index of safetensors ({error!r})"]
+        raise UserError(f"{sets[0]} is no index of safetensors ({error!r})") from error
     if outside or not place:
         listed = [f"{sets[0]} points to {name!r}, no file of this folder" for name in outside]
         return {}, set(), sorted(listed) or [f"{sets[0]} lists no tensors"]
@@ -307,11 +308,9 @@ def _indexed(
     shards = sorted(set(place.values()))
     for name in shards:
         keys = [key for key, shard in place.items() if shard == name]
-        if not (folder / name).exists():
-            problems.append(f"{name} is missing, one of {len(shards)} shards")
-            unread |= set(keys)
-            continue
         try:
+            if not (folder / name).exists():
+                raise UserError(f"{name} is missing, one of {len(shards)} shards")
             header = tensors.read_header(folder / name)
         except UserError as error:
             problems.append(str(error))

@@ -128,12 +128,10 @@ def load_weights(
     Raises:
       UserError: no run, no such checkpoint, or one that cannot be read.
     """
-    run = read_run(folder)
-    model = models.build(run.model)
-    params = abstract or store.on_one_device(model.abstract_params())
-    with _reader(folder, run, step) as (saver, step):
-        which = _which(run, raw)
-        return run, model, saver.load(step, {which: params})[which], step
+    with _reader(folder, raw, step) as (run, saver, part, step):
+        model = models.build(run.model)
+        params = abstract or store.on_one_device(model.abstract_params())
+        return run, model, saver.load(step, {part: params})[part], step
 
 
 def open_weights(
@@ -144,10 +142,8 @@ def open_weights(
     Raises:
       UserError: as `load_weights`.
     """
-    run = read_run(folder)
-    with _reader(folder, run, step) as (saver, step):
-        weights = saver.folder / str(step) / _which(run, raw)
-    return run, stored(weights), step
+    with _reader(folder, raw, step) as (run, saver, part, step):
+        return run, stored(saver.folder / str(step) / part), step
 
 
 def pipeline_of(folder: epath.PathLike, run: Run) -> str:
@@ -161,14 +157,11 @@ def pipeline_of(folder: epath.PathLike, run: Run) -> str:
     return run.pipeline if run.pipeline != RANDOM else str(epath.Path(folder) / RANDOM)
 
 
-def _which(run: Run, raw: bool) -> str:
-    """The part of a checkpoint to sample from."""
-    return "params" if raw or run.train.ema_decay == 0 else "average"
-
-
 @contextlib.contextmanager
-def _reader(folder: epath.PathLike, run: Run, step: int | None):
-    """`(saver, step)` to read a run's checkpoint with."""
+def _reader(folder: epath.PathLike, raw: bool, step: int | None):
+    """`(run, saver, part, step)` to read a run's checkpoint with; part: what to sample from."""
+    run = read_run(folder)
+    part = "params" if raw or run.train.ema_decay == 0 else "average"
     if not (epath.Path(folder) / "checkpoints").exists():
         raise UserError(f"{folder} has no checkpoint yet")
     saver = Saver(folder, keep=run.train.keep, writes=False)
@@ -180,6 +173,6 @@ def _reader(folder: epath.PathLike, run: Run, step: int | None):
                 f"{folder} has no checkpoint of step {step}; it has "
                 f"{', '.join(map(str, saver.steps))}"
             )
-        yield saver, saver.steps[-1] if step is None else step
+        yield run, saver, part, saver.steps[-1] if step is None else step
     finally:
         saver.close()

@@ -222,11 +222,6 @@ def largest(tree) -> int:
     return max(leaf.size * max(leaf.dtype.itemsize, 4) for leaf in jax.tree.leaves(tree))
 
 
-def abstract(tree):
-    """Shapes, dtypes and layouts of a tree of arrays."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
-
-
 def first_line(error: BaseException) -> str:
     """What the exception behind an exception says."""
     while error.__cause__ is not None:

@@ -5,6 +5,7 @@ than a layer, and in parts along its input dimension, so that each device reads 
 """
 
 import concurrent.futures
+import contextlib
 import math
 import re
 import urllib.parse
@@ -16,7 +17,6 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from jax.sharding import Sharding
 from tqdm import tqdm
 
 from twinflow_jax.errors import UserError
@@ -77,10 +77,8 @@ def create(
         },
         "store_data_equal_to_fill_value": True,  # so that a file that is gone is no zeros
     }
-    try:
+    with _told(f"array {folder} cannot be made"):
         return ts.open(spec, create=True, delete_existing=True, context=CONTEXT).result()
-    except ValueError as error:
-        raise UserError(f"array {folder} cannot be made: {_reason(error)}") from error
 
 
 def open_array(kvstore: str | dict[str, Any]) -> ts.TensorStore:
@@ -90,11 +88,9 @@ def open_array(kvstore: str | dict[str, Any]) -> ts.TensorStore:
       UserError: it is not, or cannot be read.
     """
     spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
-    try:
+    where = kvstore if isinstance(kvstore, str) else kvstore.get("path", "")
+    with _told(f"array {where} cannot be read"):
         return ts.open(spec, open=True, read=True).result()
-    except ValueError as error:
-        where = kvstore if isinstance(kvstore, str) else kvstore.get("path", "")
-        raise UserError(f"array {where} cannot be read: {_reason(error)}") from error
 
 
 def read(array: ts.TensorStore) -> np.ndarray:
@@ -104,10 +100,9 @@ def read(array: ts.TensorStore) -> np.ndarray:
       UserError: it cannot be read.
     """
     values = np.empty(array.shape, array.dtype.numpy_dtype)
-    try:  # into memory of numpy's, whose pages are large: twice as fast as array.read()
+    with _told("an array cannot be read"):
+        # Into memory of numpy's, whose pages are large: twice as fast as array.read().
         ts.array(values).write(array).result()
-    except ValueError as error:
-        raise UserError(f"an array cannot be read: {_reason(error)}") from error
     return values
 
 
@@ -120,17 +115,21 @@ def write(array: ts.TensorStore, values: np.ndarray) -> None:
     """
     future = array.write(values, can_reference_source_data_indefinitely=True)
     try:
-        future.result()
-    except ValueError as error:
-        raise UserError(f"an array cannot be written: {_reason(error)}") from error
+        with _told("an array cannot be written"):
+            future.result()
     except KeyboardInterrupt:
         future.exception()  # what is removed next should not be written to any more
         raise
 
 
-def _reason(error: ValueError) -> str:
-    """What tensorstore says, without its appendices."""
-    return re.split(r" \[\w+=|\n", str(error))[0]
+@contextlib.contextmanager
+def _told(what: str):
+    """UserError for what fails inside, with what tensorstore says, without its appendices."""
+    try:
+        yield
+    except ValueError as error:
+        says = re.split(r" \[\w+=|\n", str(error))[0]
+        raise UserError(f"{what}: {says}") from error
 
 
 def sampled(arrays: Mapping[str, Any]) -> bytes:
@@ -189,17 +188,23 @@ def load(arrays: Arrays, abstract, label: str, progress: bool = True):
     problems = misfits(arrays, wanted)
     if problems:
         raise UserError(f"{label} does not fit its config: {'; '.join(problems)}")
-    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())
+
+    def one(array, leaf) -> jax.Array:
+        part = lambda index: read(array[index]).astype(leaf.dtype, copy=False)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
     flat = {}
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=label, disable=not progress, leave=False
-    ) as bar:
+    with bytes_bar(label, total, progress, leave=False) as bar:
         for path, leaf in wanted.items():
-            flat[path] = _read(arrays[path], leaf.shape, leaf.dtype, leaf.sharding)
-            bar.update(math.prod(leaf.shape) * leaf.dtype.itemsize)
+            flat[path] = one(arrays[path], leaf)
+            bar.update(flat[path].nbytes)
     return names.unflatten(flat)
 
 
-def _read(array: ts.TensorStore, shape, dtype, sharding: Sharding) -> jax.Array:
-    part = lambda index: read(array[index]).astype(dtype, copy=False)
-    return jax.make_array_from_callback(shape, sharding, part)
+def bytes_bar(label: str, total: int, progress: bool, leave: bool = True) -> tqdm:
+    """Shows how many of so many bytes are done. leave: whether it stays when all are."""
+    return tqdm(
+        total=total, unit="B", unit_scale=True, desc=label, disable=not progress, leave=leave,
+        dynamic_ncols=True, smoothing=0.05,
+    )

@@ -32,6 +32,10 @@ MAX_HEADER = 100_000_000  # the safetensors library's own limit
 BLOCK = 128  # rows that are transposed at once: they stay in a core's cache
 
 
+def nbytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """Where a tensor lies: `offset` bytes from the start of its file."""
@@ -43,7 +47,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return nbytes(self.dtype, self.shape)
 
     def read(self) -> np.ndarray:
         """The tensor itself.
@@ -125,32 +129,26 @@ def write(
     file: epath.Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]],
     arrays: Iterable[np.ndarray],
 ) -> None:
-    """Writes a file tensor by tensor; it appears complete or not at all.
+    """Writes a file tensor by tensor; it appears complete or not at all. Makes its folder.
 
     shapes: dtype and shape of each key; arrays: the tensors, in the same order. OSError where
     the file cannot be written.
     """
     header, place = {"__metadata__": {"format": "pt"}}, 0
     for key, (dtype, shape) in shapes.items():
-        end = place + math.prod(shape) * np.dtype(dtype).itemsize
+        end = place + nbytes(dtype, shape)
         header[key] = {
             "dtype": CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [place, end]
         }
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors start at multiples of 8
-    temporary = files.beside(file)
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(len(text).to_bytes(8, "little") + text)
-            for (key, (dtype, shape)), array in zip(shapes.items(), arrays, strict=True):
-                if array.dtype != dtype or array.shape != tuple(shape):
-                    raise AssertionError(f"{key} is {array.dtype} {array.shape}")
-                handle.write(contiguous(array).reshape(-1).view(np.uint8).data)
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with files.whole_file(file) as temporary, temporary.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for (key, (dtype, shape)), array in zip(shapes.items(), arrays, strict=True):
+            if array.dtype != dtype or array.shape != tuple(shape):
+                raise AssertionError(f"{key} is {array.dtype} {array.shape}")
+            handle.write(contiguous(array).reshape(-1).view(np.uint8).data)
 
 
 def assign(target: np.ndarray, source: np.ndarray) -> None:
@@ -173,5 +171,4 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 def save(file: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes arrays that are in memory; makes the file's folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     write(file, {key: (array.dtype, array.shape) for key, array in arrays.items()}, arrays.values())

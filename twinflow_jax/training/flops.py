@@ -113,7 +113,7 @@ def _count(jaxpr: core.Jaxpr) -> np.ndarray:
             total[1] += 4 * math.prod(query) * key[-2]
         else:
             times = eqn.params["length"] if name == "scan" else 1
-            for inner in _inner(eqn.params.values()):
+            for inner in core.jaxprs_in_params(eqn.params):
                 total += times * _count(inner)
     return total
 
@@ -122,14 +122,3 @@ def _dot(eqn) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     left = eqn.invars[0].aval.shape
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-
-
-def _inner(values):
-    """The jaxprs among an equation's parameters."""
-    for value in values:
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _inner(value)

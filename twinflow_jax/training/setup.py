@@ -3,35 +3,30 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from twinflow_jax import models, objectives, parallel
-from twinflow_jax.config import Run, Train
+from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import flops, optimizers, state, step
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run's parts. phases: the jitted train steps by name, in the order they are used; learned:
-    their objectives."""
+    """A run's parts. fresh: the state of step 0 with given weights. phases: the jitted train steps
+    by name, in the order they are used; learned: their objectives."""
 
     run: Run
     model: models.Model
-    optimizer: optax.GradientTransformation
-    teacher_decay: float
+    fresh: Callable[[Any], state.TrainState]
     strategy: parallel.Strategy
     layouts: state.TrainState
     learned: dict[str, objectives.Objective]
     phases: dict[str, Any]
-
-    def fresh(self, params) -> state.TrainState:
-        """The state of step 0 with these weights."""
-        return fresh(self.run.train, self.optimizer, self.teacher_decay, self.model.fixed, params)
 
     def place(self, make, *arguments):
         """`make(*arguments)`, a state, with every part where it belongs."""
@@ -105,8 +100,10 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     check_tokens(model, mesh, model.sample_shape)
     strategy = parallel.create(shared.strategy, mesh, abstract, model.axes(), model.dtype)
     decay = run.objective.teacher_decay
-    start = functools.partial(fresh, train, optimizer, decay, model.fixed)
-    shapes = jax.eval_shape(start, abstract)
+    fresh = lambda params: state.create(
+        params, optimizer, decay, train.ema_decay, train.weights, model.fixed
+    )
+    shapes = jax.eval_shape(fresh, abstract)
     layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh))
 
     learned = {}
@@ -116,19 +113,12 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
         )
     learned["objective"] = run.bound_objective
     return Setup(
-        run, model, optimizer, decay, strategy, layouts, learned,
+        run, model, fresh, strategy, layouts, learned,
         {
             name: step.make_step(phase, model.apply, optimizer, train, strategy, layouts)
             for name, phase in learned.items()
         },
     )
-
-
-def fresh(
-    train: Train, optimizer, teacher_decay: float, fixed: tuple[str, ...], params
-) -> state.TrainState:
-    """The state of step 0 with these weights."""
-    return state.create(params, optimizer, teacher_decay, train.ema_decay, train.weights, fixed)
 
 
 def check_divisible(rows: int, model: models.Model, mesh: jax.sharding.Mesh) -> None:
