@@ -1,11 +1,13 @@
 """One table: the logical axes that models name -> the mesh axes that they are split over."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from twinflow_jax.models import names
 from twinflow_jax.parallel.mesh import BATCH, FSDP, AnyMesh
 
 RULES = {
@@ -32,7 +34,7 @@ def layout(shape: tuple[int, ...], axes: tuple, mesh: AnyMesh) -> tuple[Partitio
     entries, used, reasons = [], set(), []
     for size, name in zip(shape, axes, strict=False):
         entry = tuple(axis for axis in RULES.get(name, ()) if mesh.shape[axis] > 1)
-        parts = int(np.prod([mesh.shape[axis] for axis in entry]))
+        parts = math.prod(mesh.shape[axis] for axis in entry)
         if used & set(entry):
             reasons.append(f"{name}: {', '.join(entry)} is taken")
         elif size % parts:
@@ -65,13 +67,10 @@ class Placed:
 
 def report(mesh: AnyMesh, abstract, axes) -> list[Placed]:
     """Where each parameter lies, the largest on a device first."""
-    lines = []
-    flat, _ = jax.tree_util.tree_flatten_with_path(abstract)
-    names = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    for (path, leaf), logical in zip(flat, names, strict=True):
-        spec, reasons = layout(leaf.shape, logical, mesh)
+    lines, axes = [], names.flatten(axes)
+    for path, leaf in names.flatten(abstract).items():
+        spec, reasons = layout(leaf.shape, axes[path], mesh)
         local = NamedSharding(mesh, spec).shard_shape(leaf.shape)
-        size = int(np.prod(local)) * np.dtype(leaf.dtype).itemsize
-        name = "/".join(str(key.key) for key in path)
-        lines.append(Placed(name, leaf.shape, spec, size, reasons))
+        size = math.prod(local) * np.dtype(leaf.dtype).itemsize
+        lines.append(Placed(path, leaf.shape, spec, size, reasons))
     return sorted(lines, key=lambda line: -line.bytes)

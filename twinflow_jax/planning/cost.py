@@ -94,25 +94,23 @@ def predict(program: Program, devices: Sequence,
     devices = list(devices)
     generation = generation_of(devices)
     network = Network(generation, slice_devices(program, devices), assumptions)
-    rows, free = [], {}
+    rows, free, notes = [], {}, set()  # rows: of one execution, how often, where, beside what
     for step in program.steps:
-        row = charge(program, step, generation, assumptions)
-        if row is not None:
-            rows.append((row, step))
-            if covers(step) is None:  # only work that the device waits for can hide other work
-                free[step.visit, step.op.name] = row.seconds
-    parts, notes = {}, set()
-    for row, step in rows:
-        beside = covers(step)
-        hidden = hide(row.seconds, beside, step.visit, free) if beside else 0.
-        add(parts, row, hidden, step.times)
+        row, beside = charge(program, step, generation, assumptions), covers(step)
+        if row is None:
+            continue
+        rows.append((row, step.times, step.visit, beside or ()))
+        if beside is None:  # only work that the device waits for can hide other work
+            free[step.visit, step.op.name] = row.seconds
         if row.name == "other kernels":
             notes |= {f"kernel {kernel.name}: FLOPs unknown, charged for its memory traffic"
                       for kernel in step_kernels(program, step)}
     for one in collectives(program):
         row = Component(f"{one.kind} ({one.network})", network.seconds(one), 0., one.bytes, "B", 1)
-        hidden = hide(row.seconds, one.covers, one.visit, free) if one.overlapped else 0.
-        add(parts, row, hidden, one.count)
+        rows.append((row, one.count, one.visit, one.covers))
+    parts = {}
+    for row, times, visit, beside in rows:
+        add(parts, row, hide(row.seconds, beside, visit, free), times)
     notes |= {f"loop {name}: trip count unknown, taken as 1" for name in program.unknown_loops}
     order = sorted(parts.values(), key=lambda part: -part.seconds)
     return Prediction(tuple(order), generation.peak, tuple(sorted(notes)))

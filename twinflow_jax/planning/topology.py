@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, reason
 from twinflow_jax.parallel.mesh import slice_of
 from twinflow_jax.parallel.peaks import PEAKS
 
@@ -181,8 +181,7 @@ def devices(topology: Topology) -> list:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.slice_name, **options)
     except Exception as error:  # whatever libtpu raises: its types differ between versions
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"libtpu refuses {topology.name}: {first}") from error
+        raise UserError(f"libtpu refuses {topology.name}: {reason(error)}") from error
     return list(found.devices)
 
 

@@ -1,5 +1,7 @@
 """Many samples, in batches of one compiled shape."""
 
+import collections
+import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -46,10 +48,8 @@ def generate(
 
 def counted(labels: Int[np.ndarray, "N"]) -> UInt[np.ndarray, "N"]:
     """Which sample of its class each one is, from 0."""
-    seen, places = np.zeros(labels.max(initial=0) + 1, np.int64), np.zeros(len(labels), np.uint32)
-    for i, label in enumerate(labels):
-        places[i], seen[label] = seen[label], seen[label] + 1
-    return places
+    seen = collections.defaultdict(itertools.count)
+    return np.array([next(seen[label]) for label in labels.tolist()], np.uint32)
 
 
 def by_class(

@@ -81,15 +81,9 @@ def kumaraswamy(
 
 
 def make_grid(
-    steps: int,
-    style: str = "few",
-    stochastic: float | str | None = None,
-    gap: tuple[float, float] = (0.0, 0.0),
-    warp: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    extrapolation: float = 0.0,
-    order: int = 1,
-    fake: bool = False,
-    dtype: str = "float64",
+    steps: int, style: str = "few", stochastic: float | str | None = None,
+    gap: tuple[float, float] = (0.0, 0.0), warp: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    extrapolation: float = 0.0, order: int = 1, fake: bool = False, dtype: str = "float64",
     released_sde: bool = False,
 ) -> Grid:
     """The grid of UCGM-S (`sampling_loop` of the released code).

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from twinflow_jax.models import names
 from twinflow_jax.training import ema
 
 
@@ -32,10 +33,10 @@ def trained(params, fixed: tuple[str, ...]):
     if not fixed:
         return params
     pattern = re.compile("|".join(fixed))
-    path_of = lambda path: "/".join(str(key.key) for key in path)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if pattern.fullmatch(path_of(path)) else leaf, params
-    )
+    return names.unflatten({
+        path: None if pattern.fullmatch(path) else leaf
+        for path, leaf in names.flatten(params).items()
+    })
 
 
 def whole(part, params):
