@@ -106,21 +106,16 @@ def as_reduce_scatter(computation: Computation, one: Collective) -> Collective:
 
 def carriers(program: Program, step: Step, op: Instruction) -> tuple[str, ...]:
     """The fusions with matrix products that carry a started collective on, found by its chain."""
-    chain = chain_id(op)
+    chain = op.quoted("chain_id")
     found = []
     for other in step.schedule.instructions.values():
-        if other.opcode == "fusion" and chain is not None:
+        if other.opcode == "fusion" and chain:
             inside = list(fused(program, other))
-            carries = any(inner.opcode in COLLECTIVES and chain_id(inner) == chain
+            carries = any(inner.opcode in COLLECTIVES and inner.quoted("chain_id") == chain
                           for _, inner in inside)
             if carries and any(inner.opcode in ("dot", "convolution") for _, inner in inside):
                 found.append(other.name)
     return tuple(found)
-
-
-def chain_id(op: Instruction) -> str | None:
-    match = re.search(r'chain_id="(\d+)"', op.attributes)
-    return match[1] if match else None
 
 
 def covers(step: Step) -> tuple[str, ...] | None:
@@ -139,11 +134,10 @@ def covers(step: Step) -> tuple[str, ...] | None:
 
 def between_slices(send: Step) -> Collective:
     """The part of a collective that goes between slices: a send and a receive of the same name."""
-    rendezvous = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', send.op.attributes)[1]
+    rendezvous = send.op.quoted("_xla_host_transfer_rendezvous")
     receive = next(op for op in send.computation.instructions.values()
                    if op.opcode == "recv" and f'rendezvous="{rendezvous}"' in op.attributes)
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.op.attributes)[1]
-    kind = kind.lower().replace("_", "-")
+    kind = send.op.quoted("_xla_megascale_transfer_type").lower().replace("_", "-")
     data = receive.results if kind == "all-gather" else send.op.results
     slices = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', send.op.attributes)
     count = len(numbers(slices[1])) if slices else 2

@@ -58,11 +58,15 @@ class Instruction:
             found += re.findall(r"%([\w.\-]+)", match[1]) if match else []
         return tuple(found)
 
+    def quoted(self, attribute: str) -> str:
+        """The text of an attribute, written NAME="TEXT"; nothing where it is not there."""
+        match = re.search(rf'{attribute}="([^"]*)"', self.attributes)
+        return match[1] if match else ""
+
     @property
     def target(self) -> str:
-        """The custom_call_target, or nothing."""
-        match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-        return match[1] if match else ""
+        """What a custom call calls."""
+        return self.quoted("custom_call_target")
 
     @property
     def cycles(self) -> int | None:
@@ -73,8 +77,7 @@ class Instruction:
     @property
     def source(self) -> str:
         """Where in the traced program it comes from: jit(step)/while/body/dot_general."""
-        match = re.search(r'op_name="([^"]*)"', self.attributes)
-        return match[1] if match else ""
+        return self.quoted("op_name")
 
 
 @dataclass(frozen=True)

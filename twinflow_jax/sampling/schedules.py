@@ -1,6 +1,7 @@
 """How base models were published to be sampled: times in float64 NumPy, from 1 down to 0."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,14 +104,16 @@ def published(
     name = scheduler.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if name not in CLASSES:
         raise UserError(f"the scheduler is of class {name!r}; known are {', '.join(CLASSES)}")
-    dynamic = bool(scheduler.get("use_dynamic_shifting"))
     if name == "DPMSolverMultistepScheduler":
-        implemented, numbers, assumed = DPM, DPM_NUMBERS, DPM_ASSUMED
-    elif dynamic:
-        implemented, numbers, assumed = DYNAMIC, DYNAMIC_NUMBERS, {}
+        implemented, numbers, schedule = DPM, DPM_NUMBERS, partial(flow_shift, steps)
+        scheduler = DPM_ASSUMED | scheduler
+    elif scheduler.get("use_dynamic_shifting"):
+        implemented, numbers = DYNAMIC, DYNAMIC_NUMBERS
+        schedule = partial(dynamic_shift, steps, tokens)
     else:
-        implemented, numbers, assumed = STATIC, STATIC_NUMBERS, {}
-    config = implemented | numbers | assumed | scheduler
+        implemented, numbers = STATIC, STATIC_NUMBERS
+        schedule = partial(static_shift, steps, twice=shifted_twice)
+    config = implemented | numbers | scheduler
     problems = [
         f"{key} is {config[key]!r}, only {value!r} is implemented"
         for key, value in implemented.items()
@@ -123,9 +126,4 @@ def published(
     ]
     if problems:
         raise UserError(f"scheduler_config.json: {'; '.join(problems)}")
-    values = [config[key] for key in numbers]
-    if name == "DPMSolverMultistepScheduler":
-        return flow_shift(steps, *values)
-    if not dynamic:
-        return static_shift(steps, *values, shifted_twice)
-    return dynamic_shift(steps, tokens, *values)
+    return schedule(*(config[key] for key in numbers))

@@ -45,8 +45,7 @@ def forward(
     time = jax.ShapeDtypeStruct((1,), jnp.float32)
     with compiled_for(platform):
         jaxpr = jax.make_jaxpr(model.apply)(model.abstract_params(), x, time, time, null)
-    counted = _count(jaxpr.jaxpr)
-    return Forward(int(counted[0]), int(counted[1]))
+    return Forward(*map(int, _count(jaxpr.jaxpr)))
 
 
 def calls(

@@ -1,5 +1,6 @@
 """One optimizer step as a pure function of (state, data)."""
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -67,14 +68,10 @@ def loss_and_gradient(
     if micro_steps == 1:
         return part(batch, draws)
 
-    groups: list[list] = []
-    for piece in micro_batches(objective, batch, draws, micro_steps):
-        same = groups and counts_of(groups[-1][0][1], roles) == counts_of(piece[1], roles)
-        groups[-1].append(piece) if same else groups.append([piece])
-
     gradient = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), learned)
     loss, terms = jnp.float32(0), {}
-    for group in groups:
+    pieces = micro_batches(objective, batch, draws, micro_steps)
+    for _, group in itertools.groupby(pieces, lambda piece: counts_of(piece[1], roles)):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
 
         def add(gradient, piece):
