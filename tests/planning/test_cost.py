@@ -35,7 +35,7 @@ def one(kind, size, groups, network="ici"):
 
 
 def seconds(generation, devices, collective):
-    return cost.Network(GENERATIONS[generation], devices, cost.Assumptions()).seconds(collective)
+    return cost.Network(GENERATIONS[generation], devices).seconds(collective)
 
 
 def test_collectives_are_charged_per_axis_spanned():

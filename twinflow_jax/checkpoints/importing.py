@@ -87,7 +87,6 @@ class Drawn:
 class Plan:
     """One array to be written: the source tensors of its layers (one where not stacked)."""
 
-    path: str
     rule: Rule
     sources: dict[str, tensors.Tensor | Drawn]
     shape: tuple[int, ...]
@@ -138,7 +137,7 @@ def _plans(part: Part, dtype: np.dtype | None) -> list[Plan]:
         theirs = {source.dtype for source in sources.values()}
         # Layers of several dtypes are stored as the one that holds them all.
         own = theirs.pop() if len(theirs) == 1 else np.dtype(np.float32)
-        plans.append(Plan(rule.path, rule, sources, part.leaves[rule.path], dtype or own))
+        plans.append(Plan(rule, sources, part.leaves[rule.path], dtype or own))
     return plans
 
 
@@ -173,7 +172,7 @@ def _write_arrays(
     for plan, i, block in store.ahead(blocks):
         if i == 0:
             array = store.create(
-                imported.array_folder(target, name, plan.path), plan.shape, plan.dtype,
+                imported.array_folder(target, name, plan.rule.path), plan.shape, plan.dtype,
                 (plan.rows, *plan.shape[1:]), plan.part(pieces),
             )
         start = i * plan.rows

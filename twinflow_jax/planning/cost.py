@@ -2,9 +2,11 @@
 
 `predict` charges every scheduled instruction of a Program once: matrix products by the compiler's
 cycles or by FLOPs, kernels by FLOPs, collectives by bytes over the torus axes that they span, the
-rest by memory traffic. Everything that is assumed beyond the program and the chip's published
-figures stands in Assumptions. The result ranks programs and catches regressions; its seconds are
-right to UNCERTAINTY.
+rest by memory traffic. The constants below are all that is assumed beyond the program and the
+chip's published figures, and this: a collective takes bytes * (n - 1) / n over the summed rates of
+the torus axes along which its group of n differs, twice that for an all-reduce; groups that share
+links do not slow each other down; attention has no mask. The result ranks programs and catches
+regressions; its seconds are right to UNCERTAINTY.
 """
 
 import math
@@ -19,24 +21,13 @@ from twinflow_jax.planning.traffic import Traffic, moves, step_traffic
 from twinflow_jax.planning.work import Kernel, step_flops, step_kernels
 
 UNCERTAINTY = (.3, .5)  # of the seconds: from 30 % for programs of large matrix products to 50 %
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What the time model takes for granted.
-
-    A collective takes bytes * (n - 1) / n over the summed rates of the torus axes along which
-    its group of n differs, twice that for an all-reduce; an axis that is no ring has half the rate;
-    groups that share links do not slow each other down. Attention has no mask.
-    """
-
-    matmul_share: float = .9  # of peak, where the compiler's cycles are absent or not trusted
-    trusted_cycles: tuple[str, ...] = ("v4", "v5e", "v5p")  # generations: right for matmuls
-    attention_share: float = .55  # of peak, in Pallas kernels
-    line: float = .5  # rate of an axis without the link that closes its ring
-    vmem: float = 20.  # rate of on-chip memory, in rates of main memory
-    die: float = 6.  # rate between the devices of one chip, in rates of a torus axis
-    host: float = 16e9  # bytes/s per device to and from the host's memory
+MATMUL_SHARE = .9  # of peak, where the compiler's cycles are absent or not trusted
+TRUSTED_CYCLES = ("v4", "v5e", "v5p")  # generations: right for matmuls
+ATTENTION_SHARE = .55  # of peak, in Pallas kernels
+LINE = .5  # rate of an axis without the link that closes its ring
+VMEM = 20.  # rate of on-chip memory, in rates of main memory
+DIE = 6.  # rate between the devices of one chip, in rates of a torus axis
+HOST = 16e9  # bytes/s per device to and from the host's memory
 
 
 @dataclass(frozen=True)
@@ -84,8 +75,7 @@ class Prediction:
         return self.flops / self.peak / self.overlapped if self.overlapped else 0.
 
 
-def predict(program: Program, devices: Sequence,
-            assumptions: Assumptions = Assumptions()) -> Prediction:  # noqa: B008
+def predict(program: Program, devices: Sequence) -> Prediction:
     """What one run of the program costs on these devices.
 
     devices: those that it was compiled for, in the order of the mesh (`mesh.devices.flat`).
@@ -93,10 +83,10 @@ def predict(program: Program, devices: Sequence,
     """
     devices = list(devices)
     generation = generation_of(devices)
-    network = Network(generation, slice_devices(program, devices), assumptions)
+    network = Network(generation, slice_devices(program, devices))
     rows, free, notes = [], {}, set()  # rows: of one execution, how often, where, beside what
     for step in program.steps:
-        row, beside = charge(program, step, generation, assumptions), covers(step)
+        row, beside = charge(program, step, generation), covers(step)
         if row is None:
             continue
         rows.append((row, step.times, step.visit, beside or ()))
@@ -142,26 +132,25 @@ def hide(seconds: float, beside: Sequence[str], visit: int, free: dict) -> float
     return seconds - left
 
 
-def charge(program: Program, step: Step, generation: Generation,
-           assumptions: Assumptions) -> Component | None:
+def charge(program: Program, step: Step, generation: Generation) -> Component | None:
     """One execution of a step; None for collectives and for what costs nothing."""
     found = step_kernels(program, step)
     if found:
-        return kernel_cost(program, step, found, generation, assumptions)
+        return kernel_cost(program, step, found, generation)
     work = step_flops(program, step)
     cycles = step.op.cycles
     if work and step.op.opcode in ("fusion", "dot", "convolution"):
-        if cycles and generation.name in assumptions.trusted_cycles:
+        if cycles and generation.name in TRUSTED_CYCLES:
             # The compiler's word, but never faster than the chip.
             seconds = max(cycles / generation.clock, work / generation.peak)
         else:
-            seconds = max(work / generation.peak / assumptions.matmul_share,
-                          traffic_seconds(step_traffic(program, step), generation, assumptions))
+            seconds = max(work / generation.peak / MATMUL_SHARE,
+                          traffic_seconds(step_traffic(program, step), generation))
         return Component("matmul", seconds, 0., work, "FLOP", 1)
     if not moves(program, step):
         return None
     traffic = step_traffic(program, step)
-    seconds = traffic_seconds(traffic, generation, assumptions)
+    seconds = traffic_seconds(traffic, generation)
     if cycles:
         seconds = min(seconds, cycles / generation.clock)
     if traffic.host:
@@ -171,23 +160,21 @@ def charge(program: Program, step: Step, generation: Generation,
     return Component(name, seconds, 0., traffic.host or traffic.hbm, "B", 1)
 
 
-def traffic_seconds(traffic: Traffic, generation: Generation,
-                    assumptions: Assumptions) -> float:
+def traffic_seconds(traffic: Traffic, generation: Generation) -> float:
     """The slowest memory's time."""
-    return max(traffic.hbm / generation.hbm,
-               traffic.vmem / generation.hbm / assumptions.vmem,
-               traffic.host / assumptions.host)
+    return max(traffic.hbm / generation.hbm, traffic.vmem / generation.hbm / VMEM,
+               traffic.host / HOST)
 
 
 def kernel_cost(program: Program, step: Step, found: list[Kernel],
-                generation: Generation, assumptions: Assumptions) -> Component:
+                generation: Generation) -> Component:
     """Attention by its FLOPs; a kernel that is not known as attention by its memory traffic."""
     work = [attention_flops(kernel) for kernel in found]
     if None in work:
         traffic = step_traffic(program, step)
-        seconds = traffic_seconds(traffic, generation, assumptions)
+        seconds = traffic_seconds(traffic, generation)
         return Component("other kernels", seconds, 0., traffic.hbm, "B", 1)
-    seconds = sum(work) / generation.peak / assumptions.attention_share
+    seconds = sum(work) / generation.peak / ATTENTION_SHARE
     return Component("attention kernels", seconds, 0., sum(work), "FLOP", 1)
 
 
@@ -220,17 +207,15 @@ def attention_flops(kernel: Kernel) -> int | None:
 class Network:
     """The links between devices: which torus axes a group spans, and how fast they are."""
 
-    def __init__(self, generation: Generation, devices: list, assumptions: Assumptions):
+    def __init__(self, generation: Generation, devices: list):
         """devices: of one slice or all, in the order that the program numbers them."""
-        self.generation, self.assumptions = generation, assumptions
-        self.devices = devices
-        self.shape = torus(devices)
-        self.rates = {}
+        self.generation, self.devices = generation, devices
+        self.shape, self.rates = torus(devices), {}
 
     def seconds(self, one: Collective) -> float:
         """Of one execution of a collective."""
         if one.kind == "collective-permute":  # one link, one direction
-            passes = .5 / self.assumptions.line
+            passes = .5 / LINE
         else:
             passes = (one.group - 1) / one.group * (2 if one.kind == "all-reduce" else 1)
         return passes * one.bytes / self.rate(one)
@@ -253,10 +238,9 @@ class Network:
         axes = [axis for axis in range(len(self.shape))
                 if len({device.coords[axis] for device in members}) > 1]
         if not axes:  # inside one chip
-            return per_device * self.assumptions.die
+            return per_device * DIE
         return sum(per_device * self.ring(axis) for axis in axes)
 
     def ring(self, axis: int) -> float:
-        """1 for an axis whose ends are joined, `line` for one whose ends are not."""
-        joined = self.shape[axis] % self.generation.wraps == 0
-        return 1. if joined else self.assumptions.line
+        """1 for an axis whose ends are joined, LINE for one whose ends are not."""
+        return 1. if self.shape[axis] % self.generation.wraps == 0 else LINE
