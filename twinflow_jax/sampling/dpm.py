@@ -42,13 +42,11 @@ def dpm_solve(
     told: the time that the network is given at each of times[:-1]. rule: how guidance combines
     the velocities with and without the prompt. NFE: one a step, two with guidance != 1.
     """
-    rows = noise.shape[0]
 
     def step(carry, inputs):
         x, before = carry
-        at = jnp.full((rows,), inputs["told"], jnp.float32)
-        v = guided_velocity(apply, params, x, at, cond, null_cond, guidance, rule)
-        x_hat = x - inputs["time"] * v.astype(jnp.float32)
+        v = guided_velocity(apply, params, x, inputs["told"], cond, null_cond, guidance, rule)
+        x_hat = x - inputs["time"] * v
         a, b, c = inputs["coefficients"]
         return (a * x + b * x_hat + c * before, x_hat), None
 

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from twinflow_jax.arrays import Apply, Samples, Times, Velocities
+from twinflow_jax.arrays import Apply, Samples, Scalar, Velocities
 from twinflow_jax.errors import UserError
 from twinflow_jax.objectives import twin
 
@@ -17,14 +17,18 @@ def guide(with_cond: Velocities, without: Velocities, guidance: float) -> Veloci
 
 
 def guided_velocity(
-    apply: Apply, params, x: Samples, t: Times, cond, null_cond, guidance: float,
+    apply: Apply, params, x: Samples, t: Scalar, cond, null_cond, guidance: float,
     rule: Callable = guide,
 ) -> Velocities:
-    """The guided velocity at r = t; guidance 1 is one evaluation, without the null condition."""
+    """The guided velocity at r = t, in float32; guidance 1 is one evaluation, without the null
+    condition."""
+    times = jnp.full(x.shape[:1], t, jnp.float32)
     if guidance == 1.0:
-        return apply(params, x, t, t, cond)
-    pair = twin.instantaneous_pair(apply, params, x, (t, t), (cond, null_cond))
-    return rule(*pair, guidance)
+        v = apply(params, x, times, times, cond)
+    else:
+        pair = twin.instantaneous_pair(apply, params, x, (times, times), (cond, null_cond))
+        v = rule(*pair, guidance)
+    return v.astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames=("apply", "times", "guidance", "method", "rule"))
@@ -40,13 +44,9 @@ def solve(
     """
     if method not in ("euler", "heun"):
         raise UserError(f"method is {method!r}; choose 'euler' or 'heun'")
-    rows = noise.shape[0]
-
-    def velocity(x, t):
-        t = jnp.full((rows,), t, jnp.float32)
-        return guided_velocity(
-            apply, params, x, t, cond, null_cond, guidance, rule
-        ).astype(jnp.float32)
+    velocity = lambda x, t: guided_velocity(
+        apply, params, x, t, cond, null_cond, guidance, rule
+    )
 
     def step(x, ends, second: bool):
         now, then = ends
