@@ -215,12 +215,6 @@ def put_rows(tree, layout: jax.sharding.Sharding, rows: np.ndarray, count: int):
     return jax.tree.map(one, tree)
 
 
-def fetch(tree, mesh: jax.sharding.Mesh):
-    """Arrays over all processes' devices as host arrays, whole on every process."""
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(np.asarray, jax.jit(lambda tree: tree, out_shardings=whole)(tree))
-
-
 def stop_requested(signal_number: int) -> int:
     """The signal to stop for now, 0 for none: this process's own, or, with several processes,
     SIGTERM where any has received it; all then stop at the same look.

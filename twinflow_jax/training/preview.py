@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from twinflow_jax import images, parallel, seeds
 from twinflow_jax.evaluation import sample_labels
@@ -44,8 +45,8 @@ class Preview:
 
         Every process samples, since all hold parts of the weights; the first one draws.
         """
-        blocks, scores, mesh = {}, {}, self._strategy.mesh
-        over = parallel.over_rows(mesh, self._count)
+        blocks, scores = {}, {}
+        over = parallel.over_rows(self._strategy.mesh, self._count)
         shown = np.concatenate(  # rows are classes, or prompts
             [np.flatnonzero(self._labels == row)[: self._columns] for row in range(self._rows)]
         )
@@ -53,7 +54,7 @@ class Preview:
         for grid in self._grids:
             with self._strategy.applied():
                 x = sample(self._inputs.model.apply, params, noise, cond, grid, self._key)
-            x = hosts.fetch(x, mesh)
+            x = multihost_utils.process_allgather(x, tiled=True)  # whole on every process
             if not hosts.leads():
                 continue
             x = self._inputs.decode(x)
