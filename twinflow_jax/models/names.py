@@ -169,7 +169,7 @@ def spelled(
     return tuple(Rule(key(path), path, layout(path, leaf.ndim)) for path, leaf in leaves.items())
 
 
-def flatten(tree) -> dict:
+def flatten(tree: dict) -> dict:
     """`{"a/b": leaf}` of nested dicts."""
     return traverse_util.flatten_dict(tree, sep="/")
 
