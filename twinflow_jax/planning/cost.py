@@ -10,6 +10,7 @@ regressions; its seconds are right to UNCERTAINTY.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from twinflow_jax.parallel.mesh import slice_of
 from twinflow_jax.planning.collectives import Collective, collectives, covers
 from twinflow_jax.planning.hlo import Program, Step
 from twinflow_jax.planning.topology import Generation, generation_of, torus
-from twinflow_jax.planning.traffic import Traffic, moves, step_traffic
+from twinflow_jax.planning.traffic import CHIP, HOST, MAIN, moves, step_traffic
 from twinflow_jax.planning.work import Kernel, step_flops, step_kernels
 
 UNCERTAINTY = (.3, .5)  # of the seconds: from 30 % for programs of large matrix products to 50 %
@@ -27,7 +28,7 @@ ATTENTION_SHARE = .55  # of peak, in Pallas kernels
 LINE = .5  # rate of an axis without the link that closes its ring
 VMEM = 20.  # rate of on-chip memory, in rates of main memory
 DIE = 6.  # rate between the devices of one chip, in rates of a torus axis
-HOST = 16e9  # bytes/s per device to and from the host's memory
+HOST_RATE = 16e9  # bytes/s per device to and from the host's memory
 
 
 @dataclass(frozen=True)
@@ -153,17 +154,17 @@ def charge(program: Program, step: Step, generation: Generation) -> Component | 
     seconds = traffic_seconds(traffic, generation)
     if cycles:
         seconds = min(seconds, cycles / generation.clock)
-    if traffic.host:
+    if traffic[HOST]:
         name = "host copies"
     else:
         name = "memory" if covers(step) is None else "asynchronous copies"
-    return Component(name, seconds, 0., traffic.host or traffic.hbm, "B", 1)
+    return Component(name, seconds, 0., traffic[HOST] or traffic[MAIN], "B", 1)
 
 
-def traffic_seconds(traffic: Traffic, generation: Generation) -> float:
+def traffic_seconds(traffic: Counter[int], generation: Generation) -> float:
     """The slowest memory's time."""
-    return max(traffic.hbm / generation.hbm, traffic.vmem / generation.hbm / VMEM,
-               traffic.host / HOST)
+    return max(traffic[MAIN] / generation.hbm, traffic[CHIP] / generation.hbm / VMEM,
+               traffic[HOST] / HOST_RATE)
 
 
 def kernel_cost(program: Program, step: Step, found: list[Kernel],
@@ -173,7 +174,7 @@ def kernel_cost(program: Program, step: Step, found: list[Kernel],
     if None in work:
         traffic = step_traffic(program, step)
         seconds = traffic_seconds(traffic, generation)
-        return Component("other kernels", seconds, 0., traffic.hbm, "B", 1)
+        return Component("other kernels", seconds, 0., traffic[MAIN], "B", 1)
     seconds = sum(work) / generation.peak / ATTENTION_SHARE
     return Component("attention kernels", seconds, 0., sum(work), "FLOP", 1)
 

@@ -1,10 +1,10 @@
 """The memory traffic of a program: what is no matrix product, kernel or collective."""
 
-from dataclasses import dataclass
+from collections import Counter
 
 from twinflow_jax.planning.collectives import COLLECTIVES
 from twinflow_jax.planning.hlo import Program, Step, within
-from twinflow_jax.planning.instructions import Array, Computation, Instruction
+from twinflow_jax.planning.instructions import Computation, Instruction
 from twinflow_jax.planning.work import KERNEL_CALL
 
 # Opcodes that move and compute nothing themselves.
@@ -13,18 +13,7 @@ STRUCTURE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "
              "async-update", "call-start", "opt-barrier", "add-dependency", "send", "recv"}
 # Custom calls that only name memory.
 NAMING_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes read and written, by memory: the device's main one, the on-chip one, the host's."""
-
-    hbm: int = 0
-    vmem: int = 0
-    host: int = 0
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.hbm + other.hbm, self.vmem + other.vmem, self.host + other.host)
+MAIN, CHIP, HOST = 0, 1, 5  # memories, as Array.space numbers them
 
 
 def moves(program: Program, step: Step) -> bool:
@@ -38,33 +27,28 @@ def moves(program: Program, step: Step) -> bool:
                    or inner.target == KERNEL_CALL for _, inner in within(program, step))
 
 
-def step_traffic(program: Program, step: Step) -> Traffic:
-    """Bytes that one execution of an instruction reads and writes.
+def step_traffic(program: Program, step: Step) -> Counter[int]:
+    """Bytes that one execution of an instruction reads and writes, by memory.
 
     Slices count by what they take, updates in place by what they write.
     """
     op, computation = step.op, step.computation
-    total = Traffic()
+    total = Counter()
     for position, name in enumerate(op.operands):
         source = computation.instructions[name].results
         limit = read_bytes(program, op, position)
         for array in source:
-            total += spend(array, array.bytes if limit is None else min(limit, array.bytes))
+            total[array.space] += array.bytes if limit is None else min(limit, array.bytes)
     if op.opcode == "copy-start":  # its results are the copy, the source again, and a flag
-        return total + spend(op.results[0], op.results[0].bytes)
+        total[op.results[0].space] += op.results[0].bytes
+        return total
     if op.opcode in ("fusion", "dynamic-update-slice"):
         written = written_bytes(program, computation, op)
     else:
         written = [array.bytes for array in op.results]
     for array, size in zip(op.results, written, strict=True):
-        total += spend(array, size)
+        total[array.space] += size
     return total
-
-
-def spend(array: Array, size: int) -> Traffic:
-    """Bytes in the memory that an array lies in; flags and scalars' memories are free."""
-    return {0: Traffic(hbm=size), 1: Traffic(vmem=size), 5: Traffic(host=size)}.get(
-        array.space, Traffic())
 
 
 def read_bytes(program: Program, op: Instruction, position: int) -> int | None:
