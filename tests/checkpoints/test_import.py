@@ -251,7 +251,7 @@ def test_what_no_file_holds_is_drawn(base):
         for rule in part.table.rules
     )
     part = dataclasses.replace(part, table=dataclasses.replace(part.table, rules=rules))
-    plans = {plan.path: plan for plan in importing._plans(part, None)}
+    plans = {plan.rule.path: plan for plan in importing._plans(part, None)}
     [kernel] = plans["second_time_embedder/out/kernel"].blocks()
     [bias] = plans["second_time_embedder/out/bias"].blocks()
     assert kernel.shape == (64, 64) and abs(kernel.std() - 0.5) < 0.05 and not bias.any()
