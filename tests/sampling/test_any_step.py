@@ -107,8 +107,10 @@ def quiet_grid(*args, **kwargs):
 def both(noise, grid):
     """(samples, states visited), compiled as one program."""
     cond = jax.tree.map(jnp.asarray, COND)
-    samples, states = any_step._run(apply, jnp.float32(1), noise, cond, grid, KEY)
-    return samples, jnp.concatenate([noise[None], states])
+    return (
+        sampling.sample(apply, jnp.float32(1), noise, cond, grid, KEY),
+        sampling.trajectory(apply, jnp.float32(1), noise, cond, grid, KEY),
+    )
 
 
 def compare(
@@ -370,6 +372,7 @@ def test_images_and_low_precision_networks_sample_in_float32():
     noise = jnp.ones((2, 4, 4, 1), jnp.bfloat16)
     grid = sampling.make_grid(3, "any")
     assert sampling.sample(half, None, noise, {}, grid, KEY).dtype == jnp.float32
+    assert sampling.trajectory(half, None, noise, {}, grid, KEY).shape == (4, 2, 4, 4, 1)
 
 
 def test_batches_share_one_program(monkeypatch):

@@ -32,6 +32,15 @@ def sample(
     return _run(apply, params, noise, cond, grid, key)[0]
 
 
+@partial(jax.jit, static_argnames=("apply", "grid"))
+def trajectory(
+    apply: Apply, params, noise: Samples, cond, grid: Grid, key: Keys
+) -> Float[Array, "{grid.steps}+1 B *shape"]:
+    """The points that the sampler visits: the noise, then the state after each step."""
+    states = _run(apply, params, noise, cond, grid, key)[1]
+    return jnp.concatenate([noise[None].astype(jnp.float32), states])
+
+
 def fresh_noise(key: Keys, i, shape: tuple[int, ...]) -> Samples:
     """Noise of step i, from one key for all rows or from one key per row."""
     if key.ndim == 0:
