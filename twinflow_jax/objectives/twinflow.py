@@ -26,7 +26,7 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
 from twinflow_jax.objectives.batch import Batch
-from twinflow_jax.objectives.config import Shared
+from twinflow_jax.objectives.config import Twinned
 from twinflow_jax.objectives.draws import (
     Counts,
     Draws,
@@ -42,14 +42,17 @@ ROLES = ("one_step", "multi_step", "any_step", "adversarial")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Shared):
+class Config(Twinned):
     """Hyperparameters; the defaults are the `released` preset.
 
-    At order 0 only multi_step and adversarial rows train, on velocities. The rectification loss is
-    a mean over one_step rows.
+    The rectification loss is a mean over one_step rows.
     """
 
     form: str = "twinflow"
+    order: int = option(
+        2, "teacher sub-steps of a jump; 0: only multi_step and adversarial rows train, on "
+        "velocities", least=0,
+    )
     ratios: tuple[float, float, float, float] = option(
         (1.0, 1.0, 1.0, 1.0),
         "shares of the batch: one_step, multi_step, any_step, adversarial", least=0,
