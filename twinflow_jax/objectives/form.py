@@ -20,7 +20,7 @@ class Form(Protocol):
     """A module in this room, listed in FORMS. All of it is pure, and knows no Flax and no mesh.
 
     ROLES: what rows of a batch are for, in the order in which they stand there. Config: its
-    hyperparameters, a frozen dataclass that derives from config.Shared. `check_form` says what is amiss.
+    hyperparameters, a frozen dataclass that derives from config.Shared. `check_form` asks for all.
     """
 
     ROLES: tuple[str, ...]
