@@ -78,6 +78,10 @@ def check(args) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+    source, target = (epath.Path(path).resolve() for path in (args.source, args.target))
+    if source.is_dir() and source in (target, *target.parents):
+        raise UserError(f"{args.target} lies in {args.source}, all of which is read: choose a "
+                        "folder beside it")
     if not 0 <= args.process < args.processes:
         raise UserError(f"--process is {args.process}; it lies from 0 to --processes less one")
     if args.size and args.buckets:

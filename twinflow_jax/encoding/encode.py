@@ -26,7 +26,7 @@ from twinflow_jax.encoding.captions import Captions, Tally
 from twinflow_jax.encoding.drawn import Drawing, drawn
 from twinflow_jax.encoding.index import Entry, Key, Shard, Skipped
 from twinflow_jax.encoding.sources import THREADS, UNREADABLE, Source, cut
-from twinflow_jax.encoding.workspace import ShardReport, Workspace
+from twinflow_jax.encoding.workspace import ShardReport, Workspace, nothing_in
 from twinflow_jax.errors import UserError
 
 BLOCK = 64  # items whose pictures and embeddings are in memory at once
@@ -80,10 +80,8 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
         used.
     """
     settings, manifest = job.settings(), manifest_of(job.pipeline, bool(job.sizes))
-    if space.claim(settings):
-        return None
-    with space.held():
-        return share(job, space, settings, manifest)
+    with space.claim(settings) as finished:
+        return None if finished else share(job, space, settings, manifest)
 
 
 def share(
@@ -98,6 +96,8 @@ def share(
     if not space.wait(listings, "the listing", lambda: space.finished):
         return None
     plan = index.plan(space.work, len(chunks), job.sizes, job.shard_size)
+    if not plan.shards:
+        raise nothing_in(plan.skipped)
     mine = [shard for _, shard in space.mine(plan.shards)]
     left = [shard for shard in mine if not space.report_file(shard).exists()]
     if left:

@@ -71,6 +71,7 @@ def write_chunk(work: epath.Path, source: Source, chunk: int, min_side: int) -> 
         entries = list(threads.map(look, source.items(source.chunks[chunk])))
     lines = [json.dumps(dataclasses.asdict(entry)) + "\n" for entry in entries]
     files.write(chunk_file(work, chunk), "".join(lines).encode())
+    read_chunk.cache_clear()  # of a try before
 
 
 def examine(source: Source, item: Item, min_side: int) -> Entry:
