@@ -258,6 +258,21 @@ def test_a_stopped_drawing_keeps_what_is_done_and_goes_on(made, tmp_path, monkey
     assert_close(read(tmp_path / "out")[::2], made.two_steps)
 
 
+def test_pictures_of_other_tokens_or_tiles_are_drawn_again(made, tmp_path, capsys):
+    kept = safetensors.numpy.load_file(made.embeddings)
+    kept["tokens"] = kept["tokens"][::-1].copy()
+    kept["mask"] = kept["mask"][::-1].copy()
+    safetensors.numpy.save_file(kept, tmp_path / "other.safetensors")
+    for embeddings, more, before in (
+        (made.embeddings, [], ""), (made.embeddings, [], "2 of them there before"),
+        (tmp_path / "other.safetensors", [], ""),
+        (tmp_path / "other.safetensors", ["--tile", "256"], ""),
+    ):
+        draw(made.checkpoint, tmp_path / "out", "--embeddings", str(embeddings), *more)
+        said = capsys.readouterr().out
+        assert (before in said) if before else "there before" not in said, (embeddings, more)
+
+
 def test_a_folder_that_cannot_be_written_shows_before_anything_is_drawn(made, tmp_path, capsys):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -174,6 +174,28 @@ run_verb(main)
     assert done.returncode == status and done.stderr.splitlines()[-1] == last
 
 
+@pytest.mark.parametrize(
+    "sent, said", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_signal_while_garbage_is_collected_is_not_lost(sent, said):
+    program = f"""
+import gc, signal, time
+from twinflow_jax.errors import run_verb
+def interrupt(phase, _):
+    gc.callbacks.remove(interrupt)
+    signal.raise_signal({sent:d})
+    for _ in range(100):  # the handler runs between two of these
+        pass
+def main():
+    gc.callbacks.append(interrupt)
+    gc.collect()
+    time.sleep(600)
+run_verb(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()) == (128 + sent, [said])
+
+
 # Verbs that touch a device at different moments; each says the same.
 EVERY_VERB = """
 import sys

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -52,6 +53,23 @@ def _terminate(*_) -> None:
     raise Terminated
 
 
+def _number(error: KeyboardInterrupt) -> int:
+    """Of the signal that an interrupt stands for."""
+    return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+
+
+def _unraisable(lost) -> None:
+    """Sends an interrupt again that came in a destructor or a callback of the garbage collector,
+    where Python drops what is raised."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    to = threading.main_thread().ident, _number(lost.exc_value)
+    again = threading.Timer(0.05, signal.pthread_kill, to)
+    again.daemon = True
+    again.start()
+
+
 def run_verb(main: Callable[[], int | None]) -> None:
     """Runs a verb's `main` and exits with its status.
 
@@ -59,6 +77,7 @@ def run_verb(main: Callable[[], int | None]) -> None:
     other exception is a bug and keeps its traceback. `main` returns the exit status (None means 0).
     """
     before = signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _unraisable
     try:
         with warnings.catch_warnings():
             warnings.showwarning = one_line
@@ -66,6 +85,7 @@ def run_verb(main: Callable[[], int | None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         end(report(error))
     finally:
+        sys.unraisablehook = sys.__unraisablehook__
         signal.signal(signal.SIGTERM, before)
     sys.exit(status)
 
@@ -77,7 +97,7 @@ def report(error: BaseException) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if isinstance(error, KeyboardInterrupt):
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        number = _number(error)
         what = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
         print(f"{what}; {error}" if str(error) else what, file=sys.stderr)
         return 128 + number

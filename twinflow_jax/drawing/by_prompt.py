@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from twinflow_jax import arguments, files, images
-from twinflow_jax.checkpoints import store, tensors
+from twinflow_jax.checkpoints import tensors
 from twinflow_jax.config import Run
 from twinflow_jax.drawing import album, codec, denoising, pictures, text
 from twinflow_jax.drawing.conditions import Embeddings, same_length
@@ -60,16 +59,19 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
         with writing("--save-embeddings", args.save_embeddings):
             cond.save(args.save_embeddings, prompts)
     owners, numbers = np.divmod(np.arange(len(prompts) * count), count)
-    weights = hashlib.sha256(store.sampled(pipeline.arrays("transformer"))).hexdigest()[:12]
     told = album.settings(
         checkpoint=args.checkpoint, seed=args.seed, raw=args.raw, dtype=pipeline.dtype,
-        at_step=pipeline.step, size=shape, weights=weights, **way.settings,
+        at_step=pipeline.step, size=shape, weights=pipeline.fingerprint("transformer"),
+        autoencoder=pipeline.checkpoint.identity("vae"), tile=tile,
+        without=null.fingerprint(0) if null else None, **way.settings,
     )
     out, latents = epath.Path(args.out), []
     pages = [
         album.Page(
             f"{i:04d}_{plain(prompts[i])}_{number:02d}_{way.label}_seed{args.seed}.png",
-            told | {"prompt": prompts[i], "number": str(number)},
+            told | {
+                "prompt": prompts[i], "number": str(number), "condition": cond.fingerprint(int(i)),
+            },
         )
         for i, number in zip(owners, numbers, strict=True)
     ]

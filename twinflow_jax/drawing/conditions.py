@@ -1,6 +1,7 @@
 """Prompts as networks take them: embeddings, in memory and in files."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 
@@ -40,6 +41,10 @@ class Embeddings:
     def rows(self, index) -> dict[str, np.ndarray]:
         """The condition of some rows."""
         return {"tokens": self.tokens[index], "mask": self.mask[index]}
+
+    def fingerprint(self, index: int) -> str:
+        """Of one row's valid tokens: another one for other tokens."""
+        return hashlib.sha256(self.tokens[index][self.mask[index]].tobytes()).hexdigest()[:12]
 
     def save(self, file: epath.PathLike, prompts: Sequence[str]) -> None:
         """Writes a safetensors file with `tokens`, `mask` and the prompts' UTF-8 as `prompts`."""

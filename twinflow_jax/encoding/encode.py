@@ -67,6 +67,7 @@ class Job:
             "shard_size": self.shard_size, "text_tokens": self.text_tokens, "batch": self.batch,
             "dtype": self.pipeline.dtype,
             "drawing": dataclasses.asdict(self.drawing) if self.drawing else None,
+            "transformer": self.pipeline.fingerprint("transformer") if self.drawing else None,
             **dataclasses.asdict(manifest_of(self.pipeline, bool(self.sizes))),
         }
 
