@@ -22,6 +22,11 @@ from etils import epath
 from twinflow_jax import arguments, files, seeds
 from twinflow_jax.errors import UserError, run_verb
 
+MOST = {
+    "min_side": 2**16, "shard_size": 100_000, "batch": 4096, "processes": 10_000,
+    "text_tokens": 10_000, "steps": arguments.MOST_STEPS, "count": 100_000,
+}
+
 
 def main() -> int:
     args = parse()
@@ -74,10 +79,14 @@ def parse() -> argparse.Namespace:
 
 def check(args) -> None:
     """Raises UserError for numbers that cannot be, and flags that exclude each other."""
-    for name in ("min_side", "shard_size", "batch", "processes", "text_tokens", "steps", "count"):
+    for name, most in MOST.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+        if value is not None and not 1 <= value <= most:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is {value}; give a whole number from 1 to {most:,}")
+    if args.shard_size * (args.count or 1) > MOST["shard_size"]:
+        raise UserError(f"--count {args.count} of each of --shard-size {args.shard_size} prompts "
+                        f"are more than {MOST['shard_size']:,} records in a file: lower one")
     source, target = (epath.Path(path).resolve() for path in (args.source, args.target))
     if source.is_dir() and source in (target, *target.parents):
         raise UserError(f"{args.target} lies in {args.source}, all of which is read: choose a "
