@@ -23,9 +23,8 @@ RES_BLOCK, ATTENTION_BLOCK = "ResBlock", "EfficientViTBlock"
 
 # What a config.json may say; what it leaves out has this value, which is not always SANA's.
 CLASS_DEFAULTS = {
+    "_class_name": CLASS,
     "in_channels": 3,
-    "latent_channels": 32,
-    "attention_head_dim": 32,
     "encoder_block_types": RES_BLOCK,
     "decoder_block_types": RES_BLOCK,
     "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
@@ -41,9 +40,14 @@ CLASS_DEFAULTS = {
     "encoder_out_shortcut": True,
     "decoder_in_shortcut": True,
     "decoder_conv_act_fn": "relu",
-    "scaling_factor": 1.0,
+}
+FIELDS = {  # ours, and the class's default
+    "latent_channels": ("latent_channels", 32),
+    "attention_head_dim": ("head_dim", 32),
+    "scaling_factor": ("scaling_factor", 1.0),
 }
 IMPLEMENTED = {
+    "_class_name": CLASS,
     "in_channels": 3,
     "upsample_block_type": "interpolate",
     "downsample_block_type": "Conv",
@@ -120,13 +124,10 @@ class Config:
 
         Raises UserError naming everything in it that this network does not compute.
         """
-        problems = [
-            *settings.other("_class_name", config.get("_class_name", CLASS), CLASS),
-            *settings.unknown(config, CLASS_DEFAULTS),
-        ]
         config = CLASS_DEFAULTS | config
-        problems += settings.other_values(
-            {key: _same_throughout(config[key]) for key in IMPLEMENTED}, IMPLEMENTED
+        same = {key: _same_throughout(config[key]) for key in IMPLEMENTED}
+        values, mistyped, problems = settings.published(
+            config | same, FIELDS, IMPLEMENTED, CLASS_DEFAULTS
         )
         encoder = Tower.from_published(config, "encoder")
         decoder = Tower.from_published(config, "decoder")
@@ -136,11 +137,8 @@ class Config:
                 f"the encoder has {len(encoder.widths)} resolutions, the decoder "
                 f"{len(decoder.widths)}"
             )
-        settings.refuse("autoencoder's config.json", problems)
-        return cls(
-            config["latent_channels"], config["attention_head_dim"], encoder, decoder,
-            config["scaling_factor"],
-        )
+        settings.refuse("autoencoder's config.json", problems + mistyped)
+        return cls(**values, encoder=encoder, decoder=decoder)
 
 
 def _same_throughout(value):
