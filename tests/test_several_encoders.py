@@ -19,7 +19,7 @@ PROMPTS = ["a red fox", "two cats"]
 def tokenize(tokenizers, prompts, tokens=None, negative=False):
     """SANA's tokens, then MiniLM's."""
     return {
-        "text_encoder": sana.tokenize(tokenizers["text_encoder"], prompts, None, negative),
+        "text_encoder": sana.prompt.tokenize(tokenizers["text_encoder"], prompts, None, negative),
         "text_encoder_2": minilm_dit.prompt.tokenize(
             tokenizers["text_encoder_2"], prompts, tokens, negative
         ),

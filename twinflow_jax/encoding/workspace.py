@@ -163,12 +163,13 @@ class Workspace:
             for file in (*map(self.shard_file, plan.shards), self.folder / records.NULL):
                 file.unlink(missing_ok=True)  # so that the folder can be another try's
             raise nothing_in(skipped)
-        lines = [json.dumps(dataclasses.asdict(s)) + "\n" for _, s in in_order(skipped)]
+        in_order = [skipped[key] for key in sorted(skipped)]
+        lines = [json.dumps(dataclasses.asdict(one)) + "\n" for one in in_order]
         files.write(self.folder / SKIPPED, "".join(lines).encode())
         report = {
             "settings": settings,
             "records": {split: sum(count for count, _ in of) for split, of in parts.items()},
-            "skipped": dict(collections.Counter(s.reason for _, s in in_order(skipped))),
+            "skipped": dict(collections.Counter(one.reason for one in in_order)),
             "cut": cut,
         }
         records.finish(self.folder, manifest, parts, report)
@@ -183,12 +184,8 @@ def differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def nothing_in(skipped: dict[Key, Skipped]) -> UserError:
     """Says why nothing of a source can be used."""
+    first = [skipped[key] for key in sorted(skipped)[:3]]
     return UserError(
         f"none of the {len(skipped)} items of the source can be used: "
-        + "; ".join(f"{s.id} {s.reason} ({s.detail})" for _, s in in_order(skipped)[:3])
+        + "; ".join(f"{one.id} {one.reason} ({one.detail})" for one in first)
     )
-
-
-def in_order(skipped: dict[Key, Skipped]) -> list[tuple[Key, Skipped]]:
-    """In the source's order."""
-    return sorted(skipped.items(), key=lambda pair: pair[0])

@@ -85,7 +85,7 @@ class Network:
     config: type
     module: Callable[[Any], nn.Module]
     example: Callable[[Any], tuple]
-    table: Callable[[Any], NameTable]
+    table: Callable[[Any], NameTable] = lambda config: NameTable(())
     stem: str = "diffusion_pytorch_model"
 
     @property

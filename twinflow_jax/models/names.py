@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 import flax.linen as nn
 import jax
 import numpy as np
+from flax import traverse_util
 
 # How ours is laid out from theirs, by name: the axes of theirs (without its trailing axes of
 # length 1, of which the second number says how many there are) in the order of ours.
@@ -168,22 +169,11 @@ def spelled(
     return tuple(Rule(key(path), path, layout(path, leaf.ndim)) for path, leaf in leaves.items())
 
 
-def flatten(tree, prefix: str = "") -> dict:
+def flatten(tree: dict) -> dict:
     """`{"a/b": leaf}` of nested dicts."""
-    flat = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
-    return flat
+    return traverse_util.flatten_dict(tree, sep="/")
 
 
 def unflatten(flat: dict) -> dict:
     """The inverse of `flatten`."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+    return traverse_util.unflatten_dict(flat, sep="/")

@@ -178,7 +178,7 @@ def loss(
     batch_rows = sum(totals.values())
     frozen = jax.lax.stop_gradient(params)
     teacher = frozen if teacher_params is params else jax.lax.stop_gradient(teacher_params)
-    metric = distances.distance(config.distance, config.barron_alpha, config.barron_scale)
+    metric = distances.DISTANCES[config.distance](config.barron_alpha, config.barron_scale)
 
     times = [role_times(role, draws[role], config) for role in present]
     t = jnp.concatenate([time for time, _ in times])

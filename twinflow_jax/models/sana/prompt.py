@@ -53,14 +53,16 @@ def load_tokenizer(folder: str | os.PathLike):
 
 
 def tokenize(
-    tokenizer, prompts: Sequence[str], negative: bool = False
+    tokenizer, prompts: Sequence[str], tokens: int | None = None, negative: bool = False
 ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
     """The prompts, in lower case, as token ids and the mask of those that are no padding.
 
     L depends only on the tokenizer and on negative: whether these are negative prompts, which
     have no instruction and may be empty ("" is the usual one). A prompt too long is cut, with a
-    warning. Raises UserError for an empty prompt.
+    warning. Raises UserError for an empty prompt, or other tokens than the image model takes.
     """
+    if tokens not in (None, TOKENS):
+        raise UserError(f"text of {tokens} tokens is asked for; SANA takes {TOKENS}")
     if not negative:
         tokenizers.refuse_empty(prompts)
     before = "" if negative else INSTRUCTION
