@@ -98,18 +98,13 @@ def check(args) -> None:
     if args.prompts_only and (args.size or args.buckets or args.image_column):
         raise UserError("--prompts-only has no pictures: leave --size, --buckets and "
                         "--image-column out")
-    drawn = [name for name in ("steps", "guidance", "count", "seed") if given(args, name)]
-    if drawn and not args.generate:
-        raise UserError(f"--{drawn[0]} is for pictures that are drawn: add --generate")
+    if not args.generate:
+        arguments.refuse(args, ("steps", "guidance", "count", "seed"), "add --generate")
     if args.generate and (args.prompts_only or args.buckets or args.image_column):
         raise UserError("--generate draws pictures of one --size: leave --prompts-only, --buckets "
                         "and --image-column out")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise UserError(f"--guidance is {args.guidance}; give a number")
-
-
-def given(args, name: str) -> bool:
-    return getattr(args, name) is not None
 
 
 def run(args) -> int:
@@ -122,10 +117,9 @@ def run(args) -> int:
         args.source, not args.prompts_only and not args.generate, args.shard_size,
         args.image_column, args.caption_column,
     )
-    for name in ("min_side",) if args.generate else ("size", "buckets", "min_side"):
-        if given(args, name) and not source.pictures:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is for pictures, and of {args.source} none are read")
+    if not source.pictures:
+        of_pictures = ("min_side",) if args.generate else ("size", "buckets", "min_side")
+        arguments.refuse(args, of_pictures, f"of {args.source} no pictures are read")
     drawing = drawing_of(args, pipeline) if args.generate else None
     job = encoding.Job(
         pipeline, source, sizes_of(args, pipeline) if source.pictures or drawing else (),

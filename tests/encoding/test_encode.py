@@ -284,8 +284,8 @@ def test_folders_of_other_records_are_refused(tmp_path, monkeypatch, capsys, pho
     (["--min-side", "500"], "none of the 35 items"),
     (["--caption-column", "alt"], "it has image, captions, id: give one with --caption-column"),
     (["--image-column", "file"], "has no pictures under file; names of pictures are under image"),
-    (["--prompts-only", "--min-side", "64"], "--min-side is for pictures"),
-    (["--generate", "--min-side", "64"], "--min-side is for pictures"),
+    (["--prompts-only", "--min-side", "64"], "--min-side cannot be used: of "),
+    (["--generate", "--min-side", "64"], "--min-side cannot be used: of "),
     (["--size", "63"], "not divisible by 2"),
 ])
 def test_bad_input(tmp_path, monkeypatch, capsys, photos, pixels, more, words):

@@ -82,42 +82,37 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
     """
     settings, manifest = job.settings(), manifest_of(job.pipeline, bool(job.sizes))
     with space.claim(settings) as finished:
-        return None if finished else share(job, space, settings, manifest)
-
-
-def share(
-    job: Job, space: Workspace, settings: dict[str, Any], manifest: Manifest
-) -> dict[str, Any] | None:
-    """What this process does in a folder that is claimed; the report, as `encode`."""
-    chunks = job.source.chunks
-    listings = [index.chunk_file(space.work, number) for number in range(len(chunks))]
-    todo = [n for n, _ in space.mine(chunks) if not listings[n].exists()]
-    for number in tqdm(todo, unit="part", desc="listing", disable=not todo):
-        index.write_chunk(space.work, job.source, number, job.min_side)
-    if not space.wait(listings, "the listing", lambda: space.finished):
-        return None
-    plan = index.plan(space.work, len(chunks), job.sizes, job.shard_size)
-    if not plan.shards:
-        raise nothing_in(plan.skipped)
-    mine = [shard for _, shard in space.mine(plan.shards)]
-    left = [shard for shard in mine if not space.report_file(shard).exists()]
-    if left:
-        each = job.drawing.count if job.drawing else 1
-        total, rest = (each * sum(len(shard.keys) for shard in of) for of in (mine, left))
-        maker = drawn(job, job.drawing) if job.drawing else encoders(job)
-        with maker as examples, tqdm(
-            total=total, initial=total - rest, unit="image" if job.sizes else "prompt",
-            desc="encoding",
-        ) as bar:
-            for shard in left:
-                write(space, shard, manifest, examples, bar)
-    if space.process:
-        return None
-    reports = [space.report_file(shard) for shard in plan.shards]
-    space.wait(reports, "the records", lambda: False)
-    null = text.null(job.pipeline)
-    null.save(space.folder / records.NULL, [job.pipeline.family.null_prompt])
-    return space.close(plan, manifest, settings)
+        if finished:
+            return None
+        chunks = job.source.chunks
+        listings = [index.chunk_file(space.work, number) for number in range(len(chunks))]
+        todo = [n for n, _ in space.mine(chunks) if not listings[n].exists()]
+        for number in tqdm(todo, unit="part", desc="listing", disable=not todo):
+            index.write_chunk(space.work, job.source, number, job.min_side)
+        if not space.wait(listings, "the listing", lambda: space.finished):
+            return None
+        plan = index.plan(space.work, len(chunks), job.sizes, job.shard_size)
+        if not plan.shards:
+            raise nothing_in(plan.skipped)
+        mine = [shard for _, shard in space.mine(plan.shards)]
+        left = [shard for shard in mine if not space.report_file(shard).exists()]
+        if left:
+            each = job.drawing.count if job.drawing else 1
+            total, rest = (each * sum(len(shard.keys) for shard in of) for of in (mine, left))
+            maker = drawn(job, job.drawing) if job.drawing else encoders(job)
+            with maker as examples, tqdm(
+                total=total, initial=total - rest, unit="image" if job.sizes else "prompt",
+                desc="encoding",
+            ) as bar:
+                for shard in left:
+                    write(space, shard, manifest, examples, bar)
+        if space.process:
+            return None
+        reports = [space.report_file(shard) for shard in plan.shards]
+        space.wait(reports, "the records", lambda: False)
+        null = text.null(job.pipeline)
+        null.save(space.folder / records.NULL, [job.pipeline.family.null_prompt])
+        return space.close(plan, manifest, settings)
 
 
 def write(space: Workspace, shard: Shard, manifest: Manifest, examples: Callable, bar) -> None:

@@ -98,10 +98,11 @@ class Workspace:
         """Writes what the work is of, where that is not there. mine: the file that holds it."""
         file = self.work / SETTINGS
         if file.exists() and differing(settings, json.loads(file.read_text())):
-            for entry in self.work.glob("in_use_*"):
-                if entry != mine:
+            entries = list(self.work.iterdir())
+            for entry in entries:
+                if entry.name.startswith("in_use_") and entry != mine:
                     holders.check_free(entry, self.folder)
-            for entry in self.work.iterdir():
+            for entry in entries:
                 if entry.is_dir():
                     entry.rmtree()
             file.unlink()

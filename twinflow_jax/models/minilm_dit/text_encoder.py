@@ -60,11 +60,7 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the folder's config.json.
-
-        Raises UserError, with all that is wrong, for another model or one that computes
-        something else.
-        """
+        """As `family.PublishedConfig` says."""
         values, mistyped, problems = settings.published(config, NUMBERS, ONLY, OTHERS)
         if not mistyped and values["width"] % values["heads"]:
             problems.append("hidden_size is no multiple of num_attention_heads")

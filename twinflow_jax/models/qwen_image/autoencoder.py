@@ -54,10 +54,7 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the config.json of a published folder; what it leaves out has the published value.
-
-        Raises UserError naming everything in it that this network does not compute.
-        """
+        """As `family.PublishedConfig` says; what it leaves out has the published value."""
         ours = {
             "base_dim": "base_width", "z_dim": "latent_channels", "dim_mult": "multipliers",
             "num_res_blocks": "res_blocks", "latents_mean": "latents_mean",

@@ -27,12 +27,8 @@ NULL_PROMPT = "Generate an image."  # TwinFlow's unconditional prompt
 
 
 def load_tokenizer(folder: str | os.PathLike):
-    """The tokenizer of a local folder, such as "tokenizer" of the published Qwen-Image.
-
-    Reads files only: no name is looked up elsewhere, no code of the folder is run. Warns where
-    the template's start is not the 34 tokens that the published tokenizer makes of it. Raises
-    UserError where there is no tokenizer or it cannot be read.
-    """
+    """As `tokenizers.load`, of "tokenizer" of the published Qwen-Image. Warns where the template's
+    start is not the 34 tokens that the published tokenizer makes of it."""
     of = "the local folder 'tokenizer' of Qwen-Image"
     tokenizer, _ = tokenizers.load(folder, of, "Qwen2TokenizerFast")
     start = len(tokenizer(TEMPLATE.split("{}")[0])["input_ids"])

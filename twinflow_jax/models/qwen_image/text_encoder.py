@@ -55,11 +55,7 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the folder's config.json, whether flat or with a "text_config".
-
-        Raises UserError, with all that is wrong, for another model or one that computes
-        something else.
-        """
+        """As `family.PublishedConfig` says; from a flat one, or one with a "text_config"."""
         text = config.get("text_config") or config
         if text.get("num_key_value_heads", 8) is None:  # as many as there are heads
             text = text | {"num_key_value_heads": text.get("num_attention_heads", 64)}

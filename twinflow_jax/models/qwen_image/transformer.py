@@ -88,12 +88,7 @@ class Config(TextSettings):
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the contents of a transformer folder's config.json.
-
-        Raises:
-          UserError: another class, or values that mean something we do not compute; all of
-            them in one message.
-        """
+        """As `family.PublishedConfig` says."""
         values, mistyped, problems = settings.published(
             config, _FIELDS, _ONLY, (*_CHANNELS, *_HARMLESS)
         )

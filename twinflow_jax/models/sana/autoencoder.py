@@ -21,20 +21,12 @@ from twinflow_jax.models.linear_attention import linear_attention
 CLASS = "AutoencoderDC"
 RES_BLOCK, ATTENTION_BLOCK = "ResBlock", "EfficientViTBlock"
 
-# What a config.json may say; what it leaves out has this value, which is not always SANA's.
-CLASS_DEFAULTS = {
+# What a config.json may say, alone or besides.
+IMPLEMENTED = {
     "_class_name": CLASS,
     "in_channels": 3,
-    "encoder_block_types": RES_BLOCK,
-    "decoder_block_types": RES_BLOCK,
-    "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
-    "decoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
-    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
-    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
-    "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
-    "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
-    "upsample_block_type": "pixel_shuffle",
-    "downsample_block_type": "pixel_unshuffle",
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
     "decoder_norm_types": "rms_norm",
     "decoder_act_fns": "silu",
     "encoder_out_shortcut": True,
@@ -46,16 +38,18 @@ FIELDS = {  # ours, and the class's default
     "attention_head_dim": ("head_dim", 32),
     "scaling_factor": ("scaling_factor", 1.0),
 }
-IMPLEMENTED = {
-    "_class_name": CLASS,
-    "in_channels": 3,
-    "upsample_block_type": "interpolate",
-    "downsample_block_type": "Conv",
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-    "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True,
-    "decoder_conv_act_fn": "relu",
+# What it leaves out has this value, which is not always SANA's.
+CLASS_DEFAULTS = IMPLEMENTED | {
+    "encoder_block_types": RES_BLOCK,
+    "decoder_block_types": RES_BLOCK,
+    "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
+    "decoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
+    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
+    "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
+    "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
+    "upsample_block_type": "pixel_shuffle",
+    "downsample_block_type": "pixel_unshuffle",
 }
 
 
@@ -120,10 +114,7 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the config.json of a published folder; what it leaves out has the class's default.
-
-        Raises UserError naming everything in it that this network does not compute.
-        """
+        """As `family.PublishedConfig` says; what it leaves out has the class's default."""
         config = CLASS_DEFAULTS | config
         same = {key: _same_throughout(config[key]) for key in IMPLEMENTED}
         values, mistyped, problems = settings.published(

@@ -38,11 +38,8 @@ TOKENS = 300  # that the image model takes
 
 
 def load_tokenizer(folder: str | os.PathLike):
-    """The tokenizer of a local folder, such as "tokenizer" of a published SANA.
-
-    Reads files only: no name is looked up elsewhere, no code of the folder is run. Raises
-    UserError where there is no tokenizer, or it cannot be read, or is not like Gemma's.
-    """
+    """As `tokenizers.load`, of "tokenizer" of a published SANA. Raises UserError where it is not
+    like Gemma's."""
     tokenizer, empty = tokenizers.load(folder, "the local folder 'tokenizer' of SANA")
     if tokenizer.pad_token_id is None or empty != [tokenizer.bos_token_id]:
         raise UserError(

@@ -66,11 +66,7 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the folder's config.json.
-
-        Raises UserError, with all that is wrong, for another model or one that computes
-        something else.
-        """
+        """As `family.PublishedConfig` says."""
         values, mistyped, problems = decoder.published(
             config, NUMBERS, ONLY, OTHERS, ("default",)
         )

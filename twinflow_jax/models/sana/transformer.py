@@ -96,12 +96,7 @@ class Config(TextSettings):
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the contents of a transformer folder's config.json.
-
-        Raises:
-          UserError: another class, or values that mean something we do not compute; all of
-            them in one message.
-        """
+        """As `family.PublishedConfig` says."""
         values, mistyped, problems = settings.published(config, _FIELDS, _ONLY, _DERIVED)
         norm, side = config.get("qk_norm"), config.get("sample_size", 32)
         if norm not in _QK_NORMS:
