@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from twinflow_jax import files
 from twinflow_jax.checkpoints import store
 from twinflow_jax.data import records
 from twinflow_jax.data.records import Example, Manifest
 from twinflow_jax.drawing import Pipeline, codec, text
 from twinflow_jax.encoding import index, sizes
-from twinflow_jax.encoding.captions import Captions, Tally
+from twinflow_jax.encoding.captions import Captions
 from twinflow_jax.encoding.drawn import Drawing, drawn
 from twinflow_jax.encoding.index import Entry, Key, Shard, Skipped
 from twinflow_jax.encoding.sources import THREADS, UNREADABLE, Source, cut
@@ -117,26 +118,25 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
 
 def write(space: Workspace, shard: Shard, manifest: Manifest, examples: Callable, bar) -> None:
     """A file of records, then its report."""
-    file, tally, count = space.shard_file(shard), Tally(), 0
+    file, report = space.shard_file(shard), ShardReport()
     for entry in space.folder.iterdir():  # no glob: the folder's own name may hold a pattern
         if entry.name.startswith(f".{file.name}."):  # of a process that was killed
             entry.unlink()
 
     def counted() -> Iterator[Example]:
-        nonlocal count
-        for example in examples(space, shard, tally):
-            count += 1
+        for example in examples(space, shard, report):
+            report.records += 1
             bar.update()
             yield example
 
-    size = records.write_shard(file, counted(), manifest)
-    bar.update(len(tally.skipped))
-    space.write_report(shard, ShardReport(count, size, tally.cut, tally.skipped))
+    report.bytes = records.write_shard(file, counted(), manifest)
+    bar.update(len(report.skipped))
+    files.write(space.report_file(shard), report.to_json().encode())
 
 
 @contextlib.contextmanager
 def encoders(job: Job):
-    """`(space, shard, tally) -> the shard's records`; the encoders stay loaded meanwhile."""
+    """`(space, shard, report) -> the shard's records`; the encoders stay loaded meanwhile."""
     pipeline = job.pipeline
     with contextlib.ExitStack() as stack:
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS))
@@ -146,15 +146,15 @@ def encoders(job: Job):
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"PIL\.")  # said when the pictures were listed
 
-        def examples(space: Workspace, shard: Shard, tally: Tally) -> Iterator[Example]:
+        def examples(space: Workspace, shard: Shard, report: ShardReport) -> Iterator[Example]:
             blocks = cut(shard.keys, BLOCK)
             one = functools.partial(load_one, job, space, shard)
             load = lambda keys: list(threads.map(one, keys))
             for block in store.ahead(map(load, blocks)):
-                tally.skipped |= {key: found for key, _, found in block if type(found) is Skipped}
+                report.skipped |= {key: found for key, _, found in block if type(found) is Skipped}
                 kept = [(entry, x) for _, entry, x in block if type(x) is not Skipped]
                 entries, pixels = [entry for entry, _ in kept], [x for _, x in kept]
-                tokens = captions([entry.captions for entry in entries], tally)
+                tokens = captions([entry.captions for entry in entries], report)
                 samples = [None] * len(kept)
                 if shard.size:
                     samples = latents_of(encode_images, pixels, batch_of(job.batch, shard.size))

@@ -21,14 +21,15 @@ WORK, SETTINGS, SKIPPED = "work", "settings.json", "skipped.jsonl"
 PAUSE = 0.5  # seconds between two looks for what other processes have done
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ShardReport:
-    """skipped: pictures that turned out to be damaged. cut: captions that lost their end."""
+    """Of a file of records, counted while it is written. cut: captions that lost their end.
+    skipped: pictures that turned out to be damaged."""
 
-    records: int
-    bytes: int
-    cut: int
-    skipped: dict[Key, Skipped]
+    records: int = 0
+    bytes: int = 0
+    cut: int = 0
+    skipped: dict[Key, Skipped] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         skipped = [[list(key), dataclasses.astuple(s)] for key, s in self.skipped.items()]
@@ -146,9 +147,6 @@ class Workspace:
 
     def shard_file(self, shard: Shard) -> epath.Path:
         return records.shard_file(self.folder, shard.split, shard.number, shard.of)
-
-    def write_report(self, shard: Shard, report: ShardReport) -> None:
-        files.write(self.report_file(shard), report.to_json().encode())
 
     def close(
         self, plan: Plan, manifest: records.Manifest, settings: dict[str, Any]

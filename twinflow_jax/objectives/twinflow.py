@@ -185,7 +185,10 @@ def loss(
     r = jnp.concatenate([target for _, target in times])
     z = jnp.concatenate([draws[role]["z"] for role in present])
     early = early_velocities(apply, frozen, teacher, batch, draws, t, z, config, at)
-    x = training_samples(early, batch, draws)
+    x = batch.x  # the data end of each row's path
+    if "generator" in early:  # of the last rows, or all: the model's own one-step samples
+        samples = generator_noise(draws) - early["generator"]
+        x = jnp.concatenate([x[: -samples.shape[0]], samples])
     x_t, v = path.interpolate(x, z, t), path.velocity(x, z)
 
     v_pred = apply(params, x_t, t, r, batch.cond)
@@ -278,14 +281,6 @@ def early_velocities(
     if config.merge_passes and config.rectifies and first.start < first.stop:
         passes["one_step"] = twin.generator_pass(frozen, z[first], take(batch.cond, first))
     return dict(zip(passes, together(apply, list(passes.values())), strict=True))
-
-
-def training_samples(early, batch: Batch, draws: Draws) -> Samples:
-    """The data end of each row's path: data, or the model's own one-step samples."""
-    if "generator" not in early:
-        return batch.x
-    samples = generator_noise(draws) - early["generator"]
-    return jnp.concatenate([batch.x[: -samples.shape[0]], samples])
 
 
 def guidance_passes(
