@@ -91,9 +91,8 @@ class JaxSide:
         jax.block_until_ready(self.state)
 
     def samples(self, z: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        one_step = jax.jit(twin.one_step, static_argnums=0)
-        cond = self.model.cond(labels)
-        return np.asarray(one_step(self.model.apply, self.state.teacher.params, z, cond))
+        one_step = jax.jit(lambda *given: z - self.model.apply(*twin.generator_pass(*given)))
+        return np.asarray(one_step(self.state.teacher.params, z, self.model.cond(labels)))
 
 
 class TorchSide:

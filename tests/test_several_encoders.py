@@ -9,8 +9,9 @@ import pytest
 from twinflow_jax import models
 from twinflow_jax.checkpoints import imported, random
 from twinflow_jax.drawing import Pipeline, text
-from twinflow_jax.encoding.captions import Captions, Tally
+from twinflow_jax.encoding.captions import Captions
 from twinflow_jax.encoding.encode import manifest_of
+from twinflow_jax.encoding.workspace import ShardReport
 from twinflow_jax.models import minilm_dit, sana
 
 PROMPTS = ["a red fox", "two cats"]
@@ -19,7 +20,7 @@ PROMPTS = ["a red fox", "two cats"]
 def tokenize(tokenizers, prompts, tokens=None, negative=False):
     """SANA's tokens, then MiniLM's."""
     return {
-        "text_encoder": sana.tokenize(tokenizers["text_encoder"], prompts, None, negative),
+        "text_encoder": sana.prompt.tokenize(tokenizers["text_encoder"], prompts, None, negative),
         "text_encoder_2": minilm_dit.prompt.tokenize(
             tokenizers["text_encoder_2"], prompts, tokens, negative
         ),
@@ -77,7 +78,7 @@ def test_prompts_go_through_all_encoders(checkpoint):
     assert manifest.text_encoder == " + ".join(both) and both[0] != both[1]
     assert both[0] == alone.text_identity
     with text.encoder(pipeline, 8) as encode:
-        (rows,), _ = Captions(pipeline, encode, 16)([PROMPTS[:1], PROMPTS[1:]], Tally())
+        (rows,), _ = Captions(pipeline, encode, 16)([PROMPTS[:1], PROMPTS[1:]], ShardReport())
     valid = made.tokens[0, made.mask[0]]
     np.testing.assert_allclose(rows, valid, atol=1e-5)
     null = text.null(pipeline)

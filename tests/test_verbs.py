@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from twinflow_jax import evaluate, sample, train
+from twinflow_jax import evaluate, features, sample, train
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.errors import run_verb
 
@@ -127,7 +127,16 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         (sample, [*out, "--stochastic", "2"], r"stochastic is 2.0; give a share in \[0, 1\]"),
         (sample, [*out, "--steps", "3", "--order", "2", "--stochastic", "1"], "deterministic"),
         (evaluate, ["classes", "--checkpoint", str(run), "--steps", "one"], "give numbers"),
-        (evaluate, ["classes", "--checkpoint", str(run), "--count", "3"], "at least 200 samples"),
+        (evaluate, ["classes", "--checkpoint", str(run), "--count", "3"], "at least 200"),
+        (evaluate, ["classes", "--checkpoint", str(run), "--count", str(10**12)], "most 100,000"),
+        (evaluate, ["classes", "--checkpoint", str(run), "--steps", f"1,{10**12}"], "most 10,000"),
+        (evaluate, ["--checkpoint", str(run)], "`evaluate classes` for .* `evaluate captions` for"),
+        (evaluate, [], "`evaluate classes` for"),
+        *((evaluate, ["classes", "--checkpoint", "none", flag, f"{run}/config.json/x"],
+           f"{flag} .*/config.json is a file: choose a folder")
+          for flag in ("--json", "--plot", "--sheet")),
+        (evaluate, ["classes", "--checkpoint", "x", "--json", str(run)], "--json .* is a folder"),
+        (features, ["none", f"{run}/config.json/x"], "DST .*/config.json is a file"),
     ]
     for verb, arguments, message in cases:
         assert call(verb, *arguments) == 2, arguments

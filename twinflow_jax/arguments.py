@@ -6,8 +6,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
+
+from twinflow_jax import files
 from twinflow_jax.errors import Parser, UserError
 
+MOST_STEPS = 10_000
 SAMPLER = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
 
 
@@ -53,6 +57,19 @@ def overrides(rest: Sequence[str]) -> list[str]:
     return [flag.removeprefix("--config.") for flag in rest]
 
 
+def writable(flag: str, file: str | None) -> None:
+    """Refuses a file that cannot be written, before there is something to write; None is none.
+
+    Raises:
+      UserError: it is a folder, or lies where nothing can be written; names the flag.
+    """
+    if file is None:
+        return
+    if epath.Path(file).is_dir():
+        raise UserError(f"{flag} {file} is a folder: choose a file")
+    files.check_folder(flag, str(epath.Path(file).parent))
+
+
 def refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
     """Raises UserError where one of these arguments was given."""
     flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
@@ -64,14 +81,14 @@ def evaluations(text: str) -> list[int]:
     """The numbers of `--steps 1,2,4`.
 
     Raises:
-      UserError: there is something else, or a number below 1.
+      UserError: there is something else, or a number that no sampling takes.
     """
     try:
         steps = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UserError(f"--steps is {text!r}; give numbers like 1,2,4") from error
-    if min(steps) < 1:
-        raise UserError(f"--steps is {text!r}; sampling takes at least 1")
+    if min(steps) < 1 or max(steps) > MOST_STEPS:
+        raise UserError(f"--steps is {text!r}; sampling takes at least 1, at most {MOST_STEPS:,}")
     return steps
 
 

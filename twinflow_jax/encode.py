@@ -22,6 +22,11 @@ from etils import epath
 from twinflow_jax import arguments, files, seeds
 from twinflow_jax.errors import UserError, run_verb
 
+MOST = {
+    "min_side": 2**16, "shard_size": 100_000, "batch": 4096, "processes": 10_000,
+    "text_tokens": 10_000, "steps": arguments.MOST_STEPS, "count": 100_000,
+}
+
 
 def main() -> int:
     args = parse()
@@ -74,10 +79,18 @@ def parse() -> argparse.Namespace:
 
 def check(args) -> None:
     """Raises UserError for numbers that cannot be, and flags that exclude each other."""
-    for name in ("min_side", "shard_size", "batch", "processes", "text_tokens", "steps", "count"):
+    for name, most in MOST.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+        if value is not None and not 1 <= value <= most:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is {value}; give a whole number from 1 to {most:,}")
+    if args.shard_size * (args.count or 1) > MOST["shard_size"]:
+        raise UserError(f"--count {args.count} of each of --shard-size {args.shard_size} prompts "
+                        f"are more than {MOST['shard_size']:,} records in a file: lower one")
+    source, target = (epath.Path(path).resolve() for path in (args.source, args.target))
+    if source.is_dir() and source in (target, *target.parents):
+        raise UserError(f"{args.target} lies in {args.source}, all of which is read: choose a "
+                        "folder beside it")
     if not 0 <= args.process < args.processes:
         raise UserError(f"--process is {args.process}; it lies from 0 to --processes less one")
     if args.size and args.buckets:
@@ -85,18 +98,13 @@ def check(args) -> None:
     if args.prompts_only and (args.size or args.buckets or args.image_column):
         raise UserError("--prompts-only has no pictures: leave --size, --buckets and "
                         "--image-column out")
-    drawn = [name for name in ("steps", "guidance", "count", "seed") if given(args, name)]
-    if drawn and not args.generate:
-        raise UserError(f"--{drawn[0]} is for pictures that are drawn: add --generate")
+    if not args.generate:
+        arguments.refuse(args, ("steps", "guidance", "count", "seed"), "add --generate")
     if args.generate and (args.prompts_only or args.buckets or args.image_column):
         raise UserError("--generate draws pictures of one --size: leave --prompts-only, --buckets "
                         "and --image-column out")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise UserError(f"--guidance is {args.guidance}; give a number")
-
-
-def given(args, name: str) -> bool:
-    return getattr(args, name) is not None
 
 
 def run(args) -> int:
@@ -109,10 +117,9 @@ def run(args) -> int:
         args.source, not args.prompts_only and not args.generate, args.shard_size,
         args.image_column, args.caption_column,
     )
-    for name in ("min_side",) if args.generate else ("size", "buckets", "min_side"):
-        if given(args, name) and not source.pictures:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is for pictures, and of {args.source} none are read")
+    if not source.pictures:
+        of_pictures = ("min_side",) if args.generate else ("size", "buckets", "min_side")
+        arguments.refuse(args, of_pictures, f"of {args.source} no pictures are read")
     drawing = drawing_of(args, pipeline) if args.generate else None
     job = encoding.Job(
         pipeline, source, sizes_of(args, pipeline) if source.pictures or drawing else (),

@@ -8,9 +8,10 @@ Several --checkpoint stand in one table. Samples are clamped to [-1, 1], as they
 """
 
 import argparse
+import sys
 
 from twinflow_jax import arguments, files, seeds
-from twinflow_jax.errors import run_verb
+from twinflow_jax.errors import UserError, run_verb
 
 CLASSES = """Samples of class-conditional runs, judged by an independent classifier that is trained
 on the real training split: accuracy, Frechet distance of its features to held-out images,
@@ -22,7 +23,12 @@ records (twinflow encode writes records, twinflow features the features' weights
 
 
 def main() -> int:
+    if not {"classes", "captions", "-h", "--help"} & set(sys.argv[1:2]):
+        raise UserError("say what scores: `evaluate classes` for class-conditional runs, `evaluate "
+                        "captions` for text-to-image runs, and then the rest")
     args = parse()
+    for flag in ("--json", "--plot", "--sheet"):
+        arguments.writable(flag, getattr(args, flag[2:]))
     from twinflow_jax.evaluation import by_caption, by_class, report
 
     steps = arguments.evaluations(args.steps)

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("source", type=files.path, metavar="SRC")
     parser.add_argument("target", type=files.path, metavar="DST")
     args = parser.parse_args()
+    arguments.writable("DST", args.target)
     from twinflow_jax.checkpoints import tensors
     from twinflow_jax.evaluation import features
 

@@ -123,18 +123,19 @@ def half_an_embedder(source):
 
 def other_class(source):
     configure(source / "transformer", _class_name="SD3Transformer2DModel")
-    return ["_class_name is SD3Transformer2DModel"]
+    return ["_class_name is 'SD3Transformer2DModel'"]
 
 
 def other_meaning(source):
     configure(source / "transformer", guidance_embeds=True)
-    configure(source / "vae", attn_scales=[1.0])
+    configure(source / "vae", attn_scales=[1.0], base_dim="eight")
     configure(source / "text_encoder", architectures=["Qwen2ForCausalLM"])
-    return ["transformer: .*guidance_embeds", "vae: .*attn_scales", "text_encoder: .*architectures"]
+    return ["transformer: .*guidance_embeds", "text_encoder: .*architectures",
+            "vae: .*attn_scales.*base_dim is 'eight', not a positive int"]
 
 
 def no_values(source):
-    configure(source / "vae", base_dim="eight")
+    configure(source / "vae", dim_mult=["eight"])
     return ["vae: config.json holds values that make no network"]
 
 

@@ -170,24 +170,26 @@ def test_processes_killed_again_and_again(tmp_path, photos, pixels, reference):
 
 def test_a_share_of_the_work_has_one_process(tmp_path):
     space = lambda *share: workspace.Workspace(epath.Path(tmp_path / "records"), *share)
-    with space(0, 2).held(), space(1, 2).held():
+    with space(0, 2).claim({}), space(1, 2).claim({}):
         for share in ((0, 2), (1, 2), (0, 1), (2, 3)):
             before = sorted(tmp_path.rglob("*"))
-            with pytest.raises(UserError, match="in use by process"), space(*share).held():
+            with pytest.raises(UserError, match="in use by process"), space(*share).claim({}):
                 pass
             assert sorted(tmp_path.rglob("*")) == before
-    with space(0, 1).held():
+    with space(0, 1).claim({}):
         pass
 
 
 def test_settings_that_begin_at_the_same_moment_are_those_of_one(tmp_path):
-    found, start = [], threading.Barrier(6)
+    found, together = [], threading.Barrier(6)
 
     def begin(number: int):
-        start.wait()
-        with contextlib.suppress(UserError):
-            space = workspace.Workspace(epath.Path(tmp_path / "records"), number, 6)
-            found.append((number, space.claim({"size": number})))
+        together.wait()
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(UserError):
+                space = workspace.Workspace(epath.Path(tmp_path / "records"), number, 6)
+                found.append((number, stack.enter_context(space.claim({"size": number}))))
+            together.wait()
 
     threads = [threading.Thread(target=begin, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -197,6 +199,27 @@ def test_settings_that_begin_at_the_same_moment_are_those_of_one(tmp_path):
     [(winner, finished)] = found
     assert not finished
     assert json.loads((tmp_path / "records/work/settings.json").read_text()) == {"size": winner}
+
+
+def test_a_try_that_came_to_nothing_leaves_the_folder_to_another(
+    tmp_path, monkeypatch, capsys, photos, pixels
+):
+    target, decode = tmp_path / "records", sizes.decode
+    few = ["--min-side", "500"]
+    status, _, told = run(monkeypatch, capsys, arguments(photos, target, pixels, *few))
+    assert status == 2 and "none of the 35 items" in told
+
+    def damaged(*given):
+        raise ValueError("damaged")
+
+    monkeypatch.setattr(sizes, "decode", damaged)
+    args = arguments(photos, target, pixels, "--size", "32")
+    for _ in range(2):
+        status, _, told = run(monkeypatch, capsys, args)
+        assert status == 2 and "none of the 35 items" in told and "damaged" in told
+    monkeypatch.setattr(sizes, "decode", decode)
+    status, out, _ = run(monkeypatch, capsys, arguments(photos, target, pixels, "--size", "64"))
+    assert status == 0 and open_records(target).splits == {"64x64": 30}
 
 
 def test_stopped_and_continued_with_other_processes(
@@ -254,19 +277,30 @@ def test_folders_of_other_records_are_refused(tmp_path, monkeypatch, capsys, pho
     (["--size", "big"], "--size has 'big'"),
     (["--process", "2", "--processes", "2"], "from 0 to --processes less one"),
     (["--shard-size", "0"], "--shard-size is 0"),
+    (["--batch", str(10**12)], "--batch is 1000000000000; give a whole number from 1 to 4,096"),
+    (["--generate", "--count", "99"], "--count 99 of each of --shard-size 1024 prompts are more"),
     (["--prompts-only", "--size", "64"], "--prompts-only has no pictures"),
     (["--guidance", "3"], "add --generate"),
     (["--min-side", "500"], "none of the 35 items"),
     (["--caption-column", "alt"], "it has image, captions, id: give one with --caption-column"),
     (["--image-column", "file"], "has no pictures under file; names of pictures are under image"),
-    (["--prompts-only", "--min-side", "64"], "--min-side is for pictures"),
-    (["--generate", "--min-side", "64"], "--min-side is for pictures"),
+    (["--prompts-only", "--min-side", "64"], "--min-side cannot be used: of "),
+    (["--generate", "--min-side", "64"], "--min-side cannot be used: of "),
     (["--size", "63"], "not divisible by 2"),
 ])
 def test_bad_input(tmp_path, monkeypatch, capsys, photos, pixels, more, words):
     args = arguments(photos, tmp_path / "records", pixels, *more)
     status, _, told = run(monkeypatch, capsys, args)
     assert status == 2 and words in told, told
+
+
+@pytest.mark.parametrize("inner", ["", "records/photos"])
+def test_records_cannot_lie_in_their_source(tmp_path, monkeypatch, capsys, inner):
+    source = pictures.write_folder(tmp_path / "in", 2)
+    before = sorted(tmp_path.rglob("*"))
+    status, _, told = run(monkeypatch, capsys, arguments(source, source / inner, "none"))
+    assert status == 2 and "all of which is read: choose a folder beside it" in told
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_source_that_changes_stops_the_encoding(tmp_path, monkeypatch, capsys, pixels):

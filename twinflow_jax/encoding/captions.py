@@ -10,17 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from twinflow_jax.drawing import Pipeline, text
-from twinflow_jax.encoding.index import Key, Skipped
+from twinflow_jax.encoding.workspace import ShardReport
 from twinflow_jax.errors import TextCut
 from twinflow_jax.models.family import lengths
-
-
-@dataclasses.dataclass
-class Tally:
-    """Of a file being written: captions that lost their end, and pictures left out."""
-
-    cut: int = 0
-    skipped: dict[Key, Skipped] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +29,7 @@ class Captions:
         return text.tokenizers(self.pipeline)
 
     def __call__(
-        self, captions: Sequence[Sequence[str]], tally: Tally
+        self, captions: Sequence[Sequence[str]], report: ShardReport
     ) -> list[list[Float[np.ndarray, "_ D"]]]:
         """The valid tokens of each item's captions.
 
@@ -52,7 +44,7 @@ class Captions:
                     self._tokenizers, [caption], self.tokens
                 )
             # Threads that decode pictures may warn of other things meanwhile.
-            tally.cut += any(issubclass(warning.category, TextCut) for warning in told)
+            report.cut += any(issubclass(warning.category, TextCut) for warning in told)
             groups.setdefault(lengths(tokenized[caption]), []).append(caption)
         for _, group in sorted(groups.items()):
             rows = [tokenized[caption] for caption in group]

@@ -27,7 +27,7 @@ class Drawing:
 
 @contextlib.contextmanager
 def drawn(job, how: Drawing):
-    """`(space, shard, tally) -> the shard's records`, drawn.
+    """`(space, shard, report) -> the shard's records`, drawn.
 
     Text encoder and transformer are loaded one after the other, for each file of records.
     """
@@ -41,7 +41,7 @@ def drawn(job, how: Drawing):
     guided = how.guidance != family.no_guidance
     null = text.embed(pipeline, [], negative=family.negative_prompt) if guided else None
 
-    def examples(space, shard: Shard, tally) -> Iterator[Example]:
+    def examples(space, shard: Shard, report) -> Iterator[Example]:
         entries = [index.read_chunk(space.work, chunk)[row] for chunk, row in shard.keys]
         wanted = [
             (entry, entry.captions[k % len(entry.captions)], k)
@@ -49,7 +49,7 @@ def drawn(job, how: Drawing):
         ]
         with text.encoder(pipeline, text.BATCH) as embed:
             captions = Captions(pipeline, embed, job.text_tokens)
-            embedded = captions([[caption] for _, caption, _ in wanted], tally)
+            embedded = captions([[caption] for _, caption, _ in wanted], report)
         tokens = [of_one[0] for of_one in embedded]
         numbers = np.arange(shard.first * how.count, (shard.first + len(entries)) * how.count)
         parts = [padded(tokens)] + ([null] if null else [])

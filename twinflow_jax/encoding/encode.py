@@ -17,16 +17,17 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from twinflow_jax import files
 from twinflow_jax.checkpoints import store
 from twinflow_jax.data import records
 from twinflow_jax.data.records import Example, Manifest
 from twinflow_jax.drawing import Pipeline, codec, text
 from twinflow_jax.encoding import index, sizes
-from twinflow_jax.encoding.captions import Captions, Tally
+from twinflow_jax.encoding.captions import Captions
 from twinflow_jax.encoding.drawn import Drawing, drawn
 from twinflow_jax.encoding.index import Entry, Key, Shard, Skipped
 from twinflow_jax.encoding.sources import THREADS, UNREADABLE, Source, cut
-from twinflow_jax.encoding.workspace import ShardReport, Workspace
+from twinflow_jax.encoding.workspace import ShardReport, Workspace, nothing_in
 from twinflow_jax.errors import UserError
 
 BLOCK = 64  # items whose pictures and embeddings are in memory at once
@@ -81,67 +82,61 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
         used.
     """
     settings, manifest = job.settings(), manifest_of(job.pipeline, bool(job.sizes))
-    if space.claim(settings):
-        return None
-    with space.held():
-        return share(job, space, settings, manifest)
-
-
-def share(
-    job: Job, space: Workspace, settings: dict[str, Any], manifest: Manifest
-) -> dict[str, Any] | None:
-    """What this process does in a folder that is claimed; the report, as `encode`."""
-    chunks = job.source.chunks
-    listings = [index.chunk_file(space.work, number) for number in range(len(chunks))]
-    todo = [n for n, _ in space.mine(chunks) if not listings[n].exists()]
-    for number in tqdm(todo, unit="part", desc="listing", disable=not todo):
-        index.write_chunk(space.work, job.source, number, job.min_side)
-    if not space.wait(listings, "the listing", lambda: space.finished):
-        return None
-    plan = index.plan(space.work, len(chunks), job.sizes, job.shard_size)
-    mine = [shard for _, shard in space.mine(plan.shards)]
-    left = [shard for shard in mine if not space.report_file(shard).exists()]
-    if left:
-        each = job.drawing.count if job.drawing else 1
-        total, rest = (each * sum(len(shard.keys) for shard in of) for of in (mine, left))
-        maker = drawn(job, job.drawing) if job.drawing else encoders(job)
-        with maker as examples, tqdm(
-            total=total, initial=total - rest, unit="image" if job.sizes else "prompt",
-            desc="encoding",
-        ) as bar:
-            for shard in left:
-                write(space, shard, manifest, examples, bar)
-    if space.process:
-        return None
-    reports = [space.report_file(shard) for shard in plan.shards]
-    space.wait(reports, "the records", lambda: False)
-    null = text.null(job.pipeline)
-    null.save(space.folder / records.NULL, [job.pipeline.family.null_prompt])
-    return space.close(plan, manifest, settings)
+    with space.claim(settings) as finished:
+        if finished:
+            return None
+        chunks = job.source.chunks
+        listings = [index.chunk_file(space.work, number) for number in range(len(chunks))]
+        todo = [n for n, _ in space.mine(chunks) if not listings[n].exists()]
+        for number in tqdm(todo, unit="part", desc="listing", disable=not todo):
+            index.write_chunk(space.work, job.source, number, job.min_side)
+        if not space.wait(listings, "the listing", lambda: space.finished):
+            return None
+        plan = index.plan(space.work, len(chunks), job.sizes, job.shard_size)
+        if not plan.shards:
+            raise nothing_in(plan.skipped)
+        mine = [shard for _, shard in space.mine(plan.shards)]
+        left = [shard for shard in mine if not space.report_file(shard).exists()]
+        if left:
+            each = job.drawing.count if job.drawing else 1
+            total, rest = (each * sum(len(shard.keys) for shard in of) for of in (mine, left))
+            maker = drawn(job, job.drawing) if job.drawing else encoders(job)
+            with maker as examples, tqdm(
+                total=total, initial=total - rest, unit="image" if job.sizes else "prompt",
+                desc="encoding",
+            ) as bar:
+                for shard in left:
+                    write(space, shard, manifest, examples, bar)
+        if space.process:
+            return None
+        reports = [space.report_file(shard) for shard in plan.shards]
+        space.wait(reports, "the records", lambda: False)
+        null = text.null(job.pipeline)
+        null.save(space.folder / records.NULL, [job.pipeline.family.null_prompt])
+        return space.close(plan, manifest, settings)
 
 
 def write(space: Workspace, shard: Shard, manifest: Manifest, examples: Callable, bar) -> None:
     """A file of records, then its report."""
-    file, tally, count = space.shard_file(shard), Tally(), 0
+    file, report = space.shard_file(shard), ShardReport()
     for entry in space.folder.iterdir():  # no glob: the folder's own name may hold a pattern
         if entry.name.startswith(f".{file.name}."):  # of a process that was killed
             entry.unlink()
 
     def counted() -> Iterator[Example]:
-        nonlocal count
-        for example in examples(space, shard, tally):
-            count += 1
+        for example in examples(space, shard, report):
+            report.records += 1
             bar.update()
             yield example
 
-    size = records.write_shard(file, counted(), manifest)
-    bar.update(len(tally.skipped))
-    space.write_report(shard, ShardReport(count, size, tally.cut, tally.skipped))
+    report.bytes = records.write_shard(file, counted(), manifest)
+    bar.update(len(report.skipped))
+    files.write(space.report_file(shard), report.to_json().encode())
 
 
 @contextlib.contextmanager
 def encoders(job: Job):
-    """`(space, shard, tally) -> the shard's records`; the encoders stay loaded meanwhile."""
+    """`(space, shard, report) -> the shard's records`; the encoders stay loaded meanwhile."""
     pipeline = job.pipeline
     with contextlib.ExitStack() as stack:
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(THREADS))
@@ -151,15 +146,15 @@ def encoders(job: Job):
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"PIL\.")  # said when the pictures were listed
 
-        def examples(space: Workspace, shard: Shard, tally: Tally) -> Iterator[Example]:
+        def examples(space: Workspace, shard: Shard, report: ShardReport) -> Iterator[Example]:
             blocks = cut(shard.keys, BLOCK)
             one = functools.partial(load_one, job, space, shard)
             load = lambda keys: list(threads.map(one, keys))
             for block in store.ahead(map(load, blocks)):
-                tally.skipped |= {key: found for key, _, found in block if type(found) is Skipped}
+                report.skipped |= {key: found for key, _, found in block if type(found) is Skipped}
                 kept = [(entry, x) for _, entry, x in block if type(x) is not Skipped]
                 entries, pixels = [entry for entry, _ in kept], [x for _, x in kept]
-                tokens = captions([entry.captions for entry in entries], tally)
+                tokens = captions([entry.captions for entry in entries], report)
                 samples = [None] * len(kept)
                 if shard.size:
                     samples = latents_of(encode_images, pixels, batch_of(job.batch, shard.size))

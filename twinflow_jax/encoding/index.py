@@ -12,7 +12,7 @@ import hashlib
 import json
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -71,6 +71,7 @@ def write_chunk(work: epath.Path, source: Source, chunk: int, min_side: int) -> 
         entries = list(threads.map(look, source.items(source.chunks[chunk])))
     lines = [json.dumps(dataclasses.asdict(entry)) + "\n" for entry in entries]
     files.write(chunk_file(work, chunk), "".join(lines).encode())
+    read_chunk.cache_clear()  # of a try before
 
 
 def examine(source: Source, item: Item, min_side: int) -> Entry:
@@ -152,7 +153,9 @@ def plan(
     captions all but the first are left out.
     """
     seen, skipped, splits = {}, {}, collections.defaultdict(list)
-    for key, entry in listed(work, chunks):
+    numbered = ((n, row) for n in range(chunks) for row in enumerate(read_chunk(work, n)))
+    for chunk, (row, entry) in numbered:  # in the source's order
+        key = chunk, row
         if entry.problem:
             skipped[key] = Skipped(entry.id, *entry.problem)
             continue
@@ -172,10 +175,3 @@ def plan(
             for n, start in enumerate(starts)
         ]
     return Plan(shards, skipped)
-
-
-def listed(work: epath.Path, chunks: int) -> Iterator[tuple[Key, Entry]]:
-    """Every item in the source's order."""
-    for chunk in range(chunks):
-        for row, entry in enumerate(read_chunk(work, chunk)):
-            yield (chunk, row), entry

@@ -83,7 +83,7 @@ def captions_of(value: Any, depth: int = 2) -> tuple[str, ...]:
 
     Of a dict's names the first that has text counts; there may be another dict under it.
     Raises:
-      UnicodeDecodeError: one is not UTF-8.
+      ValueError: one of a list is no text, or one is not UTF-8.
     """
     if isinstance(value, dict):
         keys = CAPTIONS if depth else ()
@@ -91,7 +91,10 @@ def captions_of(value: Any, depth: int = 2) -> tuple[str, ...]:
     if isinstance(value, str | bytes):
         value = [value]
     texts = [v.decode("utf-8-sig") if isinstance(v, bytes) else v for v in list_of(value)]
-    stripped = (clean(text).strip() for text in texts if isinstance(text, str))
+    for text in texts:
+        if not isinstance(text, str | None):
+            raise ValueError(f"{text!r} is no text")
+    stripped = (clean(text).strip() for text in texts if text)
     return tuple(text for text in stripped if text)
 
 
@@ -116,12 +119,12 @@ def keys_of(
     return keys
 
 
-def labelled(name: str, value: Any, place: Any) -> Item:
-    """An item with the captions in what a file has of them."""
+def labelled(name: str, value: Any, place: Any, where: str = "") -> Item:
+    """An item with the captions in what a file has of them. where: that was, for messages."""
     try:
         return Item(name, captions_of(value), place)
-    except UnicodeDecodeError as error:
-        return Item(name, problem=(UNREADABLE, f"its caption: {error}"))
+    except ValueError as error:
+        return Item(name, problem=(UNREADABLE, f"{where}its caption: {error}"))
 
 
 def suffix_of(name: str) -> str:
@@ -152,6 +155,8 @@ class Lines:
             raise UserError(f"{file} is empty: write one JSON object a line")
         self.chunks = cut(lines, chunk)
         rows = lambda: (parsed(line) for _, line in lines)
+        if not any(rows()):
+            raise UserError(f"{file} line {lines[0][0]} is no JSON object: write one a line")
         self.pictures = pictures and any(self._place(row) for row in rows())
         captions = CAPTIONS if caption is None else (caption,)
         lacks_captions = not any(key in row for row in rows() for key in captions)
@@ -172,18 +177,20 @@ class Lines:
 
     def items(self, chunk) -> Iterator[Item]:
         for number, line in chunk:
-            row = parsed(line)
+            row, where = parsed(line), f"{self.name} line {number}"
             name, place = row.get("id"), self._place(row)
             default = place if isinstance(place, str) else f"{self.name}:{number}"
             name = clean(name if isinstance(name, str) else default)
             if not row:
-                yield Item(name, problem=(UNREADABLE, f"line {number} is no JSON object"))
+                yield Item(name, problem=(UNREADABLE, f"{where} is no JSON object"))
+            elif self.pictures and place is None:
+                yield Item(name, problem=(UNREADABLE, f"{where} names no picture"))
             elif self.pictures and not inside(place):
-                detail = f"line {number} names no file within the folder: {clean(str(place))}"
+                detail = f"{where} names no file within the folder: {clean(str(place))}"
                 yield Item(name, problem=(UNREADABLE, detail))
             else:
                 found = row if self._caption is None else row.get(self._caption)
-                yield labelled(name, found, place if self.pictures else None)
+                yield labelled(name, found, place if self.pictures else None, f"{where}, ")
 
     def read(self, place: str) -> bytes:
         return (self.file.parent / place).read_bytes()

@@ -21,14 +21,15 @@ WORK, SETTINGS, SKIPPED = "work", "settings.json", "skipped.jsonl"
 PAUSE = 0.5  # seconds between two looks for what other processes have done
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ShardReport:
-    """skipped: pictures that turned out to be damaged. cut: captions that lost their end."""
+    """Of a file of records, counted while it is written. cut: captions that lost their end.
+    skipped: pictures that turned out to be damaged."""
 
-    records: int
-    bytes: int
-    cut: int
-    skipped: dict[Key, Skipped]
+    records: int = 0
+    bytes: int = 0
+    cut: int = 0
+    skipped: dict[Key, Skipped] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         skipped = [[list(key), dataclasses.astuple(s)] for key, s in self.skipped.items()]
@@ -57,52 +58,60 @@ class Workspace:
     def finished(self) -> bool:
         return (self.folder / records.RECORD).exists()
 
-    def claim(self, settings: dict[str, Any]) -> bool:
-        """Makes the folder that of these settings; returns whether it is finished already.
+    @contextlib.contextmanager
+    def claim(self, settings: dict[str, Any]) -> Iterator[bool]:
+        """The folder as that of these settings, and this process as the only one that does its
+        share; gives whether it is finished already.
 
+        One in which no record is and nobody works is of a try that came to nothing, and is made
+        this one's.
         Raises:
-          UserError: it holds something else, which is named.
+          UserError: it holds something else, which is named, or another process does this share,
+            or the work is shared among another number of processes.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file: choose another folder")
         found = sorted(e.name for e in self.folder.iterdir()) if self.folder.exists() else []
-        begun = (self.work / SETTINGS).exists()
         if self.finished:
             report = records.open_records(self.folder).report
             self._compare(settings, report.get("settings", {}))
             if self.process == 0 and self.work.exists():  # it was killed after the last file
                 self.work.rmtree()
-            return True
+            yield True
+            return
         others = [name for name in found if name != WORK]
-        if others and not begun:
+        if others and not (self.work / SETTINGS).exists():
             raise UserError(
                 f"{self.folder} holds other files ({', '.join(others[:3])}): choose another folder"
             )
-        self.work.mkdir(parents=True, exist_ok=True)
-        with holders.alone(self.work / "beginning"):  # as others may at the same moment
-            if not (self.work / SETTINGS).exists():
-                files.write(self.work / SETTINGS, json.dumps(settings, indent=1).encode())
-        self._compare(settings, json.loads((self.work / SETTINGS).read_text()))
-        return False
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """This process as the only one that does its share.
-
-        Raises:
-          UserError: another does, or the work is shared among another number of processes.
-        """
+        if others:
+            self._compare(settings, json.loads((self.work / SETTINGS).read_text()))
         mine = self.work / f"in_use_{self.process}_of_{self.processes}"
         with holders.held(mine, f"share {self.process} of {self.processes} in {self.folder}"):
             for entry in self.work.iterdir():
                 if re.fullmatch(rf"in_use_\d+_of_(?!{self.processes}$)\d+", entry.name):
                     holders.check_free(entry, self.folder)
-            yield
+            with holders.alone(self.work / "beginning"):  # as others may at the same moment
+                self._begin(settings, mine)
+            yield False
+
+    def _begin(self, settings: dict[str, Any], mine: epath.Path) -> None:
+        """Writes what the work is of, where that is not there. mine: the file that holds it."""
+        file = self.work / SETTINGS
+        if file.exists() and differing(settings, json.loads(file.read_text())):
+            entries = list(self.work.iterdir())
+            for entry in entries:
+                if entry.name.startswith("in_use_") and entry != mine:
+                    holders.check_free(entry, self.folder)
+            for entry in entries:
+                if entry.is_dir():
+                    entry.rmtree()
+            file.unlink()
+        if not file.exists():
+            files.write(file, json.dumps(settings, indent=1).encode())
 
     def _compare(self, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-        differ = [key for key in mine if json.loads(json.dumps(mine[key])) != theirs.get(key)]
-        if differ:
-            key = differ[0]
+        for key in differing(mine, theirs):
             raise UserError(
                 f"{self.folder} is of other records: their {key} is {theirs.get(key)}, not "
                 f"{mine[key]}: give the same again, or choose another folder"
@@ -139,9 +148,6 @@ class Workspace:
     def shard_file(self, shard: Shard) -> epath.Path:
         return records.shard_file(self.folder, shard.split, shard.number, shard.of)
 
-    def write_report(self, shard: Shard, report: ShardReport) -> None:
-        files.write(self.report_file(shard), report.to_json().encode())
-
     def close(
         self, plan: Plan, manifest: records.Manifest, settings: dict[str, Any]
     ) -> dict[str, Any]:
@@ -153,16 +159,16 @@ class Workspace:
             skipped |= done.skipped
             cut += done.cut
         if not any(count for files_ in parts.values() for count, _ in files_):
-            raise UserError(
-                f"none of the {len(skipped)} items of the source can be used: "
-                + "; ".join(f"{s.id} {s.reason} ({s.detail})" for _, s in in_order(skipped)[:3])
-            )
-        lines = [json.dumps(dataclasses.asdict(s)) + "\n" for _, s in in_order(skipped)]
+            for file in (*map(self.shard_file, plan.shards), self.folder / records.NULL):
+                file.unlink(missing_ok=True)  # so that the folder can be another try's
+            raise nothing_in(skipped)
+        in_order = [skipped[key] for key in sorted(skipped)]
+        lines = [json.dumps(dataclasses.asdict(one)) + "\n" for one in in_order]
         files.write(self.folder / SKIPPED, "".join(lines).encode())
         report = {
             "settings": settings,
             "records": {split: sum(count for count, _ in of) for split, of in parts.items()},
-            "skipped": dict(collections.Counter(s.reason for _, s in in_order(skipped))),
+            "skipped": dict(collections.Counter(one.reason for one in in_order)),
             "cut": cut,
         }
         records.finish(self.folder, manifest, parts, report)
@@ -170,6 +176,15 @@ class Workspace:
         return report
 
 
-def in_order(skipped: dict[Key, Skipped]) -> list[tuple[Key, Skipped]]:
-    """In the source's order."""
-    return sorted(skipped.items(), key=lambda pair: pair[0])
+def differing(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """The settings that are others in a folder's record."""
+    return [key for key in mine if json.loads(json.dumps(mine[key])) != theirs.get(key)]
+
+
+def nothing_in(skipped: dict[Key, Skipped]) -> UserError:
+    """Says why nothing of a source can be used."""
+    first = [skipped[key] for key in sorted(skipped)[:3]]
+    return UserError(
+        f"none of the {len(skipped)} items of the source can be used: "
+        + "; ".join(f"{one.id} {one.reason} ({one.detail})" for one in first)
+    )

@@ -11,6 +11,7 @@ from twinflow_jax.evaluation.report import Scores
 from twinflow_jax.sampling import few_step
 
 ROWS = 8  # captions on the sheet
+MOST = 100_000  # pictures of a score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ def score(
     steps. sampler: for `sampling.few_step`.
 
     Raises:
-      UserError: too few captions, or runs, records and features that do not go together.
+      UserError: too few captions, too many pictures, or runs, records and features that do not
+        go together.
     """
     seeds, guidance = source.seeds, source.guidance
     if seeds < 1:
@@ -48,6 +50,10 @@ def score(
         raise UserError(f"--count is {count}; scores need at least 2 captions")
     grids = {n: few_step(n, **sampler) for n in steps} if guidance is None else {}
     reals, train = held_out.open_pair(source.records, source.train_records)
+    held = reals.splits[held_out.split_of(reals)]
+    if seeds * min(count or held, held) > MOST:
+        raise UserError(f"--seeds {seeds} of {min(count or held, held):,} captions; scores are of "
+                        f"at most {MOST:,} pictures: give fewer --seeds or a --count")
     runs = {
         folder: held_out.open_run(folder, raw, source.pipeline, reals) for folder in folders
     }

@@ -11,7 +11,8 @@ from twinflow_jax.evaluation.judge import ClassJudge, sample_labels
 from twinflow_jax.evaluation.report import Scores
 from twinflow_jax.sampling import few_step, generate
 
-COLUMNS, LEAST = 8, 200  # samples of a class on the sheet, and samples of a score
+COLUMNS = 8  # samples of a class on the sheet
+LEAST, MOST = 200, 100_000  # samples of a score
 
 
 def score(
@@ -22,14 +23,14 @@ def score(
     sampler: for `sampling.few_step`.
 
     Raises:
-      UserError: too few samples, or runs that cannot stand in one table.
+      UserError: too few samples or too many, or runs that cannot stand in one table.
     """
     grids = [few_step(n, **sampler) for n in steps]
-    if count < LEAST:
-        raise UserError(f"--count is {count}; scores need at least {LEAST} samples")
+    if not LEAST <= count <= MOST:
+        raise UserError(f"--count is {count}; it is at least {LEAST}, at most {MOST:,}")
     runs = [checkpoints.read_run(folder) for folder in folders]
     if any(run.pipeline for run in runs):
-        raise UserError("a run draws from text: use evaluate captions")
+        raise UserError("a run draws from text: use `evaluate captions`")
     names = {run.data.name for run in runs}
     if len(names) > 1:
         raise UserError(f"the runs were trained on different data ({', '.join(sorted(names))})")

@@ -7,6 +7,7 @@ import optax
 
 from twinflow_jax.data import Dataset, Stream, batches
 from twinflow_jax.evaluation import cache
+from twinflow_jax.models import names
 from twinflow_jax.models.classifier import Classifier
 
 STEPS, BATCH, RATE, SHIFT = 1500, 128, 3e-3, 2
@@ -20,18 +21,15 @@ def load_or_train(dataset: Dataset):
     """
     network = Classifier(dataset.num_classes)
     fresh = jax.eval_shape(network.init, jax.random.key(0), dataset.train.x[:1])["params"]
-    paths, structure = jax.tree_util.tree_flatten_with_path(fresh)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    shapes = {name: leaf.shape for name, (_, leaf) in zip(names, paths, strict=True)}
+    shapes = {path: leaf.shape for path, leaf in sorted(names.flatten(fresh).items())}
     recipe = repr((STEPS, BATCH, RATE, SHIFT, RECIPE, shapes)).encode()
 
     def make():
-        params = train(network, dataset)
-        return dict(zip(names, map(np.asarray, jax.tree.leaves(params)), strict=True))
+        return names.flatten(jax.tree.map(np.asarray, train(network, dataset)))
 
     key = dataset.train.x.tobytes(), dataset.train.label.tobytes(), recipe
     flat = cache.kept(f"classifier-{dataset.name}", key, make)
-    return network, jax.tree.unflatten(structure, [flat[name] for name in names])
+    return network, names.unflatten(flat)
 
 
 def train(network: Classifier, dataset: Dataset):

@@ -50,7 +50,7 @@ def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> 
     run, arrays, step = checkpoints.open_weights(folder, raw)
     settings = run.model
     if run.family.text_to_image is None:
-        raise UserError(f"{folder} draws no text: leave --records out")
+        raise UserError(f"{folder} draws by class: use `evaluate classes`")
     if records.manifest.family != settings.name:
         raise UserError(
             f"the records in {records.folder} are for {records.manifest.family!r}, but {folder} "
@@ -113,7 +113,8 @@ def hold_out(records: Records, count: int | None, decode: Decode) -> Captions:
     split, found = split_of(records), {}
     for row in range(records.splits[split]):
         found.setdefault(records.read(split, row).captions[0], row)  # not its picture: few are kept
-    keep = np.unique(np.linspace(0, len(found) - 1, count or len(found)).astype(int))
+    count = min(count or len(found), len(found))
+    keep = np.unique(np.linspace(0, len(found) - 1, count).astype(int))
     if len(found) < 2:
         raise UserError(f"{records.folder} holds one caption alone: scores need at least 2")
     texts = list(found)

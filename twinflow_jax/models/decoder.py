@@ -3,7 +3,7 @@
 `config` has width, heads, kv_heads, head_dim, hidden, rope_theta and dtype.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,13 @@ from twinflow_jax.models.projections import dense, init_of
 from twinflow_jax.models.stack import run_layers
 
 Angles = Float[AnyArray, "L half"]  # of each place, for half of a head's channels
+
+# What may stand in a text encoder's config.json, without effect on the states of a text.
+HARMLESS = (
+    "attention_dropout", "dtype", "initializer_range", "tie_word_embeddings", "torch_dtype",
+    "transformers_version", "use_cache",
+)
+ROPE = ("rope_parameters", "rope_scaling", "rope_type", "type")
 
 # The names of one layer's tensors, (key, path, layout), apart from its norms.
 MLP_NAMES = (
@@ -37,35 +44,24 @@ def attention_names(bias: bool) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def published_numbers(
-    config: Mapping[str, Any], table: Mapping[str, tuple[str, float]], rope_theta: float
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(our fields, the settings of the rotary positions) of a published language model.
+def published(
+    config: Mapping[str, Any], table: Mapping[str, tuple[str, Any]], only: Mapping[str, Any],
+    others: Iterable[str], rope_types: tuple[str, ...],
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """As `settings.published`, of a language model, with the settings of its rotary positions.
 
-    table: of each key our field and the published class's default; rope_theta: its default.
+    rope_types: the kinds of these that are plain ones.
     """
-    values = {ours: config.get(key, default) for key, (ours, default) in table.items()}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", rope_theta))
-    return values, rope
-
-
-def not_plain(
-    keys: Iterable[str], known: Collection[str], rope: Mapping[str, Any],
-    rope_types: tuple[str, ...],
-) -> list[str]:
-    """Settings of a published language model whose meaning we do not know.
-
-    keys: all that it has; known: those that it may have, also among `rope`, which are the
-    settings of its rotary positions. rope_types: the kinds of these that are plain ones.
-    """
-    others = {rope.get("type"), rope.get("rope_type")} - {None, *rope_types}
+    values, mistyped, problems = settings.published(
+        {**config, **rope}, table, only, (*others, *HARMLESS, *ROPE)
+    )
+    kinds = {rope.get("type"), rope.get("rope_type")} - {None, *rope_types}
     plain = " or ".join(map(repr, rope_types))
-    given = (key for key in {*keys, *rope} if not key.endswith("_token_id"))
-    return [
-        *(f"the rope's type is {kind!r}, not {plain}" for kind in sorted(others, key=str)),
-        *settings.unknown(given, known),
-    ]
+    problems += [f"the rope's type is {kind!r}, not {plain}" for kind in sorted(kinds, key=str)]
+    if not mistyped and values["heads"] % values["kv_heads"]:
+        problems.append("num_attention_heads is no multiple of num_key_value_heads")
+    return values, mistyped, problems
 
 
 def rope_angles(config, length: int) -> Float[np.ndarray, "{length} {config.head_dim}//2"]:

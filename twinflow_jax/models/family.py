@@ -6,8 +6,8 @@ text, a TextToImage: the published networks with their name tables, prompts and 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax import contracts
 from twinflow_jax.arrays import AnyArray, Images, Latents
+from twinflow_jax.errors import reason
 from twinflow_jax.models import names
 from twinflow_jax.models.names import NameTable
 from twinflow_jax.models.settings import Settings, TextSettings
@@ -84,7 +85,7 @@ class Network:
     config: type
     module: Callable[[Any], nn.Module]
     example: Callable[[Any], tuple]
-    table: Callable[[Any], NameTable]
+    table: Callable[[Any], NameTable] = lambda config: NameTable(())
     stem: str = "diffusion_pytorch_model"
 
     @property
@@ -180,6 +181,26 @@ def of_one_encoder(tokenize: Callable, embed: Callable) -> dict[str, Callable]:
     return {"tokenize": tokenize_by_name, "embed": embed_by_name}
 
 
+@runtime_checkable
+class Tokenize(Protocol):
+    def __call__(
+        self, tokenizers: Mapping[str, Any], prompts: Sequence[str], tokens: int | None = None,
+        negative: bool = False,
+    ) -> Prompts:
+        """tokenizers: by encoder. tokens: that each prompt is padded or cut to, the family's own
+        length by default. negative: of negative prompts, which may be empty."""
+
+
+@runtime_checkable
+class Embed(Protocol):
+    def __call__(
+        self, configs: Mapping[str, Any], params: Mapping[str, Any], prompts: Prompts
+    ) -> tuple[Float[Array, "B L D"], Bool[Array, "B L"]]:
+        """Tokens and their mask, valid ones first, as the transformer takes them; configs, params:
+        by encoder. A vector beside them (a pooled state) is a token as well: the first one, with
+        zeros up to the others' width."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
     """From a prompt to an image, in parts that are loaded one after the other.
@@ -201,13 +222,8 @@ class TextToImage:
     base_guidance: float
     export_note: str
     tiny: dict[str, dict[str, Any]]
-    tokenize: Callable[..., Prompts]
-    """(tokenizers by encoder, prompts, tokens=None, negative=False) -> Prompts; tokens: that each
-    prompt is padded or cut to; negative: of negative prompts, which may be empty."""
-    embed: Callable[..., tuple[Float[Array, "B L D"], Bool[Array, "B L"]]]
-    """(configs by encoder, params by encoder, Prompts) -> tokens and their mask, valid ones first,
-    as the transformer takes them. A vector beside them (a pooled state) is a token as well: the
-    first one, with zeros up to the others' width."""
+    tokenize: Tokenize
+    embed: Embed
     base_guide: Callable[..., Float[Array, "B h w c"]] | None = None
     """(velocity with the prompt, without, scale) -> the base model's guided velocity, where it is
     not plain guidance; scale: 1 for none."""
@@ -250,37 +266,67 @@ def check_family(name: str, family: Family) -> list[str]:
     config, problems = family.config(), []
     if config.name != name:
         problems.append(f"config's name is {config.name!r}, not {name!r}")
+    if not config.sample_shape:
+        return [*problems, "config has no sample_shape"]
     if family.text_to_image:
-        return problems + _check_text(family.text_to_image)
+        return problems + _check_text(family)
     x = jax.ShapeDtypeStruct((1, *config.sample_shape), "float32")
     label = {"label": jax.ShapeDtypeStruct((1,), "int32")} if config.num_classes else {}
     time = jax.ShapeDtypeStruct((1,), "float32")
-    return problems + _check_velocity(family.module(config), (x, time, time, label))
+    inputs = x, time, time, label
+    return problems + _tried("module", _check_velocity, family.module, config, inputs)
 
 
-def _check_text(family: TextToImage) -> list[str]:
-    lacking = [name for name in ("transformer", "vae") if name not in family.networks]
+def _tried(member: str, check: Callable[..., list[str]], *given) -> list[str]:
+    """What a check finds, or which member it cannot be made of."""
+    try:
+        return [f"{member}: {problem}" for problem in check(*given)]
+    except Exception as error:  # of whatever kind: of one who is adding a family
+        return [f"{member}: {type(error).__name__}: {reason(error)}"]
+
+
+def _check_text(family: Family) -> list[str]:
+    text = family.text_to_image
+    lacking = [name for name in ("transformer", "vae") if name not in text.networks]
     problems = [f"has no network {name!r}" for name in lacking]
-    if not family.encoders:
+    if not text.encoders:
         problems.append("has no TextNetwork")
+    for member, contract in (("tokenize", Tokenize), ("embed", Embed)):
+        problems += _tried(member, contracts.missing, getattr(text, member), contract)
+    for name, network in text.networks.items():
+        problems += _tried(name, _check_network, name, network, text.tiny.get(name))
+    if problems:
+        return problems
+    transformer = text.networks["transformer"]
+    if (family.config, family.module) != (transformer.config, transformer.module):
+        problems.append("config and module are not those of its transformer")
+    return problems + _tried("embed", _check_embed, text)
+
+
+def _check_network(name: str, network: Network, tiny: dict[str, Any] | None) -> list[str]:
     kinds = {"transformer": TransformerConfig, "vae": CodecConfig}
-    for name, network in family.networks.items():
-        found = contracts.missing(network.config, kinds.get(name, NetworkConfig))
-        if name == "vae":
-            found += contracts.missing(network.module, Codec)
-        if network.published:
-            found += contracts.missing(network.config, PublishedConfig)
-            if name not in family.tiny:
-                found.append("has no config in tiny")
-        if not found:
-            tiny = family.tiny.get(name)
-            config = network.config.from_published(tiny) if tiny else network.config()
-            if name == "transformer":
-                found += _check_velocity(network.module(config), network.example(config))
-            if network.published:
-                found += _check_table(network, config)
-        problems += [f"{name}: {problem}" for problem in found]
-    return problems
+    found = contracts.missing(network.config, kinds.get(name, NetworkConfig))
+    if name == "vae":
+        found += contracts.missing(network.module, Codec)
+    if network.published:
+        found += contracts.missing(network.config, PublishedConfig)
+        if not tiny:
+            found.append("has no config in tiny")
+    if found:
+        return found
+    config = network.config.from_published(tiny) if tiny else network.config()
+    if name == "transformer":
+        found += _check_velocity(network.module, config, network.example(config))
+    return found + (_check_table(network, config) if network.published else [])
+
+
+def _check_embed(text: TextToImage) -> list[str]:
+    """Whether the small networks' tokens are as wide as the small transformer takes them."""
+    small = lambda name: text.networks[name].config.from_published(text.tiny[name])
+    width = text.text_width({name: small(name) for name in text.encoders})
+    published = text.networks["transformer"].published
+    wanted = small("transformer").text_width if published else width
+    return [f"tokens are {width} wide, the transformer takes {wanted}"] if width != wanted else []
 
 
 def _check_table(network: Network, config) -> list[str]:
@@ -293,7 +339,7 @@ def _check_table(network: Network, config) -> list[str]:
     ]
 
 
-def _check_velocity(module: nn.Module, inputs: tuple) -> list[str]:
-    made = jax.eval_shape(module.init_with_output, jax.random.key(0), *inputs)[0]
+def _check_velocity(module: Callable, config, inputs: tuple) -> list[str]:
+    made = jax.eval_shape(module(config).init_with_output, jax.random.key(0), *inputs)[0]
     found, wanted = (f"{a.dtype} {a.shape}" for a in (made, inputs[0]))
     return [] if found == wanted else [f"the velocity is {found}, of samples {wanted}"]

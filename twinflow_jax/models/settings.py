@@ -97,47 +97,42 @@ def not_positive(config, names: Iterable[str]) -> list[str]:
     ]
 
 
-def not_numbers(values: Mapping[str, Any]) -> list[str]:
-    """Which of a config's values to be are no positive numbers."""
-    return [
-        f"{name} is {value!r}, not a positive number"
-        for name, value in values.items() if not isinstance(value, int | float) or value <= 0
-    ]
-
-
-def other(key: str, value: Any, expected: Any) -> list[str]:
-    """Whether a value in a config.json, such as its class, is another one."""
-    return [f"{key} is {value}, not {expected}"] if value != expected else []
-
-
-def unknown(keys: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The keys of a config.json that are none of `known`; those with "_" are its writer's own."""
-    left = sorted(key for key in set(keys) - set(known) if not key.startswith("_"))
-    return [f"unknown settings {', '.join(left)}"] if left else []
-
-
 def other_values(config: Mapping[str, Any], only: Mapping[str, Any]) -> list[str]:
-    """Keys of a config.json with another value than the only one that we compute."""
+    """Keys of a config.json with another value than the only one that we compute.
+
+    A class may stand there as its trainer's wrapper.
+    """
+    plain = lambda value: value.removesuffix("Wrapper") if isinstance(value, str) else value
     return [
         f"{key} is {config[key]!r}, but only {value!r} is supported"
-        for key, value in only.items() if config.get(key, value) != value
+        for key, value in only.items() if plain(config.get(key, value)) != value
     ]
 
 
-def fields(
-    config: Mapping[str, Any], table: Mapping[str, tuple[str, Any]]
-) -> tuple[dict[str, Any], list[str]]:
-    """Our fields from a config.json, and which of its keys have a value of another type.
+def published(
+    config: Mapping[str, Any], table: Mapping[str, tuple[str, Any]],
+    only: Mapping[str, Any], others: Iterable[str] = (),
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Our fields from a config.json; which of its keys have no such value; what else is wrong.
 
     table: of each key our field and the published class's default, which stands in for a key
-    that is missing and has the type that is right; where this is float, int is right too. Lists
-    become tuples.
+    that is missing and has the type that is right; where this is float, int is right too, and a
+    number is positive. Lists become tuples. only: keys that may have this value alone. others:
+    keys that are checked elsewhere, or without effect. Those with "_" are the writer's own, and
+    numbers of tokens are the tokenizer's.
     """
-    values, problems = {}, []
+    values, mistyped = {}, []
     for key, (field, default) in table.items():
         value = config.get(key, default)
         values[field] = tuple(value) if isinstance(value, list) else value
         kinds = (float, int) if isinstance(default, float) else (type(default),)
-        if type(values[field]) not in kinds:
-            problems.append(f"{key} is {value!r}, not of type {kinds[0].__name__}")
-    return values, problems
+        is_number = kinds[-1] is int
+        if type(values[field]) not in kinds or (is_number and value <= 0):
+            sign = "positive " if is_number else ""
+            mistyped.append(f"{key} is {value!r}, not a {sign}{kinds[0].__name__}")
+    left = sorted(
+        key for key in config.keys() - {*table, *only, *others}
+        if not key.startswith("_") and not key.endswith("_token_id")
+    )
+    problems = [f"unknown settings {', '.join(left)}"] if left else []
+    return values, mistyped, problems + other_values(config, only)

@@ -15,6 +15,7 @@ from twinflow_jax.errors import TextCut, UserError, reason
 def load(folder: str | os.PathLike, of: str, kind: str | None = None):
     """`(tokenizer, the tokens of an empty text)` of a local folder.
 
+    Reads files only: no name is looked up elsewhere, no code of the folder is run.
     of: which folder is expected, for messages. kind: transformers' class, where vocab.json and
     merges.txt will do as well as tokenizer.json, which says all by itself.
     Raises:

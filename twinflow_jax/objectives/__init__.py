@@ -15,7 +15,7 @@ from twinflow_jax.objectives import paper, tutorial, twinflow
 from twinflow_jax.objectives.batch import Batch
 from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import Counts, Draws, cut
-from twinflow_jax.objectives.form import Form
+from twinflow_jax.objectives.form import Form, drawn
 
 FORMS: dict[str, Form] = {
     "twinflow": twinflow,
@@ -88,13 +88,7 @@ class Objective:
         return all(mine[role] > 0 for role, rows in used.items() if rows > 0)
 
     def draw(self, key, batch_size: int, sample_shape: tuple[int, ...]) -> Draws:
-        draws = self.form.draw(key, batch_size, sample_shape, self.config)
-        # Shapes only, once for each trace: a row too few would silently train on less.
-        wanted = {r: {n} for r, n in self.form.counts(batch_size, self.config).items() if n}
-        found = {role: {leaf.shape[0] for leaf in mine.values()} for role, mine in draws.items()}
-        if found != wanted:
-            raise TypeError(f"{self.config.form}: draw gives rows {found}, counts {wanted}")
-        return draws
+        return drawn(self.form, key, batch_size, sample_shape, self.config)
 
     def loss(
         self, apply: Apply, params, teacher_params, batch: Batch, draws: Draws,

@@ -1,4 +1,4 @@
-"""What the Configs of all forms share: their keys, and what none of them can train with."""
+"""What the Configs of forms share: keys, and what none of them can train with."""
 
 import dataclasses
 from typing import ClassVar
@@ -10,7 +10,7 @@ from twinflow_jax.keys import option
 
 @dataclasses.dataclass(frozen=True)
 class Shared(keys.Part):
-    """Hyperparameters of a form, which derives from this and adds its own.
+    """What every form has; it derives from this and adds its own.
 
     Raises:
       UserError: a value that no form can train with, such as guidance >= 1 with a moving teacher:
@@ -22,10 +22,6 @@ class Shared(keys.Part):
     guidance = 0.0  # a key only of the forms that have it
 
     form: str = option("", "the form of the loss, a name in objectives.FORMS")
-    order: int = option(2, "teacher sub-steps of a jump", least=0)
-    dt: float = option(0.01, "length of the step along the known velocity", above=0, below=1)
-    clip: float = option(1.0, "limit on the RCGM error; 0 is none", least=0)
-    rectify_weight: float = option(0.5, "weight of the rectification loss; 0 is none", least=0)
     teacher_decay: float = option(
         0.99,
         "0: the student is the teacher; below 1: its moving average with this decay; 1: frozen "
@@ -41,3 +37,13 @@ class Shared(keys.Part):
                 "(effective guidance 1/(1-g)): stay below 1, or freeze the teacher with "
                 "objective.teacher_decay=1"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Twinned(Shared):
+    """Of a form that learns jumps (rcgm.py) and is rectified by its twin (twin.py)."""
+
+    order: int = option(2, "teacher sub-steps of a jump", least=1)
+    dt: float = option(0.01, "length of the step along the known velocity", above=0, below=1)
+    clip: float = option(1.0, "limit on the RCGM error; 0 is none", least=0)
+    rectify_weight: float = option(0.5, "weight of the rectification loss; 0 is none", least=0)

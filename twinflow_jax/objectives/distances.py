@@ -35,8 +35,3 @@ def barron(
 DISTANCES = {"l2": lambda alpha, scale: l2, "barron": lambda alpha, scale: functools.partial(
     barron, alpha=alpha, scale=scale
 )}
-
-
-def distance(name: str, alpha: float = 1.0, scale: float = 1e-3):
-    """The distance called `name`, one of DISTANCES, as a function of (prediction, target)."""
-    return DISTANCES[name](alpha, scale)

@@ -29,11 +29,10 @@ import jax
 import jax.numpy as jnp
 
 from twinflow_jax.arrays import Apply, Losses, Samples, Scalar
-from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
 from twinflow_jax.objectives.batch import Batch
-from twinflow_jax.objectives.config import Shared
+from twinflow_jax.objectives.config import Twinned
 from twinflow_jax.objectives.draws import (
     Counts,
     Draws,
@@ -47,7 +46,7 @@ ROLES = ("twin", "base")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Shared):
+class Config(Twinned):
     """Hyperparameters; the defaults are the `paper` preset."""
 
     form: str = "paper"
@@ -57,11 +56,6 @@ class Config(Shared):
         1 / 3, "the paper's lambda, best near 1/3 in its figure 4a; 0 is RCGM", least=0, most=1
     )
     rectify_clip: float = option(0.0, "limit on fake minus real velocities; 0 is none", least=0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.order < 1:
-            raise UserError("objective.order is 0; equation 1 needs order >= 1")
 
 
 def counts(batch_size: int, config: Config) -> Counts:

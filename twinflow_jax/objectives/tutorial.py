@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from twinflow_jax.arrays import Apply, Scalar
-from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
 from twinflow_jax.objectives.batch import Batch
-from twinflow_jax.objectives.config import Shared
+from twinflow_jax.objectives.config import Twinned
 from twinflow_jax.objectives.draws import Counts, Draws, normal, rows_of
 from twinflow_jax.objectives.passes import concatenate
 
@@ -33,7 +32,7 @@ ROLES = ("all",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Shared):
+class Config(Twinned):
     """Hyperparameters; the defaults are the `tutorial` preset."""
 
     form: str = "tutorial"
@@ -42,11 +41,6 @@ class Config(Shared):
         0.5, "classifier-free guidance built into the velocity target; 0 is none", least=0
     )
     rectify_weight: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.order < 1:
-            raise UserError("objective.order is 0; the tutorial's RCGM needs order >= 1")
 
 
 def counts(batch_size: int, config: Config) -> Counts:

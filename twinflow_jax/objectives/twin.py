@@ -13,11 +13,6 @@ def generator_pass(params, z: Samples, cond) -> Pass:
     return Pass(params, z, ones, jnp.zeros_like(ones), cond)
 
 
-def one_step(apply: Apply, params, z: Samples, cond) -> Samples:
-    """One-step samples `z - F(z, 1, 0)`."""
-    return z - apply(*generator_pass(params, z, cond))
-
-
 def instantaneous(params, x_t: Samples, times: tuple[Times, ...], conds: tuple) -> list[Pass]:
     """The passes `F(x_t, t, t)` at the same points, one for each time and cond."""
     return [Pass(params, x_t, t, t, cond) for t, cond in zip(times, conds, strict=True)]

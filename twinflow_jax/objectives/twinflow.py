@@ -26,7 +26,7 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
 from twinflow_jax.objectives.batch import Batch
-from twinflow_jax.objectives.config import Shared
+from twinflow_jax.objectives.config import Twinned
 from twinflow_jax.objectives.draws import (
     Counts,
     Draws,
@@ -42,14 +42,17 @@ ROLES = ("one_step", "multi_step", "any_step", "adversarial")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Shared):
+class Config(Twinned):
     """Hyperparameters; the defaults are the `released` preset.
 
-    At order 0 only multi_step and adversarial rows train, on velocities. The rectification loss is
-    a mean over one_step rows.
+    The rectification loss is a mean over one_step rows.
     """
 
     form: str = "twinflow"
+    order: int = option(
+        2, "teacher sub-steps of a jump; 0: only multi_step and adversarial rows train, on "
+        "velocities", least=0,
+    )
     ratios: tuple[float, float, float, float] = option(
         (1.0, 1.0, 1.0, 1.0),
         "shares of the batch: one_step, multi_step, any_step, adversarial", least=0,
@@ -175,14 +178,17 @@ def loss(
     batch_rows = sum(totals.values())
     frozen = jax.lax.stop_gradient(params)
     teacher = frozen if teacher_params is params else jax.lax.stop_gradient(teacher_params)
-    metric = distances.distance(config.distance, config.barron_alpha, config.barron_scale)
+    metric = distances.DISTANCES[config.distance](config.barron_alpha, config.barron_scale)
 
     times = [role_times(role, draws[role], config) for role in present]
     t = jnp.concatenate([time for time, _ in times])
     r = jnp.concatenate([target for _, target in times])
     z = jnp.concatenate([draws[role]["z"] for role in present])
     early = early_velocities(apply, frozen, teacher, batch, draws, t, z, config, at)
-    x = training_samples(early, batch, draws)
+    x = batch.x  # the data end of each row's path
+    if "generator" in early:  # of the last rows, or all: the model's own one-step samples
+        samples = generator_noise(draws) - early["generator"]
+        x = jnp.concatenate([x[: -samples.shape[0]], samples])
     x_t, v = path.interpolate(x, z, t), path.velocity(x, z)
 
     v_pred = apply(params, x_t, t, r, batch.cond)
@@ -275,14 +281,6 @@ def early_velocities(
     if config.merge_passes and config.rectifies and first.start < first.stop:
         passes["one_step"] = twin.generator_pass(frozen, z[first], take(batch.cond, first))
     return dict(zip(passes, together(apply, list(passes.values())), strict=True))
-
-
-def training_samples(early, batch: Batch, draws: Draws) -> Samples:
-    """The data end of each row's path: data, or the model's own one-step samples."""
-    if "generator" not in early:
-        return batch.x
-    samples = generator_noise(draws) - early["generator"]
-    return jnp.concatenate([batch.x[: -samples.shape[0]], samples])
 
 
 def guidance_passes(

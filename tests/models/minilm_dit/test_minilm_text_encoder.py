@@ -87,8 +87,8 @@ def test_a_config_that_computes_something_else():
             "position_embedding_type": "relative_key", "is_decoder": True, "hidden_size": None,
             "quantization_config": {},
         })
-    for part in ("model_type is roberta", "architectures", "'gelu_new'", "'relative_key'",
-                 "is_decoder", "width is None", "quantization_config"):
+    for part in ("model_type is 'roberta'", "architectures", "'gelu_new'", "'relative_key'",
+                 "is_decoder", "hidden_size is None", "quantization_config"):
         assert part in str(error.value)
     with pytest.raises(UserError, match="no multiple of num_attention_heads"):
         text_encoder.Config.from_published(PUBLISHED | {"num_attention_heads": 5})

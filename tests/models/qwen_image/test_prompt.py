@@ -43,14 +43,14 @@ def test_embeddings_are_the_pipelines(tokenizer):
     assert pipeline.tokenizer_max_length == prompt.MAX_TOKENS
 
     for prompts, length, limit in [
-        (PROMPTS, 128, 1024), ([*PROMPTS, "long " * 300], 1024, 1024),
+        (PROMPTS, 128, None), ([*PROMPTS, "long " * 300], 1024, None),
         ([*PROMPTS, "long " * 300], 128, 128),
     ]:
-        ids, mask = prompt.tokenize(tokenizer, prompts, (64, 128, limit))
+        ids, mask = prompt.tokenize(tokenizer, prompts, limit)
         assert ids.shape == mask.shape == (len(prompts), prompt.PREFIX + length)
         inputs = map(jnp.asarray, (ids, mask))
         tokens, mask = map(np.asarray, qwen_image.embed(config, params, *inputs))
-        theirs, valid = pipeline.encode_prompt(prompts, "cpu", max_sequence_length=limit)
+        theirs, valid = pipeline.encode_prompt(prompts, "cpu", max_sequence_length=limit or 1024)
         assert (mask.sum(axis=1) == valid.sum(axis=1).numpy()).all()
         assert oracles.relative_error(
             tokens[mask], theirs.detach().numpy()[valid.bool().numpy()]
@@ -74,7 +74,7 @@ def test_a_long_prompt_is_cut_with_a_warning(tokenizer):
     whole = tokenizer(prompt.TEMPLATE.format("1" * 1020))["input_ids"]
     assert ids[1].tolist() == whole[: 34 + 1024]
     with pytest.warns(UserWarning, match="prompt 1 of 1 makes 105 tokens: only the first 64"):
-        assert prompt.tokenize(tokenizer, ["1" * 100], (32, 64))[0].shape == (1, 34 + 64)
+        assert prompt.tokenize(tokenizer, ["1" * 100], 64)[0].shape == (1, 34 + 64)
 
 
 def test_an_empty_prompt(tokenizer):

@@ -135,5 +135,5 @@ def test_a_config_that_computes_something_else():
     for part in ("model_type", "architectures", "hidden_act", "use_sliding_window", "layer_types",
                  "num_key_value_heads", "head_dim", "'yarn'", "factor, quantization_config"):
         assert part in str(error.value)
-    with pytest.raises(UserError, match="width is '3584', not a positive number"):
+    with pytest.raises(UserError, match="hidden_size is '3584', not a positive int"):
         text_encoder.Config.from_published(PUBLISHED | {"hidden_size": "3584"})

@@ -140,5 +140,5 @@ def test_a_config_that_computes_something_else():
                  "num_key_value_heads", "use_bidirectional_attention is set", "'chunked_attention'",
                  "query_pre_attn_scalar", "'yarn'", "factor, quantization_config"):
         assert part in str(error.value)
-    with pytest.raises(UserError, match="softcap is None, not a positive number"):
+    with pytest.raises(UserError, match="attn_logit_softcapping is None, not a positive float"):
         text_encoder.Config.from_published(PUBLISHED | {"attn_logit_softcapping": None})

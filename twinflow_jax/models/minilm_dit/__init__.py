@@ -3,23 +3,19 @@
 Only the text encoder is a published network; the transformer is trained from scratch.
 """
 
-from twinflow_jax.models import dit, family, names
+from twinflow_jax.models import dit, family
 from twinflow_jax.models.minilm_dit import pixels, prompt, text_encoder, tiny, transformer
 
 NETWORKS = {
     "transformer": family.Network(
-        "transformer", (), transformer.Config, dit.DiT, family.transformer_inputs,
-        lambda config: names.NameTable(()),
+        "transformer", (), transformer.Config, dit.DiT, family.transformer_inputs
     ),
     "text_encoder": family.TextNetwork(
         "text_encoder", (text_encoder.ARCHITECTURE,), text_encoder.Config,
         text_encoder.TextEncoder, family.text_inputs, text_encoder.table,
         load_tokenizer=prompt.load_tokenizer, save_tiny_tokenizer=tiny.save_tokenizer,
     ),
-    "vae": family.Network(
-        "vae", (), pixels.Config, pixels.Pixels, family.image_inputs,
-        lambda config: names.NameTable(()),
-    ),
+    "vae": family.Network("vae", (), pixels.Config, pixels.Pixels, family.image_inputs),
 }
 
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import flax.linen as nn
-import jax.numpy as jnp
-
 from twinflow_jax.arrays import Images
+from twinflow_jax.models import autoencoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,17 +15,11 @@ class Config:
     dtype: str = "float32"
 
 
-class Pixels(nn.Module):
+class Pixels(autoencoder.Autoencoder):
     """Latents are the pixels themselves; no parameters."""
 
-    config: Config
-
-    def encode(self, images: Images) -> Images:
+    def to_latents(self, images: Images) -> Images:
         return images
 
-    def decode(self, latents: Images) -> Images:
-        """Within [-1, 1], as images are."""
-        return jnp.clip(latents, -1, 1)
-
-    def __call__(self, images: Images) -> Images:
-        return self.decode(self.encode(images))
+    def to_images(self, latents: Images) -> Images:
+        return latents

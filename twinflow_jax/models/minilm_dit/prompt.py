@@ -14,11 +14,8 @@ BUCKETS = (16, 32, 64, 128, MAX_TOKENS)
 
 
 def load_tokenizer(folder: str | os.PathLike):
-    """The tokenizer of a local folder, such as that of all-MiniLM-L6-v2.
-
-    Reads files only: no name is looked up elsewhere, no code of the folder is run. Raises
-    UserError where there is no tokenizer, or it cannot be read, or is not like BERT's.
-    """
+    """As `tokenizers.load`, of all-MiniLM-L6-v2's folder. Raises UserError where it is not like
+    BERT's."""
     tokenizer, empty = tokenizers.load(folder, "the folder of all-MiniLM-L6-v2")
     ends = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     if tokenizer.pad_token_id is None or None in ends or empty != ends:

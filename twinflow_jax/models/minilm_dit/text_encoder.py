@@ -35,11 +35,10 @@ ONLY = {
     "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
 }
 # What else may stand there, without effect on the states of a text.
-OTHERS = {
-    "attention_probs_dropout_prob", "classifier_dropout", "dtype", "gradient_checkpointing",
-    "hidden_dropout_prob", "initializer_range", "tie_word_embeddings", "torch_dtype",
-    "transformers_version", "use_cache",
-}
+OTHERS = (
+    "attention_probs_dropout_prob", "classifier_dropout", "gradient_checkpointing",
+    "hidden_dropout_prob", *decoder.HARMLESS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,20 +60,11 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the folder's config.json.
-
-        Raises UserError, with all that is wrong, for another model or one that computes
-        something else.
-        """
-        values = {ours: config.get(key, default) for key, (ours, default) in NUMBERS.items()}
-        problems = [
-            *settings.other("model_type", config.get("model_type"), "bert"),
-            *settings.other_values(config, ONLY), *settings.not_numbers(values),
-        ]
-        if not problems and values["width"] % values["heads"]:
+        """As `family.PublishedConfig` says."""
+        values, mistyped, problems = settings.published(config, NUMBERS, ONLY, OTHERS)
+        if not mistyped and values["width"] % values["heads"]:
             problems.append("hidden_size is no multiple of num_attention_heads")
-        problems += decoder.not_plain(config, {*NUMBERS, *ONLY, *OTHERS}, {}, ())
-        settings.refuse("this config.json is not of MiniLM's text encoder", problems)
+        settings.refuse("this config.json is not of MiniLM's text encoder", problems + mistyped)
         return cls(**values)
 
 

@@ -30,12 +30,6 @@ NETWORKS = {
 }
 
 
-def tokenize(tokenizer, prompts, tokens: int | None = None, negative: bool = False):
-    """As `prompt.tokenize`, to one number of tokens or to the smallest bucket that will do."""
-    buckets = prompt.BUCKETS if tokens is None else (tokens,)
-    return prompt.tokenize(tokenizer, prompts, buckets, negative)
-
-
 def embed(config: text_encoder.Config, params, ids, mask):
     """The prompts' tokens (B, S, D) and their mask (B, S)."""
     states = text_encoder.TextEncoder(config).apply({"params": params}, ids, mask)
@@ -58,6 +52,6 @@ FAMILY = family.Family(
         networks=NETWORKS, null_prompt=prompt.NULL_PROMPT, negative_prompt=" ", base_steps=50,
         base_guidance=4.0,
         export_note=EXPORT_NOTE, tiny=tiny.CONFIGS, base_guide=norm_preserving,
-        **family.of_one_encoder(tokenize, embed),
+        **family.of_one_encoder(prompt.tokenize, embed),
     ),
 )

@@ -54,36 +54,25 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the config.json of a published folder; what it leaves out has the published value.
-
-        Raises UserError naming everything in it that this network does not compute.
-        """
+        """As `family.PublishedConfig` says; what it leaves out has the published value."""
         ours = {
             "base_dim": "base_width", "z_dim": "latent_channels", "dim_mult": "multipliers",
             "num_res_blocks": "res_blocks", "latents_mean": "latents_mean",
             "latents_std": "latents_std",
         }
-        implemented = {"attn_scales": [], "input_channels": 3}
         # Dropout acts in training only, and a single frame never meets the temporal resampling.
-        ignored = {"dropout", "temperal_downsample"}
-
-        problems = [
-            *settings.other("_class_name", config.get("_class_name", CLASS), CLASS),
-            *settings.unknown(config, (*ours, *implemented, *ignored)),
-            *settings.other_values(config, implemented),
+        values, mistyped, problems = settings.published(
+            config, {key: (field, getattr(cls, field)) for key, field in ours.items()},
+            {"_class_name": CLASS, "attn_scales": [], "input_channels": 3},
+            ("dropout", "temperal_downsample"),
+        )
+        channels = values["latent_channels"]
+        problems += [
+            f"{field} is not of z_dim {channels} values"
+            for field in ("latents_mean", "latents_std") if len(values[field]) != channels
         ]
-        fields = {
-            field: tuple(config[key]) if isinstance(config[key], list) else config[key]
-            for key, field in ours.items()
-            if key in config
-        }
-        result = cls(**fields)
-        for field in ("latents_mean", "latents_std"):
-            count = len(getattr(result, field))
-            if count != result.latent_channels:
-                problems.append(f"{field} has {count} values for z_dim {result.latent_channels}")
-        settings.refuse("autoencoder's config.json", problems)
-        return result
+        settings.refuse("autoencoder's config.json", problems + mistyped)
+        return cls(**values)
 
 
 class CausalConv(nn.Module):

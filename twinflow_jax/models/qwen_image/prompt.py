@@ -27,12 +27,8 @@ NULL_PROMPT = "Generate an image."  # TwinFlow's unconditional prompt
 
 
 def load_tokenizer(folder: str | os.PathLike):
-    """The tokenizer of a local folder, such as "tokenizer" of the published Qwen-Image.
-
-    Reads files only: no name is looked up elsewhere, no code of the folder is run. Warns where
-    the template's start is not the 34 tokens that the published tokenizer makes of it. Raises
-    UserError where there is no tokenizer or it cannot be read.
-    """
+    """As `tokenizers.load`, of "tokenizer" of the published Qwen-Image. Warns where the template's
+    start is not the 34 tokens that the published tokenizer makes of it."""
     of = "the local folder 'tokenizer' of Qwen-Image"
     tokenizer, _ = tokenizers.load(folder, of, "Qwen2TokenizerFast")
     start = len(tokenizer(TEMPLATE.split("{}")[0])["input_ids"])
@@ -46,21 +42,21 @@ def load_tokenizer(folder: str | os.PathLike):
 
 
 def tokenize(
-    tokenizer, prompts: Sequence[str], buckets: Sequence[int] = BUCKETS, negative: bool = False
+    tokenizer, prompts: Sequence[str], tokens: int | None = None, negative: bool = False
 ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
     """The prompts in the template as token ids and the mask of those that are no padding.
 
-    L is PREFIX and the smallest of the buckets that holds the longest prompt. A prompt longer
-    than the largest bucket, or than MAX_TOKENS, is cut there, with a warning. Raises UserError
+    L is PREFIX and `tokens`, or else the smallest of BUCKETS that holds the longest prompt. A
+    prompt longer than that, or than MAX_TOKENS, is cut there, with a warning. Raises UserError
     for an empty prompt; negative: allow it (" " is what Qwen-Image uses as negative prompt).
     """
     if not negative:
         tokenizers.refuse_empty(prompts)
     rows = tokenizer([TEMPLATE.format(prompt) for prompt in prompts])["input_ids"]
-    rows = tokenizers.cut(rows, min(MAX_TOKENS, max(buckets)), PREFIX)
-    longest = max(len(row) for row in rows)
-    length = PREFIX + min(bucket for bucket in buckets if PREFIX + bucket >= longest)
-    return tokenizers.padded(rows, length, tokenizer.pad_token_id)
+    rows = tokenizers.cut(rows, min(tokens or MAX_TOKENS, MAX_TOKENS), PREFIX)
+    longest = max(map(len, rows)) - PREFIX
+    length = tokens or min(bucket for bucket in BUCKETS if bucket >= longest)
+    return tokenizers.padded(rows, PREFIX + length, tokenizer.pad_token_id)
 
 
 def drop_prefix(

@@ -26,15 +26,16 @@ NUMBERS = {
     "num_key_value_heads": ("kv_heads", 8),
     "intermediate_size": ("hidden", 29568),
     "rms_norm_eps": ("norm_eps", 1e-5),
+    "rope_theta": ("rope_theta", 1e6),
 }
+# Keys with the only value that we compute: of the whole, and of its language tower.
+WHOLE = {"model_type": "qwen2_5_vl", "architectures": [ARCHITECTURE]}
+ONLY = {"hidden_act": "silu", "use_sliding_window": False}
 # What else may stand there: checked below, or without effect on the states of a text.
-OTHERS = {
-    "architectures", "attention_dropout", "dtype", "head_dim", "hidden_act", "initializer_range",
-    "layer_types", "max_position_embeddings", "max_window_layers", "model_type", "rope_parameters",
-    "rope_scaling", "rope_theta", "sliding_window", "text_config", "tie_word_embeddings",
-    "torch_dtype", "transformers_version", "use_cache", "use_sliding_window", "vision_config",
-}
-ROPE = {"mrope_section", "rope_theta", "rope_type", "type"}
+OTHERS = (
+    *WHOLE, "head_dim", "layer_types", "max_position_embeddings", "max_window_layers",
+    "mrope_section", "sliding_window", "text_config", "vision_config",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,38 +55,24 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the folder's config.json, whether flat or with a "text_config".
-
-        Raises UserError, with all that is wrong, for another model or one that computes
-        something else.
-        """
+        """As `family.PublishedConfig` says; from a flat one, or one with a "text_config"."""
         text = config.get("text_config") or config
-        values, rope = decoder.published_numbers(text, NUMBERS, rope_theta=1e6)
-        values["kv_heads"] = values["kv_heads"] or values["heads"]
-        problems = [
-            *settings.other("model_type", config.get("model_type"), "qwen2_5_vl"),
-            *settings.other(
-                "architectures", config.get("architectures", [ARCHITECTURE]), [ARCHITECTURE]
-            ),
-            *settings.other("hidden_act", text.get("hidden_act", "silu"), "silu"),
-        ]
-        bad = settings.not_numbers(values)
-        if not bad:
+        if text.get("num_key_value_heads", 8) is None:  # as many as there are heads
+            text = text | {"num_key_value_heads": text.get("num_attention_heads", 64)}
+        values, mistyped, problems = decoder.published(
+            {**config, **text}, NUMBERS, ONLY, OTHERS, ("default", "mrope")
+        )
+        problems += settings.other_values(config, WHOLE)
+        if not mistyped:
             values["head_dim"] = values["width"] // values["heads"]
             if values["width"] % (2 * values["heads"]):
-                bad.append("hidden_size is no even multiple of num_attention_heads")
-            if values["heads"] % values["kv_heads"]:
-                bad.append("num_attention_heads is no multiple of num_key_value_heads")
+                problems.append("hidden_size is no even multiple of num_attention_heads")
             if text.get("head_dim") not in (None, values["head_dim"]):
-                bad.append("head_dim is not hidden_size / num_attention_heads")
-        if text.get("use_sliding_window"):
-            problems.append("use_sliding_window is set")
+                problems.append("head_dim is not hidden_size / num_attention_heads")
         if set(text.get("layer_types") or ()) - {"full_attention"}:
             problems.append("layer_types has others than 'full_attention'")
-        problems += bad + decoder.not_plain(
-            {*config, *text}, {*NUMBERS, *OTHERS, *ROPE}, rope, ("default", "mrope")
-        )
-        settings.refuse("this config.json is not of Qwen-Image's text encoder", problems)
+        what = "this config.json is not of Qwen-Image's text encoder"
+        settings.refuse(what, problems + mistyped)
         return cls(**values)
 
 

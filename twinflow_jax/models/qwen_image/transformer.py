@@ -42,8 +42,8 @@ _FIELDS = {
     "zero_cond_t": ("zero_cond_t", False),
 }
 _ONLY = {
-    "patch_size": 2, "guidance_embeds": False, "use_additional_t_cond": False,
-    "use_layer3d_rope": False,
+    "_class_name": CLASS, "patch_size": 2, "guidance_embeds": False,
+    "use_additional_t_cond": False, "use_layer3d_rope": False,
 }
 _CHANNELS = {"in_channels": 64, "out_channels": 16}
 _HARMLESS = ("pooled_projection_dim",)  # written by the published pipeline, read by nothing
@@ -88,25 +88,15 @@ class Config(TextSettings):
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the contents of a transformer folder's config.json.
-
-        Raises:
-          UserError: another class, or values that mean something we do not compute; all of
-            them in one message.
-        """
-        kind = str(config.get("_class_name"))
-        wrapper = kind.startswith("QwenImageTransformer") and kind.endswith("Wrapper")
-        values, mistyped = settings.fields(config, _FIELDS)
-        problems = [
-            *settings.other("_class_name", CLASS if wrapper else kind, CLASS),
-            *settings.unknown(config, (*_FIELDS, *_ONLY, *_CHANNELS, *_HARMLESS)),
-            *settings.other_values(config, _ONLY), *mistyped,
-        ]
+        """As `family.PublishedConfig` says."""
+        values, mistyped, problems = settings.published(
+            config, _FIELDS, _ONLY, (*_CHANNELS, *_HARMLESS)
+        )
         packed, out = (config.get(key, value) for key, value in _CHANNELS.items())
         channels = out or packed  # the published class reads null as in_channels
         if packed != 4 * channels:
             problems.append(f"in_channels {packed} is not 4 times out_channels {channels}")
-        settings.refuse("config.json of the transformer", problems)
+        settings.refuse("config.json of the transformer", problems + mistyped)
         return cls(**values, latent_channels=channels, sample_shape=(64, 64, channels))
 
 

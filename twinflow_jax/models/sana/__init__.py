@@ -1,6 +1,5 @@
 """SANA: its three networks, its prompts and its codec, as one family."""
 
-from twinflow_jax.errors import UserError
 from twinflow_jax.models import family
 from twinflow_jax.models.sana import autoencoder, prompt, text_encoder, tiny, transformer
 
@@ -35,13 +34,6 @@ NETWORKS = {
 }
 
 
-def tokenize(tokenizer, prompts, tokens: int | None = None, negative: bool = False):
-    """As `prompt.tokenize`; tokens: that the image model takes, which is always the same."""
-    if tokens not in (None, prompt.TOKENS):
-        raise UserError(f"text of {tokens} tokens is asked for; SANA takes {prompt.TOKENS}")
-    return prompt.tokenize(tokenizer, prompts, negative)
-
-
 def embed(config: text_encoder.Config, params, ids, mask):
     """The prompts' tokens (B, 300, D) and their mask (B, 300)."""
     states = text_encoder.TextEncoder(config).apply({"params": params}, ids, mask)
@@ -53,6 +45,6 @@ FAMILY = family.Family(
     family.TextToImage(
         networks=NETWORKS, null_prompt="", negative_prompt="", base_steps=20,
         base_guidance=4.5, export_note=EXPORT_NOTE, tiny=tiny.CONFIGS,
-        **family.of_one_encoder(tokenize, embed),
+        **family.of_one_encoder(prompt.tokenize, embed),
     ),
 )

@@ -21,11 +21,25 @@ from twinflow_jax.models.linear_attention import linear_attention
 CLASS = "AutoencoderDC"
 RES_BLOCK, ATTENTION_BLOCK = "ResBlock", "EfficientViTBlock"
 
-# What a config.json may say; what it leaves out has this value, which is not always SANA's.
-CLASS_DEFAULTS = {
+# What a config.json may say, alone or besides.
+IMPLEMENTED = {
+    "_class_name": CLASS,
     "in_channels": 3,
-    "latent_channels": 32,
-    "attention_head_dim": 32,
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+    "encoder_out_shortcut": True,
+    "decoder_in_shortcut": True,
+    "decoder_conv_act_fn": "relu",
+}
+FIELDS = {  # ours, and the class's default
+    "latent_channels": ("latent_channels", 32),
+    "attention_head_dim": ("head_dim", 32),
+    "scaling_factor": ("scaling_factor", 1.0),
+}
+# What it leaves out has this value, which is not always SANA's.
+CLASS_DEFAULTS = IMPLEMENTED | {
     "encoder_block_types": RES_BLOCK,
     "decoder_block_types": RES_BLOCK,
     "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
@@ -36,22 +50,6 @@ CLASS_DEFAULTS = {
     "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
     "upsample_block_type": "pixel_shuffle",
     "downsample_block_type": "pixel_unshuffle",
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-    "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True,
-    "decoder_conv_act_fn": "relu",
-    "scaling_factor": 1.0,
-}
-IMPLEMENTED = {
-    "in_channels": 3,
-    "upsample_block_type": "interpolate",
-    "downsample_block_type": "Conv",
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-    "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True,
-    "decoder_conv_act_fn": "relu",
 }
 
 
@@ -116,17 +114,11 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the config.json of a published folder; what it leaves out has the class's default.
-
-        Raises UserError naming everything in it that this network does not compute.
-        """
-        problems = [
-            *settings.other("_class_name", config.get("_class_name", CLASS), CLASS),
-            *settings.unknown(config, CLASS_DEFAULTS),
-        ]
+        """As `family.PublishedConfig` says; what it leaves out has the class's default."""
         config = CLASS_DEFAULTS | config
-        problems += settings.other_values(
-            {key: _same_throughout(config[key]) for key in IMPLEMENTED}, IMPLEMENTED
+        same = {key: _same_throughout(config[key]) for key in IMPLEMENTED}
+        values, mistyped, problems = settings.published(
+            config | same, FIELDS, IMPLEMENTED, CLASS_DEFAULTS
         )
         encoder = Tower.from_published(config, "encoder")
         decoder = Tower.from_published(config, "decoder")
@@ -136,11 +128,8 @@ class Config:
                 f"the encoder has {len(encoder.widths)} resolutions, the decoder "
                 f"{len(decoder.widths)}"
             )
-        settings.refuse("autoencoder's config.json", problems)
-        return cls(
-            config["latent_channels"], config["attention_head_dim"], encoder, decoder,
-            config["scaling_factor"],
-        )
+        settings.refuse("autoencoder's config.json", problems + mistyped)
+        return cls(**values, encoder=encoder, decoder=decoder)
 
 
 def _same_throughout(value):

@@ -38,11 +38,8 @@ TOKENS = 300  # that the image model takes
 
 
 def load_tokenizer(folder: str | os.PathLike):
-    """The tokenizer of a local folder, such as "tokenizer" of a published SANA.
-
-    Reads files only: no name is looked up elsewhere, no code of the folder is run. Raises
-    UserError where there is no tokenizer, or it cannot be read, or is not like Gemma's.
-    """
+    """As `tokenizers.load`, of "tokenizer" of a published SANA. Raises UserError where it is not
+    like Gemma's."""
     tokenizer, empty = tokenizers.load(folder, "the local folder 'tokenizer' of SANA")
     if tokenizer.pad_token_id is None or empty != [tokenizer.bos_token_id]:
         raise UserError(
@@ -53,14 +50,16 @@ def load_tokenizer(folder: str | os.PathLike):
 
 
 def tokenize(
-    tokenizer, prompts: Sequence[str], negative: bool = False
+    tokenizer, prompts: Sequence[str], tokens: int | None = None, negative: bool = False
 ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
     """The prompts, in lower case, as token ids and the mask of those that are no padding.
 
     L depends only on the tokenizer and on negative: whether these are negative prompts, which
     have no instruction and may be empty ("" is the usual one). A prompt too long is cut, with a
-    warning. Raises UserError for an empty prompt.
+    warning. Raises UserError for an empty prompt, or other tokens than the image model takes.
     """
+    if tokens not in (None, TOKENS):
+        raise UserError(f"text of {tokens} tokens is asked for; SANA takes {TOKENS}")
     if not negative:
         tokenizers.refuse_empty(prompts)
     before = "" if negative else INSTRUCTION

@@ -33,16 +33,15 @@ NUMBERS = {
     "sliding_window": ("window", 4096),
     "attn_logit_softcapping": ("softcap", 50.0),
     "rms_norm_eps": ("norm_eps", 1e-6),
+    "rope_theta": ("rope_theta", 1e4),
 }
+ONLY = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}  # that we compute
 # What else may stand there: checked below, or without effect on the states of a text.
-OTHERS = {
-    "architectures", "attention_bias", "attention_dropout", "cache_implementation", "dtype",
-    "final_logit_softcapping", "hidden_act", "hidden_activation", "initializer_range",
-    "layer_types", "max_position_embeddings", "model_type", "query_pre_attn_scalar",
-    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window_size", "tie_word_embeddings",
-    "torch_dtype", "transformers_version", "use_bidirectional_attention", "use_cache",
-}
-ROPE = {"rope_theta", "rope_type", "type"}
+OTHERS = (
+    "architectures", "attention_bias", "cache_implementation", "final_logit_softcapping",
+    "hidden_act", "layer_types", "max_position_embeddings", "query_pre_attn_scalar",
+    "sliding_window_size", "use_bidirectional_attention",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,39 +66,25 @@ class Config:
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the folder's config.json.
-
-        Raises UserError, with all that is wrong, for another model or one that computes
-        something else.
-        """
-        values, rope = decoder.published_numbers(config, NUMBERS, rope_theta=1e4)
-        activation = config.get("hidden_activation", "gelu_pytorch_tanh")
-        problems = [
-            *settings.other("model_type", config.get("model_type"), "gemma2"),
-            *settings.other("hidden_activation", activation, "gelu_pytorch_tanh"),
-        ]
+        """As `family.PublishedConfig` says."""
+        values, mistyped, problems = decoder.published(
+            config, NUMBERS, ONLY, OTHERS, ("default",)
+        )
         architectures = config.get("architectures") or ARCHITECTURES[:1]
         if not set(architectures) <= set(ARCHITECTURES):
             expected = " or ".join(ARCHITECTURES)
             problems.append(f"architectures is {architectures!r}, not {expected}")
-        bad = settings.not_numbers(values)
-        if not bad:
-            if values["heads"] % values["kv_heads"]:
-                bad.append("num_attention_heads is no multiple of num_key_value_heads")
-            if values["head_dim"] % 2:
-                bad.append("head_dim is odd")
-            if config.get("query_pre_attn_scalar", 256) != values["head_dim"]:
-                bad.append("query_pre_attn_scalar is not head_dim")
+        if not mistyped and values["head_dim"] % 2:
+            problems.append("head_dim is odd")
+        if config.get("query_pre_attn_scalar", 256) != values["head_dim"]:
+            problems.append("query_pre_attn_scalar is not head_dim")
         problems += [
             f"{key} is set" for key in ("attention_bias", "use_bidirectional_attention")
             if config.get(key)
         ]
         others = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
         problems += [f"layer_types has {kind!r}" for kind in sorted(others)]
-        problems += bad + decoder.not_plain(
-            config, {*NUMBERS, *OTHERS, *ROPE}, rope, ("default",)
-        )
-        settings.refuse("this config.json is not of SANA's text encoder", problems)
+        settings.refuse("this config.json is not of SANA's text encoder", problems + mistyped)
         return cls(**values)
 
 

@@ -46,8 +46,8 @@ _FIELDS = {
     "timestep_scale": ("timestep_scale", 1.0),
 }
 _ONLY = {
-    "patch_size": 1, "attention_bias": False, "dropout": 0.0, "norm_elementwise_affine": False,
-    "norm_eps": EPSILON, "interpolation_scale": None,
+    "_class_name": CLASS, "patch_size": 1, "attention_bias": False, "dropout": 0.0,
+    "norm_elementwise_affine": False, "norm_eps": EPSILON, "interpolation_scale": None,
 }
 _QK_NORMS = {None: False, "rms_norm_across_heads": True}
 _DERIVED = ("out_channels", "cross_attention_dim", "sample_size", "qk_norm")
@@ -96,19 +96,8 @@ class Config(TextSettings):
 
     @classmethod
     def from_published(cls, config: dict) -> "Config":
-        """From the contents of a transformer folder's config.json.
-
-        Raises:
-          UserError: another class, or values that mean something we do not compute; all of
-            them in one message.
-        """
-        kind = str(config.get("_class_name")).removesuffix("Wrapper")
-        values, mistyped = settings.fields(config, _FIELDS)
-        problems = [
-            *settings.other("_class_name", kind, CLASS),
-            *settings.unknown(config, (*_FIELDS, *_ONLY, *_DERIVED)),
-            *settings.other_values(config, _ONLY), *mistyped,
-        ]
+        """As `family.PublishedConfig` says."""
+        values, mistyped, problems = settings.published(config, _FIELDS, _ONLY, _DERIVED)
         norm, side = config.get("qk_norm"), config.get("sample_size", 32)
         if norm not in _QK_NORMS:
             problems.append(f"qk_norm is {norm!r}, neither null nor 'rms_norm_across_heads'")
@@ -126,7 +115,7 @@ class Config(TextSettings):
                 f"cross_attention_dim {text} is not num_attention_heads {heads} times "
                 f"attention_head_dim {head_dim}"
             )
-        settings.refuse("config.json of the transformer", problems)
+        settings.refuse("config.json of the transformer", problems + mistyped)
         return cls(**values, qk_norm=_QK_NORMS[norm], sample_shape=(side, side, channels))
 
 
