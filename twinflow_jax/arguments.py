@@ -1,13 +1,19 @@
 """What the verbs' command lines share. Imports nothing slow: `--help` answers at once."""
 
 import argparse
+import math
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
+
+from twinflow_jax import files
 from twinflow_jax.errors import Parser, UserError
 
+MOST = 10**6  # of what a command counts
 SAMPLER = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
 
 
@@ -25,12 +31,13 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampler", "default: recommended for the number of steps")
     group.add_argument("--style", help="target time told to the network: few, any or mul")
     group.add_argument("--stochastic", type=_share, help="share of fresh noise in [0, 1], or SDE")
-    group.add_argument("--gap", type=float, nargs=2, metavar=("START", "END"),
+    group.add_argument("--gap", type=finite, nargs=2, metavar=("START", "END"),
                        help="part of the time axis left out at noise and at data")
-    group.add_argument("--warp", type=float, nargs=3, metavar=("A", "B", "C"),
+    group.add_argument("--warp", type=finite, nargs=3, metavar=("A", "B", "C"),
                        help="Kumaraswamy warp of the time grid")
-    group.add_argument("--extrapolation", type=float, help="ratio against the step before")
-    group.add_argument("--order", type=int, help="1, or 2 with a corrector")
+    group.add_argument("--extrapolation", type=finite, help="ratio against the step before")
+    group.add_argument("--order", type=int, 
+                       help="1, or 2 with a corrector: two evaluations a step, one in the last")
 
 
 def sampler(args: argparse.Namespace) -> dict[str, Any]:
@@ -53,6 +60,20 @@ def overrides(rest: Sequence[str]) -> list[str]:
     return [flag.removeprefix("--config.") for flag in rest]
 
 
+def writable(flag: str, file: str | None) -> None:
+    """Refuses a file that cannot be written, before there is something to write; None is none.
+
+    Raises:
+      UserError: it is a folder, or lies where nothing can be written; names the flag.
+    """
+    if file is None:
+        return
+    with files.writing(flag, file):
+        if epath.Path(file).is_dir():
+            raise UserError(f"{flag} {file} is a folder: choose a file")
+    files.check_folder(flag, str(epath.Path(file).parent))
+
+
 def refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
     """Raises UserError where one of these arguments was given."""
     flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
@@ -73,6 +94,47 @@ def evaluations(text: str) -> list[int]:
     if min(steps) < 1:
         raise UserError(f"--steps is {text!r}; sampling takes at least 1")
     return steps
+
+
+def finite(text: str) -> float:
+    """The number of an argument.
+
+    Raises:
+      UserError: it is none, infinite or NaN.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{text} is no finite number")
+    return number
+
+
+def whole(text: str) -> int:
+    """How many of something an argument says.
+
+    Raises:
+      UserError: no whole number, or none from 1 to MOST.
+    """
+    number = int(text) if re.fullmatch(r"\+?\d{1,9}", text.strip()) else 0
+    if not 1 <= number <= MOST:
+        raise UserError(f"{text} is no whole number from 1 to {MOST:,}")
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """`(width, height)` in pixels of "768x512", or of "512", a square.
+
+    Raises:
+      UserError: it is neither.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text.strip())
+    if not match:
+        raise UserError(
+            f"{text!r} is no size; give pixels like 512 or 768x512 (width x height), up to 9999"
+        )
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _share(text: str) -> float | str:

@@ -15,7 +15,6 @@ command goes on; with --process K --processes N several do it together. docs/dat
 """
 
 import argparse
-import math
 
 from etils import epath
 
@@ -42,8 +41,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("source", type=files.path, metavar="SOURCE")
     parser.add_argument("target", type=files.path, metavar="DST")
     parser.add_argument("--pipeline", type=files.path, required=True, help="an imported checkpoint")
-    parser.add_argument("--size", help="of all pictures, like 512 or 768x512 (width x height); "
-                        "default: what the transformer was made for")
+    parser.add_argument("--size", type=arguments.size,
+                        help="of all pictures, like 512 or 768x512 (width x height); default: what "
+                        "the transformer was made for")
     parser.add_argument("--buckets", help="several sizes, like 1024x1024,1216x832, or 1024 for "
                         "some of that area; a picture goes to the nearest aspect ratio")
     parser.add_argument("--prompts-only", action="store_true", help="captions without pictures")
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     group = parser.add_argument_group("pictures drawn by the base model")
     group.add_argument("--generate", action="store_true", help="from the source's captions")
     group.add_argument("--steps", type=int, help="of the base sampling (default: as usual)")
-    group.add_argument("--guidance", type=float, help="default: the model's own")
+    group.add_argument("--guidance", type=arguments.finite, help="default: the model's own")
     group.add_argument("--count", type=int, help="pictures of each prompt (default 1)")
     group.add_argument("--seed", type=seeds.parse, help="of the noise (default 0)")
     return parser.parse_args()
@@ -91,8 +91,6 @@ def check(args) -> None:
     if args.generate and (args.prompts_only or args.buckets or args.image_column):
         raise UserError("--generate draws pictures of one --size: leave --prompts-only, --buckets "
                         "and --image-column out")
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        raise UserError(f"--guidance is {args.guidance}; give a number")
 
 
 def given(args, name: str) -> bool:
@@ -161,7 +159,7 @@ def sizes_of(args, pipeline) -> tuple[tuple[int, int], ...]:
     if args.buckets:
         found = sizes.buckets(args.buckets, pipeline.config("transformer").patch * scale)
     elif args.size:
-        found = (sizes.parse(args.size, "--size"),)
+        found = (args.size,)
     else:
         height, width, _ = denoising.latent_shape(pipeline, None)
         found = ((width * scale, height * scale),)

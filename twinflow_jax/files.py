@@ -28,6 +28,8 @@ def path(text: str) -> str:
         expanded = str(epath.Path(text).expanduser())
     except KeyError as error:
         raise UserError(f"{text} is no path: give a local one, or gs://BUCKET/FOLDER") from error
+    if expanded.startswith("~"):
+        raise UserError(f"{text} names a user that there is not: give another path, or ./{text}")
     return expanded if text.startswith("~") else text
 
 
@@ -44,20 +46,32 @@ def write(path: epath.PathLike, data: bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def writing(flag: str, place: str):
+    """Reports what goes wrong with the file or folder of an argument."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {place} cannot be written: {error.strerror or error}") from error
+
+
 def check_folder(flag: str, folder: str) -> None:
     """Refuses a folder that cannot be written to, before there is something to write.
 
     Raises:
       UserError: it is a file, or lies where nothing can be written; names the flag.
     """
-    path = epath.Path(folder)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{flag} {folder} is a file: choose a folder")
-    if "://" in folder:
-        return
-    there = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"{flag} {folder} cannot be written to: {there} takes no files")
+    if not folder:
+        raise UserError(f"{flag} is empty: name a folder")
+    with writing(flag, folder):
+        path = epath.Path(folder)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{flag} {folder} is a file: choose a folder")
+        if "://" in folder:
+            return
+        there = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(f"{flag} {folder} cannot be written to: {there} takes no files")
 
 
 def text_lines(data: bytes, errors: str = "strict") -> list[tuple[int, str]]:

@@ -63,6 +63,7 @@ class Embeddings:
         try:
             tokens, mask = found["tokens"].astype(np.float32), found["mask"].astype(bool)
             prompts = [str(prompt) for prompt in json.loads(found["prompts"].tobytes())]
+            "".join(prompts).encode()  # JSON may name what is no character
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{file} holds no embeddings: write one with --save-embeddings") from (
                 error

@@ -61,8 +61,7 @@ def tokenize(
     have no instruction and may be empty ("" is the usual one). A prompt too long is cut, with a
     warning. Raises UserError for an empty prompt.
     """
-    if not negative:
-        tokenizers.refuse_empty(prompts)
+    tokenizers.check(prompts, may_be_blank=negative)
     before = "" if negative else INSTRUCTION
     start = len(tokenizer(before)["input_ids"])
     length = TOKENS if negative else start + TOKENS - 2
