@@ -12,6 +12,7 @@ from etils import epath
 from twinflow_jax import holders
 from twinflow_jax.errors import UserError
 
+LONGEST = 255  # bytes of a file's name
 UNFINISHED = "UNFINISHED"  # a file that is in a folder for as long as the folder is written
 
 
@@ -20,10 +21,13 @@ def path(text: str) -> str:
 
     Shells leave it alone in `--workdir=~/runs`; `$HOME` they expand everywhere.
     Raises:
-      UserError: it has a line break, or is an address of a kind that is not known.
+      UserError: it has a line break or a name that no file has, or is an address of a kind that
+        is not known.
     """
     if "\n" in text or "\r" in text:
         raise UserError(f"the path {text!r} has a line break: rename it")
+    if "://" not in text and max(len(os.fsencode(name)) for name in text.split("/")) > LONGEST:
+        raise UserError(f"the path {text} has a name of over {LONGEST} bytes: choose a shorter one")
     try:
         expanded = str(epath.Path(text).expanduser())
     except KeyError as error:

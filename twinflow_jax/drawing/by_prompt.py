@@ -55,6 +55,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     if args.save_embeddings:
         with files.writing("--save-embeddings", args.save_embeddings):
             cond.save(args.save_embeddings, prompts)
+    conditions = [cond.fingerprint(i) for i in range(len(prompts))]
     owners, numbers = np.divmod(np.arange(len(prompts) * count), count)
     told = album.settings(
         checkpoint=args.checkpoint, seed=args.seed, raw=args.raw, dtype=pipeline.dtype,
@@ -66,9 +67,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     pages = [
         album.Page(
             f"{i:04d}_{plain(prompts[i])}_{number:02d}_{way.label}_seed{args.seed}",
-            told | {
-                "prompt": prompts[i], "number": str(number), "condition": cond.fingerprint(int(i)),
-            },
+            told | {"prompt": prompts[i], "number": str(number), "condition": conditions[i]},
         )
         for i, number in zip(owners, numbers, strict=True)
     ]
@@ -79,8 +78,10 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
         null, tile, latents.append if args.save_latents else None, keep=not args.sheet,
     )
     if args.sheet:
-        more = {"prompts": json.dumps(prompts), "count": str(count)}
-        page = album.Page(f"sheet_{way.label}_seed{args.seed}", told | more)
+        page = album.Page(f"sheet_{way.label}_seed{args.seed}", told | {
+            "prompts": json.dumps(prompts), "count": str(count),
+            "conditions": json.dumps(conditions),
+        })
         sheet = images.sheet({way.label: np.stack(list(drawn))}, count)
         images.save(out / page.name, sheet, page.text)
         print(f"{len(pages)} samples in {out / page.name}")
