@@ -121,6 +121,7 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
          "--seed: the seed is -1; give a whole"),
         (sample, ["--checkpoint", str(tmp_path), "--out", "x"], "is no run"),
         (sample, [*out, "--classes", "11"], "classes 0 to 9"),
+        (sample, [*out, "--classes", "9" * 30], "classes 0 to 9"),
         (sample, [*out, "--classes", "cat"], "give numbers"),
         (sample, [*out, "--steps", "0"], "at least 1"),
         (sample, [*out, "--steps", "100000000"], "at most 1000"),

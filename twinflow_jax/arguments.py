@@ -138,9 +138,4 @@ def size(text: str) -> tuple[int, int]:
 
 
 def _share(text: str) -> float | str:
-    if text.upper() == "SDE":
-        return "SDE"
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share in [0, 1] and not SDE") from error
+    return "SDE" if text.upper() == "SDE" else finite(text)

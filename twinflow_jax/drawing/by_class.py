@@ -60,10 +60,9 @@ def parse_classes(text: str | None, num_classes: int) -> np.ndarray:
     if text is None:
         return np.arange(num_classes, dtype=np.int32)
     try:
-        numbers = dict.fromkeys(int(part) for part in text.split(","))  # each once
-        classes = np.asarray(list(numbers), np.int32)
+        classes = list(dict.fromkeys(int(part) for part in text.split(",")))  # each once
     except ValueError as error:
         raise UserError(f"--classes is {text!r}; give numbers like 3,1,4") from error
-    if classes.min() < 0 or classes.max() >= num_classes:
+    if min(classes) < 0 or max(classes) >= num_classes:
         raise UserError(f"--classes {text}: this network has classes 0 to {num_classes - 1}")
-    return classes
+    return np.asarray(classes, np.int32)
