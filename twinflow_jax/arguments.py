@@ -36,7 +36,7 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warp", type=finite, nargs=3, metavar=("A", "B", "C"),
                        help="Kumaraswamy warp of the time grid")
     group.add_argument("--extrapolation", type=finite, help="ratio against the step before")
-    group.add_argument("--order", type=int, 
+    group.add_argument("--order", type=int,
                        help="1, or 2 with a corrector: two evaluations a step, one in the last")
 
 

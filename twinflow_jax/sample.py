@@ -5,9 +5,10 @@
         --prompt "a fox in the snow" --steps 2
 
 The checkpoint is a training run's --workdir, or an imported one (twinflow convert). Writes one PNG
-per sample as soon as it is drawn, or one labelled sheet with --sheet; pictures that are there
-already are not drawn again. The settings are in each PNG's text chunks; the same seed gives the
-same picture, whatever else is drawn with it.
+per sample as soon as it is drawn, or one labelled sheet with --sheet. The settings are in each
+PNG's text chunks, and a digest of them in its name: pictures of others lie beside, and those that
+are there already are not drawn again. The same seed gives the same picture, whatever else is drawn
+with it.
 """
 
 import argparse

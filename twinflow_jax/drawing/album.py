@@ -41,10 +41,8 @@ def check(count: int, height: int, width: int, sheet: bool) -> None:
     """
     most = Image.MAX_IMAGE_PIXELS // (height * width) if sheet else arguments.MOST
     if count > most:
-        what = f"a sheet holds at most {most:,} of {width}x{height}" if sheet else (
-            f"a command draws at most {most:,}"
-        )
-        raise UserError(f"{count:,} pictures are too many: {what}, lower --count")
+        where = f"on a sheet of {width}x{height} each" if sheet else "of one command"
+        raise UserError(f"{count:,} pictures: at most {most:,} {where}, lower --count")
 
 
 def missing(folder: epath.Path, pages: Sequence[Page]) -> list[int]:
