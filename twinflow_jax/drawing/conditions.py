@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -78,11 +79,5 @@ class Embeddings:
 
 def same_length(*parts: Embeddings) -> list[Embeddings]:
     """Each as it is, padded to the longest of them."""
-    joined = Embeddings.join(parts)
-    ends = np.cumsum([len(part.tokens) for part in parts])[:-1]
-    return [
-        Embeddings(tokens, mask)
-        for tokens, mask in zip(
-            np.split(joined.tokens, ends), np.split(joined.mask, ends), strict=True
-        )
-    ]
+    joined, ends = Embeddings.join(parts), np.cumsum([0, *(len(part.tokens) for part in parts)])
+    return [joined[start:end] for start, end in itertools.pairwise(ends)]
