@@ -71,6 +71,11 @@ def test_any_path_will_do_everywhere(tmp_path, monkeypatch):
     }
 
 
+def test_a_user_that_there_is_not():
+    with pytest.raises(UserError, match="~nobody here/x names a user that there is not"):
+        files.path("~nobody here/x")
+
+
 @pytest.mark.parametrize("text, expanded", [
     ("~/x", "{home}/x"), ("~", "{home}"), ("a~/b", "a~/b"), ("./~", "./~"), ("$HOME/x", "$HOME/x"),
     ("gs://bucket/~", "gs://bucket/~"), ("", ""), ("a//b/", "a//b/"),

@@ -23,6 +23,7 @@ from tests import qwen_folder
 from tests.test_verbs import call
 from twinflow_jax import drawing, files, images, models, sample, sampling
 from twinflow_jax.checkpoints import imported, importing, store
+from twinflow_jax.errors import Terminated
 from twinflow_jax.models import tiling
 
 PROMPTS = [
@@ -228,7 +229,7 @@ def test_several_pictures_from_embeddings(made, tmp_path, monkeypatch):
 
 
 def test_a_stopped_drawing_keeps_what_is_done_and_goes_on(made, tmp_path, monkeypatch, capsys):
-    """Stopped while the last of four is decoded. Others' pictures are not taken for its own."""
+    """Stopped while the last of four is decoded."""
     arguments = [
         "--embeddings", str(made.embeddings), "--count", "2", "--steps", "2", "--out",
         str(tmp_path / "out"), "--checkpoint", str(made.checkpoint), "--size", "96x64",
@@ -245,32 +246,62 @@ def test_a_stopped_drawing_keeps_what_is_done_and_goes_on(made, tmp_path, monkey
     assert call(sample, *arguments) == 130
     kept = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert len(kept) == 3
-    monkeypatch.setattr(tiling, "tiled", whole)
-    first = next(iter(kept))
-    images.save(tmp_path / "out" / first, Image.new("RGB", (8, 8)), {"twinflow": "another's"})
     calls.clear()
     monkeypatch.setattr(tiling, "tiled", lambda *given: calls.append(1) or whole(*given))
     assert call(sample, *arguments) == 0
-    assert len(calls) == 2  # the one that was missing, and the one that was another's
-    assert "4 pictures in" in (out := capsys.readouterr().out) and "2 of them there before" in out
+    assert len(calls) == 1  # the one that was missing
+    assert "4 pictures in" in (out := capsys.readouterr().out) and "3 of them there before" in out
     again = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    assert len(again) == 4 and again.items() >= {k: kept[k] for k in kept if k != first}.items()
+    assert len(again) == 4 and again.items() >= kept.items()
     assert_close(read(tmp_path / "out")[::2], made.two_steps)
 
 
-def test_pictures_of_other_tokens_or_tiles_are_drawn_again(made, tmp_path, capsys):
+def test_a_drawing_that_is_stopped_while_it_denoises_keeps_what_is_done(
+    made, tmp_path, monkeypatch, capsys
+):
+    """At the third of four: two are decoded, and no part of a sheet."""
+    run, calls = drawing.Pipeline.run, []
+
+    def stopping(pipeline, stage, *given):
+        calls.append(stage)
+        if stage == "denoising" and calls.count(stage) == 3:
+            raise Terminated
+        return run(pipeline, stage, *given)
+
+    monkeypatch.setattr(drawing.Pipeline, "run", stopping)
+    arguments = [
+        "--checkpoint", str(made.checkpoint), "--embeddings", str(made.embeddings), "--count", "2",
+        "--steps", "2", "--size", "96x64", "--batch", "1",
+    ]
+    assert call(sample, *arguments, "--out", str(tmp_path / "out")) == 143
+    assert "decoding what is denoised" in capsys.readouterr().err
+    [one, another] = sorted((tmp_path / "out").iterdir())
+    assert "_00_" in one.name and "_01_" in another.name
+    assert_close(read(tmp_path / "out")[:1], made.two_steps[:1])
+    calls.clear()
+    assert call(sample, *arguments, "--out", str(tmp_path / "sheet"), "--sheet") == 143
+    assert "decoding" not in calls and not (tmp_path / "sheet").exists()
+
+
+def test_pictures_of_other_settings_lie_beside(made, tmp_path, capsys):
+    """Of other tokens or tiles, another size or time grid; sheets of other prompts too."""
     kept = safetensors.numpy.load_file(made.embeddings)
     kept["tokens"] = kept["tokens"][::-1].copy()
     kept["mask"] = kept["mask"][::-1].copy()
     safetensors.numpy.save_file(kept, tmp_path / "other.safetensors")
-    for embeddings, more, before in (
-        (made.embeddings, [], ""), (made.embeddings, [], "2 of them there before"),
-        (tmp_path / "other.safetensors", [], ""),
-        (tmp_path / "other.safetensors", ["--tile", "256"], ""),
+    arguments, there = ["--checkpoint", str(made.checkpoint), "--out", str(tmp_path / "out")], {}
+    mine, other = (
+        ["--embeddings", str(file)] for file in (made.embeddings, tmp_path / "other.safetensors")
+    )
+    for more, added in (
+        (mine, 2), (mine, 0), (other, 2), ([*other, "--tile", "256"], 2),
+        ([*mine, "--size", "96x64"], 2), ([*mine, "--gap", "0.2", "0"], 2),
+        ([*mine, "--sheet"], 1), ([*other, "--sheet"], 1), ([*mine, "--sheet", "--count", "2"], 1),
     ):
-        draw(made.checkpoint, tmp_path / "out", "--embeddings", str(embeddings), *more)
-        said = capsys.readouterr().out
-        assert (before in said) if before else "there before" not in said, (embeddings, more)
+        assert call(sample, *arguments, "--size", "64", *more) == 0
+        before, there = there, {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+        assert there.items() >= before.items() and len(there) == len(before) + added, more
+        assert ("2 of them there before" in capsys.readouterr().out) == (added == 0)
 
 
 def test_a_folder_that_cannot_be_written_shows_before_anything_is_drawn(made, tmp_path, capsys):
@@ -287,7 +318,8 @@ def test_bfloat16_on_a_sheet(made, tmp_path):
         made.checkpoint, tmp_path, "--embeddings", str(made.embeddings), "--steps", "2",
         "--dtype", "bfloat16", "--sheet",
     )
-    assert [file.name for file in tmp_path.iterdir()] == ["sheet_few2nfe_seed0.png"]
+    [name] = [file.name for file in tmp_path.iterdir()]
+    assert re.fullmatch(r"sheet_few2nfe_seed0_[0-9a-f]{8}\.png", name)
     height, width = SIZE
     for row, picture in enumerate(made.two_steps):  # each pixel twice, a line between them
         top, left = 22 + 2 * (height + 1) * row, 4
@@ -321,10 +353,10 @@ def test_batches_share_one_program(made, compiled):
     numbers, shape = np.arange(3), drawing.denoising.latent_shape(pipeline, SIZE)
     for _ in range(2):  # an equal sampler, made anew
         few = drawing.FewStep(sampling.few_step(2))
-        latents = drawing.denoising.denoise(
+        parts = drawing.denoising.denoise(
             pipeline, few, tokens, numbers, numbers, shape, 0, batch=2
         )
-        assert len(latents) == 3 and len(compiled) == 3
+        assert [len(part) for part in parts] == [2, 1] and len(compiled) == 3
 
 
 SHARDED = """
@@ -406,21 +438,35 @@ def test_bad_inputs_get_one_line(made, tmp_path, capsys):
         (["--prompts", str(tmp_path / "empty.txt")], "empty.txt is empty: write one prompt a line"),
         (["--prompts", str(tmp_path / "latin.txt")], "latin.txt cannot be read"),
         ([*fox, "--size", "100x70"], "100x70 is not divisible by 16: choose 96x64"),
-        ([*fox, "--size", "0"], "choose 16x16"),
-        ([*fox, "--size", "64*96"], "give pixels like 1024"),
+        ([*fox, "--size", "8"], "choose 16x16"),
+        ([*fox, "--size", "0"], "'0' is no size; give pixels"),
+        ([*fox, "--size", "64*96"], "give pixels like 512"),
+        ([*fox, "--size", "1000000000"], "up to 9999"),
         ([*fox, "--classes", "1"], "--classes cannot be used: .* draws from prompts"),
         ([*fox, "--guidance", "4"], "--guidance cannot be used: a few steps take no guidance"),
-        ([*fox, "--base", "--guidance", "nan"], "--guidance is nan"),
+        ([*fox, "--base", "--guidance", "nan"], "--guidance: nan is no finite number"),
         ([*fox, "--base", "--style", "few", "--order", "2"], "--style, --order cannot be used"),
         ([*fox, "--base", "--guidance", "1", "--negative", "a"], "--negative cannot be used"),
         ([*fox, "--base", "--steps", "0"], "steps is 0; sampling takes at least 1"),
+        ([*fox, "--base", "--steps", "100000000"], "at most 1000"),
         ([*fox, "--tile", "100"], "--tile is 100; give a multiple of 8, 256 or more"),
         ([*fox, "--tile", "wide"], "argument --tile: invalid int value: 'wide'"),
-        ([*fox, "--batch", "0"], "--batch is 0"),
-        ([*fox, "--count", "0"], "--count is 0"),
+        ([*fox, "--batch", "0"], "--batch: 0 is no whole number from 1 to 1,000,000"),
+        ([*fox, "--count", "0"], "--count: 0 is no whole number"),
+        ([*fox, "--count", "1000000000"], "--count: 1000000000 is no whole number"),
+        ([*fox, *fox, "--count", "600000"], "1,200,000 pictures: at most 1,000,000 of one command"),
+        ([*fox, "--sheet", "--count", "20000"], "at most 14,563 on a sheet of 96x64 each"),
+        (["--prompt", "caf\udce9"], "prompt 1 of 1 is no text in UTF-8"),
+        ([*fox, "--base", "--negative", "\udce9"], "prompt 1 of 1 is no text in UTF-8"),
         ([*fox, "--raw"], "is an imported checkpoint: --raw"),
         ([*fox, "--out", str(tmp_path / "empty.txt")], "empty.txt is a file: choose a folder"),
-        ([*fox, "--save-embeddings", str(tmp_path)], "cannot be written: .* is a directory"),
+        ([*fox, "--save-embeddings", str(tmp_path)], "--save-embeddings .* is a folder: choose a"),
+        ([*fox, "--save-latents", str(tmp_path / "empty.txt" / "a")],
+         "--save-latents .*empty.txt is a file: choose a folder"),
+        ([*fox, "--save-latents", ""], "--save-latents  is a folder"),
+        ([*fox, "--out", ""], "--out is empty: name a folder"),
+        ([*fox, "--out", "~nobody here/x"], "--out: ~nobody here/x names a user that there is not"),
+        ([*fox, "--out", str(tmp_path / ("x" * 300))], "--out: .* has a name of over 255 bytes"),
         (on(tmp_path / "nothing"), "is no run and no imported checkpoint"),
         (on(made.folder / "pipeline"), "what `twinflow convert import` wrote"),
         (on(unfinished), "was not imported to its end: run the import again"),
@@ -435,6 +481,7 @@ def test_bad_inputs_get_one_line(made, tmp_path, capsys):
         (kept(mask=None), "holds no embeddings: write one with --save-embeddings"),
         (kept(prompts=text[:1]), "holds no embeddings"),
         (kept(prompts=text), "for 0 prompts"),
+        (kept(prompts=np.frombuffer(rb'["\ud800", "a"]', np.uint8)), "holds no embeddings"),
         (kept(mask=np.ones(2, bool)), r"a mask of \(2,\) for 2 prompts"),
         (kept(tokens=np.zeros((2, 128, 32), np.float32)), r"takes \(prompts, length, 64\)"),
     ]

@@ -1,7 +1,9 @@
 """What the verbs' command lines share. Imports nothing slow: `--help` answers at once."""
 
 import argparse
+import math
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +13,7 @@ from etils import epath
 from twinflow_jax import files
 from twinflow_jax.errors import Parser, UserError
 
-MOST_STEPS = 10_000
+MOST = 10**6  # of what a command counts
 SAMPLER = ("style", "stochastic", "gap", "warp", "extrapolation", "order")
 
 
@@ -29,12 +31,13 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampler", "default: recommended for the number of steps")
     group.add_argument("--style", help="target time told to the network: few, any or mul")
     group.add_argument("--stochastic", type=_share, help="share of fresh noise in [0, 1], or SDE")
-    group.add_argument("--gap", type=float, nargs=2, metavar=("START", "END"),
+    group.add_argument("--gap", type=finite, nargs=2, metavar=("START", "END"),
                        help="part of the time axis left out at noise and at data")
-    group.add_argument("--warp", type=float, nargs=3, metavar=("A", "B", "C"),
+    group.add_argument("--warp", type=finite, nargs=3, metavar=("A", "B", "C"),
                        help="Kumaraswamy warp of the time grid")
-    group.add_argument("--extrapolation", type=float, help="ratio against the step before")
-    group.add_argument("--order", type=int, help="1, or 2 with a corrector")
+    group.add_argument("--extrapolation", type=finite, help="ratio against the step before")
+    group.add_argument("--order", type=int,
+                       help="1, or 2 with a corrector: two evaluations a step, one in the last")
 
 
 def sampler(args: argparse.Namespace) -> dict[str, Any]:
@@ -65,8 +68,9 @@ def writable(flag: str, file: str | None) -> None:
     """
     if file is None:
         return
-    if epath.Path(file).is_dir():
-        raise UserError(f"{flag} {file} is a folder: choose a file")
+    with files.writing(flag, file):
+        if epath.Path(file).is_dir():
+            raise UserError(f"{flag} {file} is a folder: choose a file")
     files.check_folder(flag, str(epath.Path(file).parent))
 
 
@@ -81,21 +85,54 @@ def evaluations(text: str) -> list[int]:
     """The numbers of `--steps 1,2,4`.
 
     Raises:
-      UserError: there is something else, or a number that no sampling takes.
+      UserError: there is something else.
     """
     try:
-        steps = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--steps is {text!r}; give numbers like 1,2,4") from error
-    if min(steps) < 1 or max(steps) > MOST_STEPS:
-        raise UserError(f"--steps is {text!r}; sampling takes at least 1, at most {MOST_STEPS:,}")
-    return steps
+        return [whole(part) for part in text.split(",")]
+    except UserError as error:
+        raise UserError(f"--steps is {text!r}; give numbers like 1,2,4 ({error})") from error
+
+
+def finite(text: str) -> float:
+    """The number of an argument.
+
+    Raises:
+      UserError: it is none, infinite or NaN.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{text} is no finite number")
+    return number
+
+
+def whole(text: str) -> int:
+    """How many of something an argument says.
+
+    Raises:
+      UserError: no whole number, or none from 1 to MOST.
+    """
+    number = int(text) if re.fullmatch(r"\+?\d{1,9}", text.strip()) else 0
+    if not 1 <= number <= MOST:
+        raise UserError(f"{text} is no whole number from 1 to {MOST:,}")
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """`(width, height)` in pixels of "768x512", or of "512", a square.
+
+    Raises:
+      UserError: it is neither.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text.strip())
+    if not match:
+        raise UserError(
+            f"{text!r} is no size; give pixels like 512 or 768x512 (width x height), up to 9999"
+        )
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _share(text: str) -> float | str:
-    if text.upper() == "SDE":
-        return "SDE"
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share in [0, 1] and not SDE") from error
+    return "SDE" if text.upper() == "SDE" else finite(text)

@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
         "--family", metavar="NAME", help="whose SRC is, where its networks are of several families"
     )
     verb.add_argument(
-        "--shards", type=int, default=1, metavar="N",
+        "--shards", type=arguments.whole, default=1, metavar="N",
         help="lay weights out for N devices, each of which reads only its part",
     )
     verb = verbs.add_parser("export", help="a checkpoint or a run into a folder for diffusers")
@@ -73,8 +73,6 @@ def _weights(verb: argparse.ArgumentParser) -> None:
 def run_import(args) -> int:
     from twinflow_jax.checkpoints import importing
 
-    if args.shards < 1:
-        raise UserError(f"--shards is {args.shards}; give the number of devices, 1 or more")
     checkpoint = importing.import_folder(
         args.source, args.target, args.dtype, args.shards, family=args.family
     )

@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
                           help="what twinflow features wrote")
     captions.add_argument("--seeds", type=int, default=4, help="samples of each caption")
     captions.add_argument(
-        "--guidance", type=float,
+        "--guidance", type=arguments.finite,
         help="of runs trained by flow matching: plain Euler steps of two evaluations; 1 is none",
     )
     captions.add_argument("--pipeline", type=files.path,

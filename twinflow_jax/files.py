@@ -12,6 +12,7 @@ from etils import epath
 from twinflow_jax import holders
 from twinflow_jax.errors import UserError
 
+LONGEST = 255  # bytes of a file's name
 UNFINISHED = "UNFINISHED"  # a file that is in a folder for as long as the folder is written
 
 
@@ -20,14 +21,19 @@ def path(text: str) -> str:
 
     Shells leave it alone in `--workdir=~/runs`; `$HOME` they expand everywhere.
     Raises:
-      UserError: it has a line break, or is an address of a kind that is not known.
+      UserError: it has a line break or a name that no file has, or is an address of a kind that
+        is not known.
     """
     if "\n" in text or "\r" in text:
         raise UserError(f"the path {text!r} has a line break: rename it")
+    if "://" not in text and max(len(os.fsencode(name)) for name in text.split("/")) > LONGEST:
+        raise UserError(f"the path {text} has a name of over {LONGEST} bytes: choose a shorter one")
     try:
         expanded = str(epath.Path(text).expanduser())
     except KeyError as error:
         raise UserError(f"{text} is no path: give a local one, or gs://BUCKET/FOLDER") from error
+    if expanded.startswith("~"):
+        raise UserError(f"{text} names a user that there is not: give another path, or ./{text}")
     return expanded if text.startswith("~") else text
 
 
@@ -53,20 +59,32 @@ def whole_file(path: epath.PathLike):
         raise
 
 
+@contextlib.contextmanager
+def writing(flag: str, place: str):
+    """Reports what goes wrong with the file or folder of an argument."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {place} cannot be written: {error.strerror or error}") from error
+
+
 def check_folder(flag: str, folder: str) -> None:
     """Refuses a folder that cannot be written to, before there is something to write.
 
     Raises:
       UserError: it is a file, or lies where nothing can be written; names the flag.
     """
-    path = epath.Path(folder)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{flag} {folder} is a file: choose a folder")
-    if "://" in folder:
-        return
-    there = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"{flag} {folder} cannot be written to: {there} takes no files")
+    if not folder:
+        raise UserError(f"{flag} is empty: name a folder")
+    with writing(flag, folder):
+        path = epath.Path(folder)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{flag} {folder} is a file: choose a folder")
+        if "://" in folder:
+            return
+        there = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(f"{flag} {folder} cannot be written to: {there} takes no files")
 
 
 def text_lines(data: bytes, errors: str = "strict") -> list[tuple[int, str]]:

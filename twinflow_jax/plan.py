@@ -27,6 +27,8 @@ SEARCHED = {
 
 def main() -> int:
     args, overrides = parse()
+    for flag in ("--json", "--plot", "--hlo"):
+        arguments.writable(flag, getattr(args, flag[2:]))
     from etils import epath
     from tqdm import tqdm
 
@@ -83,10 +85,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         help="v5p:4x4x4, 2*v5p:4x4x4 for two slices, or a cloud name like v5p-128, v6e-256",
     )
     parser.add_argument("--mode", choices=("train", "sample"), default="train")
-    parser.add_argument("--steps", type=int, default=1, help="evaluations, with --mode sample")
+    parser.add_argument("--steps", type=arguments.whole, default=1,
+                        help="evaluations, with --mode sample")
     parser.add_argument("--strategy", nargs="+", help="instead of mesh.strategy")
     parser.add_argument("--remat", nargs="+", help="instead of model.remat")
-    parser.add_argument("--scale", nargs="+", type=int, help="multiples of data.batch_size")
+    parser.add_argument("--scale", nargs="+", type=arguments.whole,
+                        help="multiples of data.batch_size")
     parser.add_argument("--search", action="store_true", help="try the usual of the three above")
     parser.add_argument("--json", type=files.path, metavar="FILE", help="write the plans")
     parser.add_argument("--plot", type=files.path, metavar="FILE.png", help="draw memory and time")

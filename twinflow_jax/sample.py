@@ -5,9 +5,10 @@
         --prompt "a fox in the snow" --steps 2
 
 The checkpoint is a training run's --workdir, or an imported one (twinflow convert). Writes one PNG
-per sample as soon as it is drawn, or one labelled sheet with --sheet; pictures that are there
-already are not drawn again. The settings are in each PNG's text chunks; the same seed gives the
-same picture, whatever else is drawn with it.
+per sample as soon as it is drawn, or one labelled sheet with --sheet. The settings are in each
+PNG's text chunks, and a digest of them in its name: pictures of others lie beside, and those that
+are there already are not drawn again. The same seed gives the same picture, whatever else is drawn
+with it.
 """
 
 import argparse
@@ -36,16 +37,16 @@ def main() -> int:
             f"{folder} is no run and no imported checkpoint: give the --workdir of training, or "
             "what `twinflow convert import` wrote"
         )
-    files.check_folder("--out", args.out)
     run = None if imported.is_imported(folder) else checkpoints.read_run(folder)
-    try:
+    files.check_folder("--out", args.out)
+    arguments.writable("--save-embeddings", args.save_embeddings)
+    arguments.writable("--save-latents", args.save_latents)
+    with files.writing("--out", args.out):
         if run is None or run.family.text_to_image:
             arguments.refuse(args, CLASS_ONLY, f"{folder} draws from prompts")
             return by_prompt.sample(args, run)
         arguments.refuse(args, TEXT_ONLY, f"{folder} draws by class")
         return by_class.sample(args)
-    except OSError as error:
-        raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from error
 
 
 def parse() -> argparse.Namespace:
@@ -54,7 +55,8 @@ def parse() -> argparse.Namespace:
                         help="a run's --workdir, or imported")
     parser.add_argument("--out", type=files.path, required=True, help="folder for the pictures")
     parser.add_argument("--steps", type=int, help="of the sampler (default 1, --base: as usual)")
-    parser.add_argument("--count", type=int, help="samples per class (8) or per prompt (1)")
+    parser.add_argument("--count", type=arguments.whole,
+                        help="samples per class (8) or per prompt (1)")
     parser.add_argument("--seed", type=seeds.parse, default=0)
     parser.add_argument("--sheet", action="store_true", help="one labelled sheet instead of files")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of the average")
@@ -70,14 +72,15 @@ def parse() -> argparse.Namespace:
                        help="write the encoded prompts to this file")
     group.add_argument("--save-latents", type=files.path,
                        help="write the samples before decoding to this file")
-    group.add_argument("--size", help="pixels, like 1024 or 1328x800 (width x height)")
-    group.add_argument("--batch", type=int,
+    group.add_argument("--size", type=arguments.size,
+                       help="pixels, like 1024 or 1328x800 (width x height)")
+    group.add_argument("--batch", type=arguments.whole,
                        help="pictures denoised at once (default: the least that uses all devices)")
     group.add_argument(
         "--base", action="store_const", const=True,
         help="the base model's own sampling: many steps, its time grid and guidance",
     )
-    group.add_argument("--guidance", type=float,
+    group.add_argument("--guidance", type=arguments.finite,
                        help="of --base, counted as the model's users do (default: its own)")
     group.add_argument("--negative", help="negative prompt of --base (default: the model's own)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"),

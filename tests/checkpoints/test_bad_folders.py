@@ -232,7 +232,7 @@ def test_bad_targets_and_options(base, checkpoint, run, tmp_path, capsys):
         (["import", base, tmp_path / "file"], "is a file"),
         (["import", base, tmp_path / "file" / "below"], "could not be written"),
         (["export", checkpoint, tmp_path / "full"], "full is not empty"),
-        (["import", base, new, "--shards", "0"], "--shards is 0"),
+        (["import", base, new, "--shards", "0"], "--shards: 0 is no whole number from 1"),
         (["import", base / "vae" / "config.json", new], "is a file"),
         (["export", base, new], "cannot be read as a run's|is no run"),
         (["export", checkpoint, new, "--raw"], "--raw, --at-step and --pipeline are for runs"),

@@ -274,7 +274,8 @@ def test_folders_of_other_records_are_refused(tmp_path, monkeypatch, capsys, pho
 
 @pytest.mark.parametrize(("more", "words"), [
     (["--size", "64", "--buckets", "64"], "give one of --size and --buckets"),
-    (["--size", "big"], "--size has 'big'"),
+    (["--size", "big"], "--size: 'big' is no size"),
+    (["--buckets", "64,big"], "'big' is no size"),
     (["--process", "2", "--processes", "2"], "from 0 to --processes less one"),
     (["--shard-size", "0"], "--shard-size is 0"),
     (["--batch", str(10**12)], "--batch is 1000000000000; give a whole number from 1 to 4,096"),
@@ -376,10 +377,18 @@ def test_pictures_drawn_by_the_base_model(tmp_path, monkeypatch, capsys, latents
         text.embed(pipeline, ["a fox", "a hen"]), text.embed(pipeline, [], negative="")
     )
     sampler = denoising.base(pipeline, denoising.schedule(pipeline, 2, (2, 2, 32)), 2.0)
-    expected = denoising.denoise(
+    expected = np.concatenate(list(denoising.denoise(
         pipeline, sampler, embeddings, np.array([0, 0, 1, 1]), np.arange(4), (2, 2, 32), 0, 1, null
-    )
+    )))
     np.testing.assert_allclose(np.stack([r.sample for r in rows]), expected, atol=5e-3, rtol=5e-3)
+    other = tmp_path / "other"
+    shutil.copytree(latents, other)
+    scheduler = other / "files/scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("3.0", "2.0"))
+    args[args.index(str(latents))] = str(other)
+    status, _, told = run(monkeypatch, capsys, args)
+    assert status == 2 and "is of other records: their schedule is" in told
+    args[args.index(str(other))] = str(latents)
     shutil.rmtree(tmp_path / "records")
     assert run(monkeypatch, capsys, [*args, "--seed", "1"])[0] == 0
     other = open_records(tmp_path / "records").read("64x64", 0).sample

@@ -389,7 +389,7 @@ def test_sizes():
         assert width % 32 == height % 32 == 0 and 0.5 <= width / height <= 2
         assert abs(width * height / 512**2 - 1) < 0.1 and (height, width) in made
     assert sizes.nearest((1000, 500), made) == max(made, key=lambda s: s[0] / s[1])
-    with pytest.raises(UserError, match="--buckets has 'wide'"):
+    with pytest.raises(UserError, match="'wide' is no size; give pixels"):
         sizes.buckets("wide", 32)
 
 

@@ -329,6 +329,14 @@ def test_few_steps_without_noise_warn():
         assert not any(sampling.make_grid(4, "any").stochastic)
 
 
+def test_order_2_says_which_evaluations_it_leaves_out():
+    with pytest.warns(UserWarning, match="of 4 evaluations it takes 3"):
+        assert sampling.make_grid(4, "mul", order=2).nfe == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sampling.make_grid(3, "mul", order=2).nfe == 3
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -336,7 +344,8 @@ def test_few_steps_without_noise_warn():
         {"gap": (-0.1, 0.0)}, {"gap": (0.0, 1.0)}, {"gap": (0.6, 0.5)},
         {"stochastic": 1.5}, {"stochastic": -0.1}, {"stochastic": float("nan")},
         {"stochastic": "ode"}, {"order": 2, "stochastic": 0.5}, {"order": 2, "stochastic": "SDE"},
-        {"warp": (0.0, 1.0, 1.0)}, {"warp": (-1.0, 1.0, 1.0)},
+        {"warp": (0.0, 1.0, 1.0)}, {"warp": (-1.0, 1.0, 1.0)}, {"warp": (float("inf"), 1.0, 1.0)},
+        {"extrapolation": float("nan")}, {"extrapolation": float("inf")}, {"steps": 10**9},
     ],
 )
 def test_bad_values_are_refused(fields):

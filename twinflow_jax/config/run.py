@@ -136,14 +136,18 @@ class Sample(keys.Part):
     section: ClassVar[str] = "sample"
 
     steps: tuple[int, ...] = option((1, 2, 4), "evaluations of each block of pictures", least=1)
-    columns: int = option(8, "pictures of each class or prompt", least=1)
+    columns: int = option(8, "pictures of each class or prompt", least=1, most=100)
     prompts: tuple[str, ...] = option((), "what to draw from text; none: the data's captions")
-    score_count: int = option(1000, "samples behind each metric; 0: pictures only", least=0)
+    score_count: int = option(
+        1000, "samples behind each metric; 0: pictures only", least=0, most=100_000
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if not self.steps:
             raise UserError("sample.steps is (); give evaluations like (1, 2, 4)")
+        if not all(map(str.strip, self.prompts)):
+            raise UserError("sample.prompts has an empty one: leave it out")
 
 
 PARTS = {part.section: part for part in (Data, Optimizer, Mesh, Train, Sample)}

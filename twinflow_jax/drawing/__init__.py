@@ -1,5 +1,6 @@
 """From prompts to pictures: conditions, networks in memory, denoising and decoding."""
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,18 +24,30 @@ def pictures(
     pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Numbers,
     numbers: Numbers, shape: tuple[int, int, int], seed: int, batch: int | None = None,
     null: Embeddings | None = None, tile: int = codec.TILE,
-    seen: Callable[[HostLatents], None] | None = None,
+    seen: Callable[[HostLatents], None] | None = None, keep: bool = False,
 ) -> Iterator[Float[np.ndarray, "H W 3"]]:
     """Pictures in [-1, 1], each as soon as it is decoded; arguments as of `denoising.denoise`.
 
-    seen: is given the latents. Of many, some are denoised, then decoded, then the next: memory
-    does not grow with their number.
+    seen: is given the latents. keep: an interrupt while they are denoised ends that, and what is
+    denoised is still decoded. Of many, some are denoised, then decoded, then the next: memory does
+    not grow with their number.
     """
     for start in range(0, len(owners), ROUND):
         some = slice(start, start + ROUND)
-        latents = denoising.denoise(
-            pipeline, sampler, cond, owners[some], numbers[some], shape, seed, batch, null
-        )
+        parts, stop = [], None
+        try:
+            for part in denoising.denoise(
+                pipeline, sampler, cond, owners[some], numbers[some], shape, seed, batch, null
+            ):
+                parts.append(part)
+        except KeyboardInterrupt as interrupt:
+            if not keep or not parts:
+                raise
+            stop = interrupt
+            warnings.warn("stopped: decoding what is denoised; once more to end now", stacklevel=2)
+        latents = np.concatenate(parts)
         if seen:
             seen(latents)
         yield from codec.decode(pipeline, latents, tile)
+        if stop:
+            raise stop

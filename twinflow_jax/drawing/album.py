@@ -1,6 +1,7 @@
 """Pictures as PNG files with their settings, each written as soon as it exists."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
@@ -9,15 +10,22 @@ from etils import epath
 from jaxtyping import Float
 from PIL import Image
 
-from twinflow_jax import images
+from twinflow_jax import arguments, images
+from twinflow_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """One picture to be. name: of its file. text: what its text chunks say."""
+    """One picture to be. label: begins its file's name. text: what its text chunks say."""
 
-    name: str
+    label: str
     text: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Of its file; another one with other settings: no picture takes another's place."""
+        told = json.dumps(self.text, sort_keys=True).encode()
+        return f"{self.label}_{hashlib.sha256(told).hexdigest()[:8]}.png"
 
 
 def settings(**told) -> dict[str, str]:
@@ -25,9 +33,21 @@ def settings(**told) -> dict[str, str]:
     return {"Software": "twinflow_jax", "twinflow": json.dumps(told)}
 
 
+def check(count: int, height: int, width: int, sheet: bool) -> None:
+    """Refuses more pictures than a command draws, or than there are on a sheet that opens again.
+
+    Raises:
+      UserError: says how many there may be.
+    """
+    most = Image.MAX_IMAGE_PIXELS // (height * width) if sheet else arguments.MOST
+    if count > most:
+        where = f"on a sheet of {width}x{height} each" if sheet else "of one command"
+        raise UserError(f"{count:,} pictures: at most {most:,} {where}, lower --count")
+
+
 def missing(folder: epath.Path, pages: Sequence[Page]) -> list[int]:
-    """The pages that are not there yet: no such file, or one that was made otherwise."""
-    return [i for i, page in enumerate(pages) if _text(folder / page.name) != page.text]
+    """The pages that are not there yet."""
+    return [i for i, page in enumerate(pages) if not (folder / page.name).exists()]
 
 
 def summary(folder: epath.Path, pages: Sequence[Page], drawn: Sequence[int]) -> str:
@@ -37,14 +57,6 @@ def summary(folder: epath.Path, pages: Sequence[Page], drawn: Sequence[int]) -> 
     )
     before = len(pages) - len(drawn)
     return found + (f", {before} of them there before" if before else "")
-
-
-def _text(file: epath.Path) -> dict[str, str] | None:
-    try:
-        with file.open("rb") as stream, Image.open(stream) as picture:
-            return dict(picture.text)
-    except (OSError, AttributeError):  # none, or something else
-        return None
 
 
 def write(

@@ -19,10 +19,9 @@ def sample(args: argparse.Namespace) -> int:
     """Draws what the verb's arguments ask for; returns the exit status."""
     grid = few_step(1 if args.steps is None else args.steps, **arguments.sampler(args))
     count = 8 if args.count is None else args.count
-    if count < 1:
-        raise UserError(f"--count is {count}; draw at least one sample per class")
     run, model, params, step = checkpoints.load_weights(args.checkpoint, args.raw, args.at_step)
     classes = parse_classes(args.classes, run.model.num_classes)
+    album.check(len(classes) * count, *model.sample_shape[:2], args.sheet)
     labels = np.repeat(classes, count)
     weights = hashlib.sha256(store.sampled(names.flatten(params))).hexdigest()[:12]
     text = album.settings(
@@ -34,15 +33,16 @@ def sample(args: argparse.Namespace) -> int:
     name = f"{folder}_{which}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
     out = epath.Path(args.out)
     if args.sheet:
-        file = out / f"sheet_{name}.png"
+        told = {"classes": json.dumps(classes.tolist()), "count": str(count)}
+        page = album.Page(f"sheet_{name}", text | told)
         x = generate(model, params, labels, grid, args.seed)
         picture = images.sheet({f"{grid.nfe} NFE": x}, count, f"step {step}")
-        images.save(file, picture, text | {"classes": json.dumps(classes.tolist())})
-        print(f"{len(x)} samples in {file}")
+        images.save(out / page.name, picture, page.text)
+        print(f"{len(x)} samples in {out / page.name}")
         return 0
     places = counted(labels)
     pages = [
-        album.Page(f"class{label}_{place:04d}_{name}.png", text | {"class": str(label)})
+        album.Page(f"class{label}_{place:04d}_{name}", text | {"class": str(label)})
         for label, place in zip(labels, places, strict=True)
     ]
     left = album.missing(out, pages)
@@ -60,10 +60,9 @@ def parse_classes(text: str | None, num_classes: int) -> np.ndarray:
     if text is None:
         return np.arange(num_classes, dtype=np.int32)
     try:
-        numbers = dict.fromkeys(int(part) for part in text.split(","))  # each once
-        classes = np.asarray(list(numbers), np.int32)
+        classes = list(dict.fromkeys(int(part) for part in text.split(",")))  # each once
     except ValueError as error:
         raise UserError(f"--classes is {text!r}; give numbers like 3,1,4") from error
-    if classes.min() < 0 or classes.max() >= num_classes:
+    if min(classes) < 0 or max(classes) >= num_classes:
         raise UserError(f"--classes {text}: this network has classes 0 to {num_classes - 1}")
-    return classes
+    return np.asarray(classes, np.int32)

@@ -1,10 +1,8 @@
 """The verb `sample` for imported checkpoints and text-to-image runs."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import math
 import re
 import warnings
 from typing import Any
@@ -39,14 +37,10 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     run: the run whose transformer draws, where the checkpoint is one.
     """
     count = 1 if args.count is None else args.count
-    if count < 1:
-        raise UserError(f"--count is {count}; draw at least one picture per prompt")
-    if args.batch is not None and args.batch < 1:
-        raise UserError(f"--batch is {args.batch}; denoise at least one picture at once")
     pipeline = open_pipeline(
         args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline
     )
-    shape = denoising.latent_shape(pipeline, parse_size(args.size))
+    shape = denoising.latent_shape(pipeline, args.size and args.size[::-1])
     tile = codec.tile_of(pipeline, args.tile)
     way = base(args, pipeline, shape) if args.base else few(args)
     if not args.base and not pipeline.knows_r:
@@ -54,10 +48,14 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
             f"{args.checkpoint} is a base model, not trained to draw in a few steps: try --base",
             stacklevel=2,
         )
-    prompts, cond, null = read_prompts(args, pipeline, way.settings.get("negative"))
+    prompts, cond = read_prompts(args, pipeline)
+    height, width = (side * pipeline.config("vae").downscale for side in shape[:2])
+    album.check(len(prompts) * count, height, width, args.sheet)
+    cond, null = embedded(pipeline, prompts, cond, way.settings.get("negative"))
     if args.save_embeddings:
-        with writing("--save-embeddings", args.save_embeddings):
+        with files.writing("--save-embeddings", args.save_embeddings):
             cond.save(args.save_embeddings, prompts)
+    conditions = [cond.fingerprint(i) for i in range(len(prompts))]
     owners, numbers = np.divmod(np.arange(len(prompts) * count), count)
     told = album.settings(
         checkpoint=args.checkpoint, seed=args.seed, raw=args.raw, dtype=pipeline.dtype,
@@ -68,10 +66,8 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     out, latents = epath.Path(args.out), []
     pages = [
         album.Page(
-            f"{i:04d}_{plain(prompts[i])}_{number:02d}_{way.label}_seed{args.seed}.png",
-            told | {
-                "prompt": prompts[i], "number": str(number), "condition": cond.fingerprint(int(i)),
-            },
+            f"{i:04d}_{plain(prompts[i])}_{number:02d}_{way.label}_seed{args.seed}",
+            told | {"prompt": prompts[i], "number": str(number), "condition": conditions[i]},
         )
         for i, number in zip(owners, numbers, strict=True)
     ]
@@ -79,18 +75,21 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     left = list(range(len(pages))) if everything else album.missing(out, pages)
     drawn = pictures(
         pipeline, way.sampler, cond, owners[left], numbers[left], shape, args.seed, args.batch,
-        null, tile, latents.append if args.save_latents else None,
+        null, tile, latents.append if args.save_latents else None, keep=not args.sheet,
     )
     if args.sheet:
-        file = out / f"sheet_{way.label}_seed{args.seed}.png"
+        page = album.Page(f"sheet_{way.label}_seed{args.seed}", told | {
+            "prompts": json.dumps(prompts), "count": str(count),
+            "conditions": json.dumps(conditions),
+        })
         sheet = images.sheet({way.label: np.stack(list(drawn))}, count)
-        images.save(file, sheet, told | {"prompts": json.dumps(prompts)})
-        print(f"{len(pages)} samples in {file}")
+        images.save(out / page.name, sheet, page.text)
+        print(f"{len(pages)} samples in {out / page.name}")
     else:
         album.write(out, [pages[i] for i in left], drawn)
         print(album.summary(out, pages, left))
     if args.save_latents:
-        with writing("--save-latents", args.save_latents):
+        with files.writing("--save-latents", args.save_latents):
             tensors.save(epath.Path(args.save_latents), {"latents": np.concatenate(latents)})
     for line in pipeline.clock.lines():
         print(line)
@@ -111,8 +110,6 @@ def base(args: argparse.Namespace, pipeline: Pipeline, shape: tuple[int, int, in
     steps = family.base_steps if args.steps is None else args.steps
     guidance = family.base_guidance if args.guidance is None else args.guidance
     none = family.no_guidance
-    if not math.isfinite(guidance):
-        raise UserError(f"--guidance is {guidance}; give a number, {none:g} for none")
     schedule = denoising.schedule(pipeline, steps, shape)
     settings = {"base": True, "nfe": steps, "times": schedule.times, "guidance": guidance}
     if guidance == none:
@@ -129,26 +126,29 @@ def plain(prompt: str) -> str:
 
 
 def read_prompts(
-    args: argparse.Namespace, pipeline: Pipeline, negative: str | None
-) -> tuple[list[str], Embeddings, Embeddings | None]:
-    """The prompts and their embeddings, from the one source that was given.
-
-    Last the negative prompt's embedding, of the same length, where there is such a prompt.
-    """
+    args: argparse.Namespace, pipeline: Pipeline
+) -> tuple[list[str], Embeddings | None]:
+    """The prompts, and their embeddings where the one source that was given has them."""
     given = [name for name in ("prompt", "prompts", "embeddings") if getattr(args, name)]
     if len(given) != 1:
         raise UserError("give one of --prompt, --prompts and --embeddings")
     if args.embeddings:
         width = pipeline.config("transformer").text_width
-        prompts, embeddings = Embeddings.read(args.embeddings, width)
-        if negative is None:
-            return prompts, embeddings, None
-        null = text.embed(pipeline, [], negative=negative)
-        return prompts, *same_length(embeddings, null)
-    prompts = read_lines(args.prompts) if args.prompts else args.prompt
-    embeddings = text.embed(pipeline, prompts, negative=negative)
-    count = len(prompts)
-    return prompts, embeddings[:count], embeddings[count:] if negative is not None else None
+        return Embeddings.read(args.embeddings, width)
+    return (read_lines(args.prompts) if args.prompts else args.prompt), None
+
+
+def embedded(
+    pipeline: Pipeline, prompts: list[str], found: Embeddings | None, negative: str | None
+) -> tuple[Embeddings, Embeddings | None]:
+    """Prompts' embeddings, made where they are not found, and the negative prompt's, of the same
+    length, where there is one."""
+    if found is None:
+        made, count = text.embed(pipeline, prompts, negative=negative), len(prompts)
+        return made[:count], made[count:] if negative is not None else None
+    if negative is None:
+        return found, None
+    return tuple(same_length(found, text.embed(pipeline, [], negative=negative)))
 
 
 def read_lines(file: str) -> list[str]:
@@ -161,23 +161,3 @@ def read_lines(file: str) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts {file} is empty: write one prompt a line")
     return prompts
-
-
-@contextlib.contextmanager
-def writing(flag: str, file: str):
-    """Reports what goes wrong with the file of an argument."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {file} cannot be written: {error.strerror or error}") from error
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """`(height, width)` of "1024" or "1328x800" (width x height)."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not match:
-        raise UserError(f"--size is {text!r}; give pixels like 1024 or 1328x800 (width x height)")
-    width = int(match[1])
-    return int(match[2] or width), width

@@ -20,9 +20,7 @@ OVERLAP = 128  # pixels that neighbouring tiles share
 TILE = 1536  # pixels a side that are decoded whole: attention takes 5 GiB there
 
 
-def encode(
-    pipeline: Pipeline, images: HostImages
-) -> HostLatents:
+def encode(pipeline: Pipeline, images: HostImages) -> HostLatents:
     """Normalised latents of images in [-1, 1]."""
     size = min(BATCH, len(images))
     starts = range(0, len(images), size)
@@ -32,9 +30,7 @@ def encode(
 
 
 @contextlib.contextmanager
-def encoder(
-    pipeline: Pipeline,
-) -> Iterator[Callable[[HostImages, int], HostLatents]]:
+def encoder(pipeline: Pipeline) -> Iterator[Callable[[HostImages, int], HostLatents]]:
     """`(images in [-1, 1], batch) -> latents`, for as long as the autoencoder stays loaded.
 
     batch: images that are encoded at once, always; N is at most that.
@@ -60,10 +56,8 @@ def decode(
         function, whole = _method(pipeline, "decode"), parallel.replicated(pipeline.mesh())
 
         def run(x):
-            x = jax.device_put(x, whole)
-            return np.asarray(
-                pipeline.run(stage, None, function, params, x).astype(jnp.float32)
-            )
+            x = pipeline.run(stage, None, function, params, jax.device_put(x, whole))
+            return np.asarray(x.astype(jnp.float32))
 
         size, overlap = tile // config.downscale, OVERLAP // config.downscale
         for x in tqdm(latents, unit="image", desc=stage, disable=not pipeline.progress):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -63,6 +64,7 @@ class Embeddings:
         try:
             tokens, mask = found["tokens"].astype(np.float32), found["mask"].astype(bool)
             prompts = [str(prompt) for prompt in json.loads(found["prompts"].tobytes())]
+            "".join(prompts).encode()  # JSON may name what is no character
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{file} holds no embeddings: write one with --save-embeddings") from (
                 error
@@ -77,11 +79,5 @@ class Embeddings:
 
 def same_length(*parts: Embeddings) -> list[Embeddings]:
     """Each as it is, padded to the longest of them."""
-    joined = Embeddings.join(parts)
-    ends = np.cumsum([len(part.tokens) for part in parts])[:-1]
-    return [
-        Embeddings(tokens, mask)
-        for tokens, mask in zip(
-            np.split(joined.tokens, ends), np.split(joined.mask, ends), strict=True
-        )
-    ]
+    joined, ends = Embeddings.join(parts), np.cumsum([0, *(len(part.tokens) for part in parts)])
+    return [joined[start:end] for start, end in itertools.pairwise(ends)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -62,8 +62,8 @@ def denoise(
     pipeline: Pipeline, sampler: Sampler, cond: Embeddings, owners: Numbers,
     numbers: Numbers, shape: tuple[int, int, int], seed: int, batch: int | None = None,
     null: Embeddings | None = None,
-) -> HostLatents:
-    """Latents: one for each of `owners`, the row of `cond` that it is of.
+) -> Iterator[HostLatents]:
+    """Latents, batch by batch: one for each of `owners`, the row of `cond` that it is of.
 
     numbers: which noise each starts from; the same number with the same seed gives the same
     noise. batch: images at once (default: one for each part of the mesh's rows).
@@ -87,11 +87,9 @@ def denoise(
 
         bar = tqdm(total=len(owners), unit="image", desc=stage, disable=not pipeline.progress)
         with bar:
-            parts = []
             for part in batches(draw, keys, shape, batch):
-                parts.append(part)
                 bar.update(len(part))
-    return np.concatenate(parts)
+                yield part
 
 
 def latent_shape(pipeline: Pipeline, size: tuple[int, int] | None) -> tuple[int, int, int]:

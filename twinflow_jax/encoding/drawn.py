@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from twinflow_jax import drawing
+from twinflow_jax import drawing, sampling
 from twinflow_jax.data.records import Example
 from twinflow_jax.drawing import Embeddings, Pipeline, denoising, text
 from twinflow_jax.encoding import index
@@ -25,18 +25,26 @@ class Drawing:
     seed: int
 
 
+def shape_of(job) -> tuple[int, int, int]:
+    """Of the latents of a job's pictures."""
+    width, height = job.sizes[0]
+    return denoising.latent_shape(job.pipeline, (height, width))
+
+
+def schedule_of(job) -> sampling.Schedule:
+    """The base model's own, of a job's pictures."""
+    return denoising.schedule(job.pipeline, job.drawing.steps, shape_of(job))
+
+
 @contextlib.contextmanager
-def drawn(job, how: Drawing):
+def drawn(job):
     """`(space, shard, report) -> the shard's records`, drawn.
 
     Text encoder and transformer are loaded one after the other, for each file of records.
     """
     pipeline: Pipeline = job.pipeline
-    width, height = job.sizes[0]
-    shape = denoising.latent_shape(pipeline, (height, width))
-    sampler = denoising.base(
-        pipeline, denoising.schedule(pipeline, how.steps, shape), how.guidance
-    )
+    how, shape = job.drawing, shape_of(job)
+    sampler = denoising.base(pipeline, schedule_of(job), how.guidance)
     family = pipeline.family
     guided = how.guidance != family.no_guidance
     null = text.embed(pipeline, [], negative=family.negative_prompt) if guided else None
@@ -54,10 +62,10 @@ def drawn(job, how: Drawing):
         numbers = np.arange(shard.first * how.count, (shard.first + len(entries)) * how.count)
         parts = [padded(tokens)] + ([null] if null else [])
         cond, *empty = drawing.same_length(*parts)
-        latents = denoising.denoise(
+        latents = np.concatenate(list(denoising.denoise(
             pipeline, sampler, cond, np.arange(len(wanted)), numbers, shape, how.seed, job.batch,
             *empty,
-        )
+        )))
         for (entry, caption, k), of_one, sample in zip(wanted, tokens, latents, strict=True):
             yield Example(f"{entry.id}#{k}", (caption,), (of_one,), sample, job.sizes[0])
 

@@ -24,7 +24,7 @@ from twinflow_jax.data.records import Example, Manifest
 from twinflow_jax.drawing import Pipeline, codec, text
 from twinflow_jax.encoding import index, sizes
 from twinflow_jax.encoding.captions import Captions
-from twinflow_jax.encoding.drawn import Drawing, drawn
+from twinflow_jax.encoding.drawn import Drawing, drawn, schedule_of
 from twinflow_jax.encoding.index import Entry, Key, Shard, Skipped
 from twinflow_jax.encoding.sources import THREADS, UNREADABLE, Source, cut
 from twinflow_jax.encoding.workspace import ShardReport, Workspace, nothing_in
@@ -62,13 +62,16 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """All that the records depend on."""
+        by = {"drawing": None} if not self.drawing else {
+            "drawing": dataclasses.asdict(self.drawing),
+            "transformer": self.pipeline.checkpoint.identity("transformer"),
+            "schedule": hashlib.sha256(repr(schedule_of(self)).encode()).hexdigest()[:12],
+        }
         return {
             "source": self.source.name, "contents": self.source.fingerprint(),
             "sizes": [sizes.name(size) for size in self.sizes], "min_side": self.min_side,
             "shard_size": self.shard_size, "text_tokens": self.text_tokens, "batch": self.batch,
-            "dtype": self.pipeline.dtype,
-            "drawing": dataclasses.asdict(self.drawing) if self.drawing else None,
-            "transformer": self.pipeline.fingerprint("transformer") if self.drawing else None,
+            "dtype": self.pipeline.dtype, **by,
             **dataclasses.asdict(manifest_of(self.pipeline, bool(self.sizes))),
         }
 
@@ -100,7 +103,7 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
         if left:
             each = job.drawing.count if job.drawing else 1
             total, rest = (each * sum(len(shard.keys) for shard in of) for of in (mine, left))
-            maker = drawn(job, job.drawing) if job.drawing else encoders(job)
+            maker = drawn(job) if job.drawing else encoders(job)
             with maker as examples, tqdm(
                 total=total, initial=total - rest, unit="image" if job.sizes else "prompt",
                 desc="encoding",

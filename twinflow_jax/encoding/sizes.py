@@ -1,15 +1,13 @@
 """Sizes of pictures: buckets of aspect ratios, and how a picture is brought to one of them."""
 
 import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from twinflow_jax import images
-from twinflow_jax.errors import UserError
+from twinflow_jax import arguments, images
 
 Size = tuple[int, int]  # (width, height) in pixels
 LARGEST = 2**28  # pixels of a picture that is resized: 0.8 GB
@@ -21,18 +19,6 @@ def name(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def parse(text: str, flag: str) -> Size:
-    """The size "768x512" (width x height), or "512" of a square.
-
-    Raises:
-      UserError: it is neither.
-    """
-    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text.strip())
-    if not match:
-        raise UserError(f"{flag} has {text!r}; give pixels like 512 or 768x512 (width x height)")
-    return int(match[1]), int(match[2] or match[1])
-
-
 def buckets(text: str, step: int) -> tuple[Size, ...]:
     """The sizes of `--buckets`: a list of them, or those with about the area of a square.
 
@@ -40,7 +26,7 @@ def buckets(text: str, step: int) -> tuple[Size, ...]:
     Raises:
       UserError: a size that cannot be read.
     """
-    given = tuple(dict.fromkeys(parse(part, "--buckets") for part in text.split(",")))
+    given = tuple(dict.fromkeys(arguments.size(part) for part in text.split(",")))
     if "x" in text or len(given) > 1:
         return given
     return of_area(given[0][0], step)

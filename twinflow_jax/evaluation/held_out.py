@@ -166,11 +166,10 @@ def draw(
     cut = slice(None), slice(run.text_tokens)
     cond, null = drawing.same_length(captions.cond[cut], captions.null[cut])
     shape = run.pipeline.settings.sample_shape
-    return decode(
-        denoising.denoise(
-            run.pipeline, sampler, cond, owners, np.arange(len(owners)), shape, seed, BATCH, null
-        )
+    parts = denoising.denoise(
+        run.pipeline, sampler, cond, owners, np.arange(len(owners)), shape, seed, BATCH, null
     )
+    return decode(np.concatenate(list(parts)))
 
 
 def plain(run: Run, evaluations: int, guidance: float) -> drawing.Base:

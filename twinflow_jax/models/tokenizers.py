@@ -37,13 +37,15 @@ def load(folder: str | os.PathLike, of: str, kind: str | None = None):
         raise UserError(f"the tokenizer in {folder} cannot be read: {reason(error)}") from error
 
 
-def refuse_empty(prompts: Sequence[str]) -> None:
-    """Raises UserError where one says nothing."""
+def check(prompts: Sequence[str], may_be_blank: bool) -> None:
+    """Raises UserError where one says nothing, or has what is no character, as bytes of a command
+    line that are not UTF-8."""
     for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise UserError(
-                f"prompt {number} of {len(prompts)} is empty: write what the image shows"
-            )
+        which = f"prompt {number} of {len(prompts)}"
+        if not prompt.strip() and not may_be_blank:
+            raise UserError(f"{which} is empty: write what the image shows")
+        if prompt != prompt.encode("utf-8", "replace").decode():
+            raise UserError(f"{which} is no text in UTF-8: write it again")
 
 
 def cut(rows: Sequence[list[int]], limit: int, before: int = 0) -> list[list[int]]:

@@ -6,6 +6,7 @@ that a compiled sampler is specialised to it.
 """
 
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ from twinflow_jax.errors import UserError
 
 STYLES = ("few", "any", "mul")
 Number = float | np.generic  # NumPy's of any width
+MOST_STEPS = 1000  # each picture says the time of every one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,12 @@ class Grid:
         return {"few": 0.0, "any": self.times[min(i + 1, self.steps)], "mul": self.times[i]}[
             self.style
         ]
+
+
+def check_steps(steps: int) -> None:
+    """Raises UserError for a number of steps that sampling does not take."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise UserError(f"steps is {steps}; sampling takes at least 1 and at most {MOST_STEPS}")
 
 
 def few_step(steps: int, **overrides: Any) -> Grid:
@@ -103,10 +111,10 @@ def make_grid(
       UserError: a value outside its range, or order 2 with fresh noise, which its corrector
         cannot follow (the released code ignores the noise there).
     Warns: few-style sampling in several steps without noise, which gets worse with every step;
-      order 2 with another style than mul, whose jumps are not velocities to be averaged.
+      order 2 with another style than mul, whose jumps are not velocities to be averaged, and with
+      a number of steps that its pairs of evaluations and the last, single one do not add up to.
     """
-    if steps < 1:
-        raise UserError(f"steps is {steps}; sampling takes at least 1")
+    check_steps(steps)
     if style not in STYLES:
         raise UserError(f"style is {style!r}; choose from {', '.join(STYLES)}")
     if order not in (1, 2):
@@ -115,8 +123,10 @@ def make_grid(
         raise UserError(
             f"gap is {tuple(gap)}; both ends lie in [0, 1) and leave something between them"
         )
-    if len(warp) != 3 or not all(w > 0 for w in warp):
+    if len(warp) != 3 or not all(0 < w < math.inf for w in warp):
         raise UserError(f"warp is {tuple(warp)}; give three numbers (a, b, c) above 0")
+    if not math.isfinite(extrapolation):
+        raise UserError(f"extrapolation is {extrapolation}; give a ratio, 0 for none")
     if stochastic is None:
         stochastic = 1.0 if style == "few" and steps > 1 and order == 1 else 0.0
     if stochastic != "SDE" and not (
@@ -158,6 +168,12 @@ def make_grid(
         warnings.warn(
             f"order 2 averages instantaneous velocities; with style {style!r}, which predicts "
             "jumps, it makes samples worse: use style 'mul', or order 1",
+            stacklevel=2,
+        )
+    if order == 2 and steps % 2 == 0:
+        warnings.warn(
+            f"order 2 evaluates twice a step and once in the last: of {steps} evaluations it takes "
+            f"{steps - 1}; give an odd number",
             stacklevel=2,
         )
     if fake:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from twinflow_jax.errors import UserError
+from twinflow_jax.sampling.grids import check_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +100,7 @@ def published(
     Raises:
       UserError: a scheduler that we do not compute, with everything in it that we do not.
     """
-    if steps < 1:
-        raise UserError(f"steps is {steps}; sampling takes at least 1")
+    check_steps(steps)
     name = scheduler.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if name not in CLASSES:
         raise UserError(f"the scheduler is of class {name!r}; known are {', '.join(CLASSES)}")

@@ -35,8 +35,7 @@ def tokenize(
     than that, or than MAX_TOKENS, is cut before its [SEP], with a warning. Raises UserError for
     an empty prompt; negative: allow it.
     """
-    if not negative:
-        tokenizers.refuse_empty(prompts)
+    tokenizers.check(prompts, may_be_blank=negative)
     rows = tokenizer(list(prompts))["input_ids"]
     rows = tokenizers.cut(rows, min(tokens or MAX_TOKENS, MAX_TOKENS))
     for row in rows:

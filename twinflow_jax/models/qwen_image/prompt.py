@@ -50,8 +50,7 @@ def tokenize(
     prompt longer than that, or than MAX_TOKENS, is cut there, with a warning. Raises UserError
     for an empty prompt; negative: allow it (" " is what Qwen-Image uses as negative prompt).
     """
-    if not negative:
-        tokenizers.refuse_empty(prompts)
+    tokenizers.check(prompts, may_be_blank=negative)
     rows = tokenizer([TEMPLATE.format(prompt) for prompt in prompts])["input_ids"]
     rows = tokenizers.cut(rows, min(tokens or MAX_TOKENS, MAX_TOKENS), PREFIX)
     longest = max(map(len, rows)) - PREFIX

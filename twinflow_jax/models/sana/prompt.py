@@ -60,8 +60,7 @@ def tokenize(
     """
     if tokens not in (None, TOKENS):
         raise UserError(f"text of {tokens} tokens is asked for; SANA takes {TOKENS}")
-    if not negative:
-        tokenizers.refuse_empty(prompts)
+    tokenizers.check(prompts, may_be_blank=negative)
     before = "" if negative else INSTRUCTION
     start = len(tokenizer(before)["input_ids"])
     length = TOKENS if negative else start + TOKENS - 2
