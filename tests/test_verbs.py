@@ -158,6 +158,41 @@ def test_a_signal_while_a_step_compiles(tmp_path, sent, said):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+# Sends itself a signal where Python swallows what a handler raises: in a finaliser, while a module is
+# imported or, for "", when nothing is.
+SWALLOWED = """
+import os, runpy, sys
+from twinflow_jax.errors import run_verb
+wanted, number, *sys.argv = sys.argv[1:]
+class Gone:
+    def __del__(self):
+        os.kill(os.getpid(), int(number))
+class Finder:
+    def find_spec(self, name, *_):
+        if name == wanted:
+            Gone()
+sys.meta_path.insert(0, Finder())
+def main():
+    Gone()
+if wanted:
+    runpy.run_module("twinflow_jax.train", run_name="__main__")
+else:
+    run_verb(main)
+"""
+
+
+@pytest.mark.parametrize("number, said", [(2, "interrupted"), (15, "terminated")])
+@pytest.mark.parametrize("wanted", ["", "jax", "flax.linen", "orbax.checkpoint"])
+def test_a_signal_is_never_swallowed(tmp_path, wanted, number, said):
+    given = ["train", "--config", "configs/digits.py", "--workdir", str(tmp_path / "run"), *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED, wanted, str(number), *given],
+        capture_output=True, text=True, check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", f"{said}\n")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("raises, status, last", [
     ("UserError('no')", 2, "error: no"), ("KeyError('no')", 1, "KeyError: 'no'"),
 ])

@@ -6,9 +6,10 @@ import re
 import signal
 import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(ValueError, argparse.ArgumentTypeError):
@@ -48,8 +49,22 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, after which everything is left as after Ctrl-C."""
 
 
-def _terminate(*_) -> None:
-    raise Terminated
+def _stop(number: int, frame: types.FrameType | None) -> None:
+    """Raises what ends a verb. While a module is imported it ends here: modules that were imported
+    by half crash, or swallow what is raised."""
+    error = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+    files = [outer.f_code.co_filename for outer, _ in traceback.walk_stack(frame)]
+    if "<frozen importlib._bootstrap>" in files:
+        end(report(error))
+    raise error
+
+
+def _unraisable(what: Any) -> None:
+    """Ends a verb that was stopped where nothing can be raised, as in a callback of the garbage
+    collector."""
+    if isinstance(what.exc_value, KeyboardInterrupt):
+        end(report(what.exc_value))
+    sys.__unraisablehook__(what)
 
 
 def run_verb(main: Callable[[], int | None]) -> None:
@@ -58,7 +73,11 @@ def run_verb(main: Callable[[], int | None]) -> None:
     A `UserError` becomes one line on stderr and status 2, Ctrl-C status 130, SIGTERM 143; every
     other exception is a bug and keeps its traceback. `main` returns the exit status (None means 0).
     """
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as of a shell's background jobs
+            signal.signal(number, _stop)
+    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     try:
         with warnings.catch_warnings():
             warnings.showwarning = one_line
@@ -66,7 +85,9 @@ def run_verb(main: Callable[[], int | None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         end(report(error))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(status)
 
 
