@@ -1,6 +1,7 @@
 """The one exception that a user's mistake raises, and how a verb reports it."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -8,7 +9,7 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 
@@ -17,6 +18,27 @@ class UserError(ValueError, argparse.ArgumentTypeError):
 
     The second base lets argparse tell it as it is, where an argument's type raises it.
     """
+
+
+@contextlib.contextmanager
+def noted(problems: list[str]) -> Iterator[None]:
+    """Adds a mistake that is found inside to others, for `tell`."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+
+
+def tell(problems: list[str]) -> None:
+    """Raises UserError of them all, where there are any."""
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def few(problems: list[str], most: int = 3) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
 
 
 class TextCut(UserWarning):
@@ -121,7 +143,10 @@ PACKAGES = {  # by the backend that they bring
 
 
 def explained(error: BaseException) -> BaseException:
-    """A UserError in place of what JAX raises where a backend is not there or does not start."""
+    """A UserError in place of what JAX raises where a backend is not there or does not start, and
+    epath where gs:// lacks a package."""
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        return UserError("gs:// takes another package: pip install 'etils[epath-gcs]'")
     if not isinstance(error, RuntimeError | AssertionError) or "jax" not in sys.modules:
         return error
     import jax

@@ -1,13 +1,11 @@
 """What a config would cost on devices that nobody has yet: compiled, read, and priced."""
 
 import dataclasses
-import math
 import re
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from twinflow_jax import parallel, sampling
 from twinflow_jax.config import Run
@@ -17,6 +15,7 @@ from twinflow_jax.planning import cost, hlo
 from twinflow_jax.planning.collectives import collectives
 from twinflow_jax.planning.topology import GENERATIONS, Topology, devices
 from twinflow_jax.training import flops, setup
+from twinflow_jax.training.setup import on_device
 
 GIB = 2**30
 
@@ -133,14 +132,6 @@ def impossible(run: Run, topology: Topology, why: str) -> Plan:
     remat = run.model.remat
     rows = run.data.batch_size
     return Plan(topology.name, {}, run.mesh.strategy, remat, rows, topology.chips, refused=why)
-
-
-def on_device(tree) -> int:
-    """Bytes of abstract arrays on each device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _base(run: Run, topology: Topology, mesh) -> Plan:
