@@ -114,6 +114,14 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         (train, [*digits, "--workdir", "http://host/runs"], "is no path"),
         (train, [*digits, *new, "--process", "one"], "--process: invalid int value: 'one'"),
         (train, digits, "arguments are required: --workdir"),
+        (train, [*digits, "--workdir", "README.md/below"], "README.md takes no files; choose"),
+        (train, [*digits, "--workdir", "x" * 300], "name in it is too long"),
+        (train, [*digits, *new, "--process", "1"], "process 1 of 1: give --coordinator"),
+        (train, [*digits, *new, "--coordinator", "foo", "--processes", "2"], "'foo'; give HOST:"),
+        (train, [*digits, *new, "--coordinator", "foo:0"], "'foo:0'; give HOST:PORT"),
+        (train, [*digits, *new, "--config.model.width=1000000"], "220003.* GB.* has .* GB: "),
+        (sample, ["--checkpoint", "gs://x", "--out", "x"], "pip install 'etils.epath-gcs."),
+        (sample, [*out, "--seed=--5"], "--seed: the seed is '--5'; give a whole"),
         (sample, [*out, "--seed", "-1"], "--seed: the seed is -1; give a whole"),
         (sample, [*out, "--seed", str(2**64)], "--seed: the seed is 1844.*; give a whole"),
         (evaluate, ["classes", "--checkpoint", str(run), "--seed", "-1"],
@@ -158,8 +166,8 @@ def test_a_signal_while_a_step_compiles(tmp_path, sent, said):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-# Sends itself a signal where Python swallows what a handler raises: in a finaliser, while a module is
-# imported or, for "", when nothing is.
+# Sends itself a signal where Python swallows what a handler raises: in a finaliser, while a module
+# is imported or, for "", when nothing is.
 SWALLOWED = """
 import os, runpy, sys
 from twinflow_jax.errors import run_verb
