@@ -104,6 +104,58 @@ def test_bad_overrides_name_what_is_meant(override, message):
         configs.parse("configs/digits.py", [override])
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": 5}, "model is 5; it takes a section"),
+        ({"train": None}, "train is None; it takes a section"),
+        ({"model": {"name": ["mlp"]}}, r"model.name is \['mlp'\]; choose from mlp"),
+        ({"objective": {"form": {}}}, "objective.form is {}; choose from twinflow"),
+        ({"pipeline": 5}, "pipeline is 5; it takes str"),
+        ({"train": {"steps": 10**12}}, "train.steps is 1000000000000; give 2147483647 or less"),
+        ({"sample": {"steps": (10**12,)}}, r"sample.steps is \(1000000000000,\); give a number in"),
+        ({"data": {"weights": (1.0, float("inf"))}}, "weights is .*; give a finite number"),
+        ({"optimizer": {"decay_to": float("nan")}}, "decay_to is nan; give a finite number"),
+        ({"train": {"init_from": "s3://b/x"}}, "train.init_from: s3://b/x is no path"),
+        ({"train": {"steps": 0, "sped": 1}, "sample": {"steps": 1}, "oddity": {}},
+         "no config section 'oddity'.*; train has no key 'sped'.*; sample.steps is 1; it takes"),
+    ],
+)
+def test_every_mistake_of_a_description_is_told_with_its_key(fields, message):
+    sections = {"model": {"name": "mlp"}, "objective": {"form": "twinflow"}}
+    with pytest.raises(UserError, match=message):
+        configs.Run.of(sections | fields)
+
+
+def test_mistakes_are_told_together_with_the_file(tmp_path):
+    overrides = ["model.width=0", "train.steps=0", "train.micro_steps=0"]
+    with pytest.raises(UserError, match="^configs/digits.py: model.width is 0.*; train.steps is 0.*"
+                                        "; train.micro_steps is 0; give 1 or more$"):
+        configs.parse("configs/digits.py", overrides)
+    with pytest.raises(UserError, match="train.stesp.*; .*model.widht"):
+        configs.parse("configs/digits.py", ["train.stesp=1", "model.widht=3"])
+    with pytest.raises(UserError, match="does not divide .*; objective.guidance compares"):
+        configs.parse(
+            "configs/digits.py",
+            ["train.micro_steps=7", "objective.guidance=.5", "train.unconditional=empty",
+             "train.condition_dropout=0"],
+        )
+
+
+@pytest.mark.parametrize("choice, gone, stays", [
+    ("model.name=dit", "model.times", ("model", "width")),
+    ("objective.form=paper", "objective.twin", ("objective", "order")),
+])
+def test_another_family_or_form_leaves_out_keys_of_the_file(choice, gone, stays):
+    section, key = stays
+    with pytest.warns(UserWarning, match=f"^{section} is of another kind .*{gone}.* left out$"):
+        fields = configs.parse("configs/digits.py", [choice, "model.num_classes=0"]).fields()
+    before = configs.parse("configs/digits.py").fields()
+    assert fields[section][key] == before[section][key]
+    first, value = choice.split("=")
+    assert fields[section][first.split(".")[1]] == value
+
+
 def test_bad_config_files(tmp_path):
     with pytest.raises(UserError, match="no config file .*: digits, emoji"):
         configs.load("configs/nothing.py")

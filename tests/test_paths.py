@@ -85,7 +85,10 @@ def test_home_is_expanded_and_nothing_else(monkeypatch, tmp_path, text, expanded
     assert files.path(text) == expanded.format(home=tmp_path)
 
 
-@pytest.mark.parametrize("text", ["two\nlines", "two\rlines", "http://host/x", "file:///x"])
+@pytest.mark.parametrize("text", [
+    "two\nlines", "two\rlines", "http://host/x", "file:///x", "s3://bucket/x", "hf://name/x",
+    "a/" + "x" * 300, "nul\0",
+])
 def test_what_is_no_path_is_refused(text):
     with pytest.raises(UserError, match="path"):
         files.path(text)

@@ -115,6 +115,14 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         (train, [*digits, "--workdir", "http://host/runs"], "is no path"),
         (train, [*digits, *new, "--process", "one"], "--process: invalid int value: 'one'"),
         (train, digits, "arguments are required: --workdir"),
+        (train, [*digits, "--workdir", "README.md/below"], "README.md takes no files; choose"),
+        (train, [*digits, "--workdir", "x" * 300], "name in it is too long"),
+        (train, [*digits, *new, "--process", "1"], "process 1 of 1: give --coordinator"),
+        (train, [*digits, *new, "--coordinator", "foo", "--processes", "2"], "'foo'; give HOST:"),
+        (train, [*digits, *new, "--coordinator", "foo:0"], "'foo:0'; give HOST:PORT"),
+        (train, [*digits, *new, "--config.model.width=1000000"], "220003.* GB.* has .* GB: "),
+        (sample, ["--checkpoint", "gs://x", "--out", "x"], "pip install 'etils.epath-gcs."),
+        (sample, [*out, "--seed=--5"], "--seed: the seed is '--5'; give a whole"),
         (sample, [*out, "--seed", "-1"], "--seed: the seed is -1; give a whole"),
         (sample, [*out, "--seed", str(2**64)], "--seed: the seed is 1844.*; give a whole"),
         (evaluate, ["classes", "--checkpoint", str(run), "--seed", "-1"],
@@ -175,6 +183,41 @@ def test_a_signal_while_a_step_compiles(tmp_path, sent, said):
     assert process.returncode == 128 + sent
     assert [line for line in after if "jax._src" not in line and "Compiling" not in line] == [said]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+# Sends itself a signal where Python swallows what a handler raises: in a finaliser, while a module
+# is imported or, for "", when nothing is.
+SWALLOWED = """
+import os, runpy, sys
+from twinflow_jax.errors import run_verb
+wanted, number, *sys.argv = sys.argv[1:]
+class Gone:
+    def __del__(self):
+        os.kill(os.getpid(), int(number))
+class Finder:
+    def find_spec(self, name, *_):
+        if name == wanted:
+            Gone()
+sys.meta_path.insert(0, Finder())
+def main():
+    Gone()
+if wanted:
+    runpy.run_module("twinflow_jax.train", run_name="__main__")
+else:
+    run_verb(main)
+"""
+
+
+@pytest.mark.parametrize("number, said", [(2, "interrupted"), (15, "terminated")])
+@pytest.mark.parametrize("wanted", ["", "jax", "flax.linen", "orbax.checkpoint"])
+def test_a_signal_is_never_swallowed(tmp_path, wanted, number, said):
+    given = ["train", "--config", "configs/digits.py", "--workdir", str(tmp_path / "run"), *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED, wanted, str(number), *given],
+        capture_output=True, text=True, check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", f"{said}\n")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("raises, status, last", [

@@ -26,4 +26,4 @@ def main() -> None:
         print(f"error: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
     del sys.argv[1]
-    run_verb(importlib.import_module(f"twinflow_jax.{verb}").main)
+    run_verb(lambda: importlib.import_module(f"twinflow_jax.{verb}").main())

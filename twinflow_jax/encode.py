@@ -24,7 +24,6 @@ from twinflow_jax.errors import UserError, run_verb
 RECORDS = 100_000  # in a file
 
 
-
 def main() -> int:
     args = parse()
     check(args)
@@ -58,7 +57,8 @@ def parse() -> argparse.Namespace:
                         help="pixels: smaller pictures are left out (default 64)")
     parser.add_argument("--text-tokens", type=arguments.whole,
                         help="that captions are padded or cut to (default: the family's lengths)")
-    parser.add_argument("--shard-size", type=arguments.whole, default=1024, help="records in a file")
+    parser.add_argument("--shard-size", type=arguments.whole, default=1024,
+                        help="records in a file")
     parser.add_argument("--batch", type=arguments.whole,
                         help="pictures of 512x512 encoded at once, of larger ones fewer; with "
                         "--generate, drawn at once")
@@ -68,9 +68,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=arguments.whole, default=1, help="that share the work")
     group = parser.add_argument_group("pictures drawn by the base model")
     group.add_argument("--generate", action="store_true", help="from the source's captions")
-    group.add_argument("--steps", type=arguments.whole, help="of the base sampling (default: as usual)")
+    group.add_argument("--steps", type=arguments.whole,
+                       help="of the base sampling (default: as usual)")
     group.add_argument("--guidance", type=arguments.finite, help="default: the model's own")
-    group.add_argument("--count", type=arguments.whole, help="pictures of each prompt (default 1)")
+    group.add_argument("--count", type=arguments.whole,
+                       help="pictures of each prompt (default 1)")
     group.add_argument("--seed", type=seeds.parse, help="of the noise (default 0)")
     return parser.parse_args()
 

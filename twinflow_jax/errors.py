@@ -1,14 +1,16 @@
 """The one exception that a user's mistake raises, and how a verb reports it."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
 import sys
 import threading
 import traceback
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
@@ -17,6 +19,27 @@ class UserError(ValueError, argparse.ArgumentTypeError):
 
     The second base lets argparse tell it as it is, where an argument's type raises it.
     """
+
+
+@contextlib.contextmanager
+def noted(problems: list[str]) -> Iterator[None]:
+    """Adds a mistake that is found inside to others, for `tell`."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+
+
+def tell(problems: list[str]) -> None:
+    """Raises UserError of them all, where there are any."""
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def few(problems: list[str], most: int = 3) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
 
 
 class TextCut(UserWarning):
@@ -49,8 +72,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, after which everything is left as after Ctrl-C."""
 
 
-def _terminate(*_) -> None:
-    raise Terminated
+def _stop(number: int, frame: types.FrameType | None) -> None:
+    """Raises what ends a verb. While a module is imported it ends here: modules that were imported
+    by half crash, or swallow what is raised."""
+    error = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+    files = [outer.f_code.co_filename for outer, _ in traceback.walk_stack(frame)]
+    if "<frozen importlib._bootstrap>" in files:
+        end(report(error))
+    raise error
 
 
 def _number(error: KeyboardInterrupt) -> int:
@@ -76,8 +105,11 @@ def run_verb(main: Callable[[], int | None]) -> None:
     A `UserError` becomes one line on stderr and status 2, Ctrl-C status 130, SIGTERM 143; every
     other exception is a bug and keeps its traceback. `main` returns the exit status (None means 0).
     """
-    before = signal.signal(signal.SIGTERM, _terminate)
-    sys.unraisablehook = _unraisable
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as of a shell's background jobs
+            signal.signal(number, _stop)
+    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     try:
         with warnings.catch_warnings():
             warnings.showwarning = one_line
@@ -85,8 +117,9 @@ def run_verb(main: Callable[[], int | None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         end(report(error))
     finally:
-        sys.unraisablehook = sys.__unraisablehook__
-        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(status)
 
 
@@ -120,7 +153,10 @@ PACKAGES = {  # by the backend that they bring
 
 
 def explained(error: BaseException) -> BaseException:
-    """A UserError in place of what JAX raises where a backend is not there or does not start."""
+    """A UserError in place of what JAX raises where a backend is not there or does not start, and
+    epath where gs:// lacks a package."""
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        return UserError("gs:// takes another package: pip install 'etils[epath-gcs]'")
     if not isinstance(error, RuntimeError | AssertionError) or "jax" not in sys.modules:
         return error
     import jax

@@ -24,17 +24,18 @@ def path(text: str) -> str:
       UserError: it has a line break or a name that no file has, or is an address of a kind that
         is not known.
     """
-    if "\n" in text or "\r" in text:
-        raise UserError(f"the path {text!r} has a line break: rename it")
-    if "://" not in text and max(len(os.fsencode(name)) for name in text.split("/")) > LONGEST:
-        raise UserError(f"the path {text} has a name of over {LONGEST} bytes: choose a shorter one")
-    try:
-        expanded = str(epath.Path(text).expanduser())
-    except KeyError as error:
-        raise UserError(f"{text} is no path: give a local one, or gs://BUCKET/FOLDER") from error
+    if "\n" in text or "\r" in text or "\0" in text:
+        raise UserError(f"the path {text!r} has a line break or a NUL: rename it")
+    if re.match(r"(?!gs:)\w+://", text):
+        raise UserError(f"{text} is no path: give a local one, or gs://BUCKET/FOLDER")
+    expanded = str(epath.Path(text).expanduser()) if text.startswith("~") else text
     if expanded.startswith("~"):
         raise UserError(f"{text} names a user that there is not: give another path, or ./{text}")
-    return expanded if text.startswith("~") else text
+    if max(map(len, os.fsencode(expanded).split(b"/"))) > LONGEST:
+        raise UserError(
+            f"the path {expanded} has a name of over {LONGEST} bytes: choose a shorter one"
+        )
+    return expanded
 
 
 def write(path: epath.PathLike, data: bytes) -> None:
@@ -82,9 +83,12 @@ def check_folder(flag: str, folder: str) -> None:
             raise UserError(f"{flag} {folder} is a file: choose a folder")
         if "://" in folder:
             return
-        there = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+        # lexists: what is below a file or a folder that may not be read is not there.
+        there = next(p for p in (path.resolve(), *path.resolve().parents) if os.path.lexists(p))
         if not there.is_dir() or not os.access(there, os.W_OK):
-            raise UserError(f"{flag} {folder} cannot be written to: {there} takes no files")
+            raise UserError(
+                f"{flag} {folder} cannot be written to: {there} takes no files; choose another"
+            )
 
 
 def text_lines(data: bytes, errors: str = "strict") -> list[tuple[int, str]]:

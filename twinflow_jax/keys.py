@@ -5,13 +5,15 @@ derives from Part, whose fields are made by `option`. It checks itself when it i
 """
 
 import dataclasses
+import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from twinflow_jax import files
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, noted, tell
 
 WORDS = {int: "int", float: "float", str: "str", bool: "bool"}
 
@@ -86,9 +88,31 @@ class Key:
         found = tuple(_fit(each, one) for one in value)
         return tuple(map(files.path, found)) if self.is_path else found
 
-    def takes(self, value: Any) -> bool:
-        """Whether a value of the right type lies within the bounds."""
-        return all(map(self.bounds.hold, value if isinstance(value, tuple) else (value,)))
+    def read(self, name: str, value: Any) -> Any:
+        """What `fit` gives.
+
+        Raises:
+          UserError: it is of another type, or no path; names the key.
+        """
+        try:
+            return self.fit(value)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        except TypeError as error:
+            like = f", like {self.default!r}" if self.default else ""
+            raise UserError(f"{name} is {value!r}; it takes {self.type}{like}") from error
+
+    def wanted(self, value: Any) -> str:
+        """What to give instead of a value of the right type; "" where it will do."""
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(one, float) and not math.isfinite(one) for one in values):
+            return "a finite number"
+        if not all(map(self.bounds.hold, values)):
+            return str(self.bounds)
+        largest = self.bounds.most or 2**31 - 1  # JAX counts with 32 bits
+        if any(isinstance(one, int) and one > largest for one in values):
+            return f"{largest} or less"
+        return ""
 
     @property
     def told(self) -> str:
@@ -118,16 +142,11 @@ class Part:
         known, fitted, problems = keys_of(cls), {}, []
         for name, value in fields.items():
             if name not in known:
-                raise UserError(f"{cls.section} has no key {name!r}; it has {', '.join(known)}")
-            try:
-                fitted[name] = known[name].fit(value)
-            except TypeError:
-                problems.append(
-                    f"{cls.section}.{name} is {value!r}; it takes {known[name].type}, like "
-                    f"{known[name].default!r}"
-                )
-        if problems:
-            raise UserError("; ".join(problems))
+                problems.append(f"{cls.section} has no key {name!r}{nearest(known, name)}")
+                continue
+            with noted(problems):
+                fitted[name] = known[name].read(f"{cls.section}.{name}", value)
+        tell(problems)
         return cls(**fitted)
 
     def __post_init__(self):
@@ -137,11 +156,11 @@ class Part:
           UserError: names every such key with its value and what it takes.
         """
         problems = [
-            f"{self.section}.{name} is {getattr(self, name)!r}; give {one.bounds}"
-            for name, one in keys_of(type(self)).items() if not one.takes(getattr(self, name))
+            f"{self.section}.{name} is {getattr(self, name)!r}; give {wanted}"
+            for name, one in keys_of(type(self)).items()
+            if (wanted := one.wanted(getattr(self, name)))
         ]
-        if problems:
-            raise UserError("; ".join(problems))
+        tell(problems)
 
 
 def keys_of(part: type) -> dict[str, Key]:
@@ -162,6 +181,16 @@ def keys_of(part: type) -> dict[str, Key]:
                             "tuple of one of them")
         found[field.name] = Key(hints[field.name], field.default, **told)
     return found
+
+
+def nearest(known: Iterable[str], key: str) -> str:
+    """The key that was meant instead of one that there is not, or all."""
+    close = difflib.get_close_matches(key, known := list(known), n=1, cutoff=0.5)
+    if not close:  # perhaps the right name in the wrong section
+        leaf = key.rsplit(".", 1)[-1]
+        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
 
 
 def _elements(kind: Any) -> tuple[type, int | None]:

@@ -1,5 +1,6 @@
 """Seeds of 64 bits, as other tools have them, in every verb."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ def parse(text: str) -> int:
     Raises:
       UserError: it is none.
     """
-    return check(int(text) if text.strip().lstrip("+-").isdecimal() else text, "the seed")
+    return check(int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else text, "the seed")
 
 
 def check(seed, name: str) -> int:

@@ -44,8 +44,10 @@ def main() -> int:
         except ConnectionError as error:
             print(f"error: {error}", file=sys.stderr)
             return UNREACHED
-    elif args.processes > 1:
-        raise UserError(f"--processes is {args.processes}: give --coordinator HOST:PORT too")
+    elif (args.processes, args.process) != (1, 0):
+        raise UserError(
+            f"this is process {args.process} of {args.processes}: give --coordinator HOST:PORT too"
+        )
     with hosts.together():
         return trained(configs.parse(args.config, overrides), args.workdir)
 

@@ -246,6 +246,18 @@ def test_bad_targets_and_options(base, checkpoint, run, tmp_path, capsys):
     assert not new.exists() and (tmp_path / "full" / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("text, message", [
+    ("[1]", "holds no keys"), ('{"format": "two"}', "format is 'two', no number"),
+    ('{"model": 5}', "model is 5; it takes a section"), ("{", "line 1 column 2"),
+    ('{"model": {"name": "mlp"}, "objective": {"form": "paper"}, "train": {"steps": "9"}}',
+     "train.steps is '9'; it takes int"),
+])
+def test_a_record_that_was_edited_wrongly_is_named_with_its_key(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path}/config.json cannot be read.*{message}"):
+        checkpoints.read_run(tmp_path)
+
+
 def test_a_run_of_another_format_is_refused(run, tmp_path):
     """Of the former order of Qwen-Image's channels, which had no number, and of a later one."""
     record = json.loads((run / "config.json").read_text())

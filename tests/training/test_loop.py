@@ -12,10 +12,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from twinflow_jax import checkpoints, objectives
+from twinflow_jax import checkpoints, models, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
-from twinflow_jax.training import state
+from twinflow_jax.training import checks, loop, state
 from twinflow_jax.training.loop import keep_compiled, train
 
 
@@ -83,11 +83,13 @@ def test_starts_from_another_run(small_config, tmp_path):
     second = trained(config, tmp_path / "second")
     chex.assert_trees_all_equal(second.params, first.average.params)
 
-    with pytest.raises(UserError, match=r"another network.*model.width \(32\)"):
+    with pytest.raises(UserError, match=r"network \(model.width is 32 there, 16 here\): "):
         trained(
             small_config("model.width=16", f"train.init_from={tmp_path / 'first'}"),
             tmp_path / "third",
         )
+    with pytest.raises(UserError, match="name is 'mlp' there, 'dit' here;.* and [0-9]+ more"):
+        checks.check_start(str(tmp_path / "first"), models.dit.Config())
     with pytest.raises(UserError, match="nothing is no run"):
         trained(small_config(f"train.init_from={tmp_path / 'nothing'}"), tmp_path / "third")
     assert not (tmp_path / "third").exists()
@@ -154,8 +156,19 @@ def test_a_run_goes_on_as_if_it_had_been_meant_to_be_longer(small_config, tmp_pa
 def test_a_rate_that_ends_somewhere_fixes_the_number_of_steps(small_config, tmp_path):
     falls = "optimizer.decay_to=0.1"
     trained(small_config(falls, "train.steps=2"), tmp_path / "run")
-    with pytest.raises(UserError, match="decay_to=0.1: for 4,.* Give train.steps=2, or start from"):
-        trained(small_config(falls, "train.steps=4"), tmp_path / "run")
+    for steps in (1, 4):
+        said = f"decay_to=0.1: for {steps},.* Give train.steps=2, or start from"
+        with pytest.raises(UserError, match=said):
+            trained(small_config(falls, f"train.steps={steps}"), tmp_path / "run")
+
+
+def test_what_does_not_fit_in_memory_says_what_helps(small_config, tmp_path, monkeypatch):
+    def start(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(loop, "start", start)
+    with pytest.raises(UserError, match="does not fit the devices' memory: .*plan.*remat=full"):
+        trained(small_config(), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +187,7 @@ def test_a_rate_that_ends_somewhere_fixes_the_number_of_steps(small_config, tmp_
         (["train.micro_steps=0"], "train.micro_steps is 0"),
         (["train.ema_decay=1.0"], r"give a number in \[0, 1\)"),
         (["optimizer.betas=(0.9,)"], "takes tuple of 2 float"),
-        (["sample.steps=(0,)"], "give 1 or more"),
+        (["sample.steps=(0,)"], r"give a number in \[1, 1000\]"),
         (["sample.steps=()"], "give evaluations"),
     ],
 )

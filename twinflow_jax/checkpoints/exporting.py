@@ -13,7 +13,7 @@ from tqdm import tqdm
 from twinflow_jax import files
 from twinflow_jax.checkpoints import published, store, tensors
 from twinflow_jax.checkpoints.imported import Imported, layout
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, few
 from twinflow_jax.models.names import Rule
 
 SHARD = 4 << 30  # bytes of an exported file
@@ -56,9 +56,8 @@ def as_published(
     """
     table, leaves = layout(checkpoint.network(name), checkpoint.config(name))
     if trained and (problems := store.misfits(trained, leaves)):
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise UserError(
-            f"the run's transformer is not that of {checkpoint.folder}: {problems[0]}{more}"
+            f"the run's transformer is not that of {checkpoint.folder}: {few(problems, 1)}"
         )
     left_out = set() if trained else set(checkpoint.record["networks"][name]["added"])
     arrays = trained or checkpoint.arrays(name)

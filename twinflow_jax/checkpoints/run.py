@@ -13,7 +13,7 @@ from twinflow_jax.checkpoints import store
 from twinflow_jax.checkpoints.imported import FORMAT
 from twinflow_jax.checkpoints.saver import Saver, stored
 from twinflow_jax.config import RANDOM, Run
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, few
 
 IN_USE = "in_use"  # a file that is in a run's folder for as long as it is trained
 
@@ -53,11 +53,10 @@ def check_claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
     """
     if "://" in str(workdir):
         raise UserError(f"{workdir}: a run's folder must be local for now; copy it out afterwards")
+    files.check_folder("--workdir", str(workdir))
     store.absolute(workdir)  # where checkpoints can be
     folder = epath.Path(workdir)
     record = folder / "config.json"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --workdir")
     if record.exists() and (folder / "checkpoints").exists():
         mine = configs.flatten(run.fields())
         other = configs.flatten(read_run(folder).fields())
@@ -67,9 +66,8 @@ def check_claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
             if key not in FREE and mine.get(key) != other.get(key)
         ]
         if differing:
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise UserError(
-                f"{folder} holds another run ({'; '.join(differing[:3])}{more}): "
+                f"{folder} holds another run ({few(differing)}): "
                 "choose another --workdir, or the config that it was started with"
             )
         if json.loads(record.read_text()).get("rows", rows) != rows:
@@ -98,11 +96,17 @@ def read_run(folder: epath.PathLike) -> Run:
         )
     try:
         fields = json.loads(record.read_text())
-        written = int(fields.pop("format", 1))
+        if not isinstance(fields, dict):
+            raise UserError("it holds no keys with values")
+        written = fields.pop("format", 1)
+        if not isinstance(written, int):
+            raise UserError(f"format is {written!r}, no number")
         fields.pop("rows", None)
         run = Run.of(fields)
-    except (ValueError, AttributeError, TypeError, OSError) as error:
-        raise UserError(f"{record} cannot be read as a run's config ({error})") from error
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{record} cannot be read as a run's config ({error}): put it back as it was"
+        ) from error
     if written > FORMAT or (written == 1 and run.model.name == "qwen_image"):
         raise UserError(
             f"{folder} is a run of another version of this project, whose weights have another "

@@ -6,19 +6,21 @@ nearest name, and so is a value of another type.
 """
 
 import ast
-import difflib
 import importlib.util
 import inspect
 import json
 import pathlib
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 
+from twinflow_jax import keys
 from twinflow_jax.config.run import Run, keys_of, parts
-from twinflow_jax.errors import UserError, reason
+from twinflow_jax.errors import UserError, noted, reason, tell
+from twinflow_jax.keys import nearest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
@@ -30,7 +32,11 @@ def parse(path: str, overrides: Sequence[str] = ()) -> Run:
       UserError: no such file, not a config file, an unknown variant or key, or values that no run
         can have.
     """
-    return Run.of(overridden(load(path).to_dict(), overrides))
+    fields = overridden(load(path).to_dict(), overrides)
+    try:
+        return Run.of(fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def load(path: str) -> ml_collections.ConfigDict:
@@ -95,14 +101,36 @@ def overridden(fields: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     def is_choice(text: str) -> bool:  # of which keys there are
         return text.startswith(("model.name=", "objective.form="))
 
+    problems = []
     for text in sorted(overrides, key=is_choice, reverse=True):
         name, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"override {text!r} has no value; write --config.{name}=VALUE")
+            problems.append(f"override {text!r} has no value; write --config.{name}=VALUE")
+            continue
         section, _, leaf = name.rpartition(".")
-        changed = {leaf: value_of(name, value, fields)}
-        fields = fields | ({section: fields.get(section, {}) | changed} if section else changed)
+        with noted(problems):
+            changed = {leaf: value_of(name, value, fields)}
+            if section:
+                changed = {section: fields.get(section, {}) | changed}
+            fields = _left(fields | changed, section) if is_choice(text) else fields | changed
+    tell(problems)
     return fields
+
+
+def _left(fields: dict[str, Any], section: str) -> dict[str, Any]:
+    """The fields without keys of a section that belong to another family or form.
+
+    A warning names them.
+    """
+    known = keys.keys_of(parts(fields)[section])
+    gone = [f"{section}.{name}" for name in fields[section] if name not in known]
+    if gone:
+        warnings.warn(
+            f"{section} is of another kind than the config file's: its {', '.join(gone)} "
+            f"{'is' if len(gone) == 1 else 'are'} left out",
+            stacklevel=2,
+        )
+    return fields | {section: {k: v for k, v in fields[section].items() if k in known}}
 
 
 def value_of(name: str, text: str, fields: dict[str, Any]) -> Any:
@@ -112,11 +140,13 @@ def value_of(name: str, text: str, fields: dict[str, Any]) -> Any:
         mine = ", ".join(key for key in known if key.startswith(f"{name}."))
         raise UserError(f"config key {name!r} is a section; set one of {mine}")
     if name not in known:
-        raise UserError(f"no config key {name!r}" + _nearest(list(known), name))
+        raise UserError(f"no config key {name!r}" + nearest(known, name))
     if known[name].kind is str:
         return text
     try:
         return known[name].fit(ast.literal_eval(text))
+    except UserError as error:
+        raise UserError(f"config key {name!r}: {error}") from error
     except (ValueError, SyntaxError, TypeError) as error:
         if known[name].kind is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -139,12 +169,3 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def to_json(run: Run) -> str:
     return json.dumps(run.fields(), indent=2)
-
-
-def _nearest(known: list[str], key: str) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not close:  # perhaps the right name in the wrong section
-        leaf = key.rsplit(".", 1)[-1]
-        leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-        close = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from twinflow_jax import keys, models, objectives, parallel, seeds
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, noted, tell
 from twinflow_jax.keys import option
 from twinflow_jax.models.settings import DTYPES, Settings
 from twinflow_jax.objectives.config import Shared
@@ -27,7 +27,7 @@ class Data(keys.Part):
         (), "in their place: folders that twinflow encode wrote", is_path=True
     )
     weights: tuple[float, ...] = option(
-        (), "each folder's share of the rows; none: by its records", above=0, below=float("inf")
+        (), "each folder's share of the rows; none: by its records", above=0
     )
     batch_size: int = option(256, "rows of a step", least=1)
     text_tokens: int = option(64, "that every caption is cut or padded to", least=1)
@@ -135,7 +135,9 @@ class Sample(keys.Part):
 
     section: ClassVar[str] = "sample"
 
-    steps: tuple[int, ...] = option((1, 2, 4), "evaluations of each block of pictures", least=1)
+    steps: tuple[int, ...] = option(
+        (1, 2, 4), "evaluations of each block of pictures", least=1, most=1000
+    )
     columns: int = option(8, "pictures of each class or prompt", least=1, most=100)
     prompts: tuple[str, ...] = option((), "what to draw from text; none: the data's captions")
     score_count: int = option(
@@ -180,12 +182,18 @@ class Run:
         Raises:
           UserError: a key that there is not, or values that no run can have; names the key.
         """
-        known = parts(fields)
-        for name in fields:
-            if name not in known and name != "pipeline":
-                raise UserError(f"no config section {name!r}; there are {', '.join(known)}")
-        made = {name: part.of(fields.get(name, {})) for name, part in known.items()}
-        return cls(**made, pipeline=PIPELINE.fit(fields.get("pipeline", "")))
+        known, made = parts(fields), {}
+        problems = [
+            f"no config section {name!r}; there are {', '.join(known)}"
+            for name in fields if name not in known and name != "pipeline"
+        ]
+        for name, part in known.items():
+            with noted(problems):
+                made[name] = part.of(fields.get(name, {}))
+        with noted(problems):
+            made["pipeline"] = PIPELINE.read("pipeline", fields.get("pipeline", ""))
+        tell(problems)
+        return cls(**made)
 
     @property
     def family(self) -> models.Family:
@@ -201,14 +209,16 @@ class Run:
 
     def __post_init__(self):
         train, rows = self.train, self.data.batch_size
-        self.bound_objective.counts(rows)  # refuses a batch too small for the roles
+        problems = []
+        with noted(problems):
+            self.bound_objective.counts(rows)  # refuses a batch too small for the roles
         if rows % train.micro_steps:
-            raise UserError(
+            problems.append(
                 f"train.micro_steps is {train.micro_steps}, which does not divide the batch of "
                 f"{rows}"
             )
         if self.objective.teacher_decay == 1 and not train.init_from:
-            raise UserError(
+            problems.append(
                 "objective.teacher_decay is 1, a frozen teacher, but it would be random weights: "
                 "set train.init_from to a trained run"
             )
@@ -217,23 +227,29 @@ class Run:
             train.condition_dropout or train.init_from
         )
         if self.objective.guidance and conditional and untrained:
-            raise UserError(
+            problems.append(
                 "objective.guidance compares with the empty condition, which nothing trains here: "
                 "set train.unconditional=permuted, train.condition_dropout=0.1, or train.init_from"
             )
+        tell(problems)
 
 
 def parts(fields: dict[str, Any]) -> dict[str, type[keys.Part]]:
     """The class of each part that nested fields describe, by section.
 
     Raises:
-      UserError: no such family of networks, or form of the objective.
+      UserError: no such family of networks, or form of the objective, or a section that is none.
     """
+    names = [field.name for field in dataclasses.fields(Run)[:-1]]
+    tell([
+        f"{name} is {fields[name]!r}; it takes a section, keys with values"
+        for name in names if not isinstance(fields.get(name, {}), dict)
+    ])
     of_run = {
         "model": models.config_of(fields.get("model", {}).get("name")),
         "objective": objectives.config_of(fields.get("objective", {}).get("form")),
     } | PARTS
-    return {field.name: of_run[field.name] for field in dataclasses.fields(Run)[:-1]}
+    return {name: of_run[name] for name in names}
 
 
 def keys_of(fields: dict[str, Any]) -> dict[str, keys.Key]:

@@ -40,7 +40,9 @@ class Settings(keys.Part):
     sample_shape: tuple[int, ...] = option(
         (), "of one sample, channels last; of text-to-image networks: latents", least=1
     )
-    num_classes: int = option(0, "that samples are conditioned on; 0 is none", least=0)
+    num_classes: int = option(
+        0, "that samples are conditioned on; 0 is none", least=0, most=10**6
+    )
 
 
 @dataclasses.dataclass(frozen=True)

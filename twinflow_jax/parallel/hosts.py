@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -39,7 +40,8 @@ def join(coordinator: str, processes: int, process: int) -> None:
     coordinator: "HOST:PORT" of process 0, or "auto" on a TPU pod, GKE or Slurm, where JAX finds
     everything out. A host that is silent for SILENCE seconds ends the others.
     Raises:
-      UserError: a number of a process that there is not, or nothing that `auto` can find out.
+      UserError: an address of another form, a number of a process that there is not, or nothing
+        that `auto` can find out.
       ConnectionError: the processes did not find each other; another try may.
     """
     given = {}
@@ -47,6 +49,11 @@ def join(coordinator: str, processes: int, process: int) -> None:
         given = {
             "coordinator_address": coordinator, "num_processes": processes, "process_id": process,
         }
+        found = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
+        if not found or not 0 < int(found[1]) < 2**16:
+            raise UserError(
+                f"--coordinator is {coordinator!r}; give HOST:PORT of process 0, or auto"
+            )
         if not 0 <= process < processes:
             raise UserError(f"--process is {process}; it lies from 0 to --processes less one")
     if os.environ.get("JAX_PLATFORMS") == "cpu":

@@ -1,13 +1,11 @@
 """What a config would cost on devices that nobody has yet: compiled, read, and priced."""
 
 import dataclasses
-import math
 import re
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from twinflow_jax import parallel, sampling
 from twinflow_jax.config import Run
@@ -17,6 +15,7 @@ from twinflow_jax.planning import cost, hlo
 from twinflow_jax.planning.collectives import collectives
 from twinflow_jax.planning.topology import Topology, devices, generation_of
 from twinflow_jax.training import flops, setup
+from twinflow_jax.training.setup import on_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +126,6 @@ def sample(run: Run, topology: Topology, steps: int, hlo_file=None) -> Plan:
 def impossible(run: Run, topology: Topology, why: str) -> Plan:
     """The plan of a run that the topology does not take."""
     return _base(run, topology, run.model.remat, refused=why)
-
-
-def on_device(tree) -> int:
-    """Bytes of abstract arrays on each device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _base(run: Run, topology: Topology, remat: str, **known) -> Plan:

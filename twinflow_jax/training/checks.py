@@ -1,15 +1,19 @@
 """What a run cannot be trained on or start from, refused before anything is written."""
 
 import dataclasses
+import os
+
+import jax
 
 from twinflow_jax import checkpoints, data
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.data.records import Records
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, few
 from twinflow_jax.models import names
 from twinflow_jax.models.family import TextToImage
 from twinflow_jax.models.settings import Settings
+from twinflow_jax.training.setup import Setup, on_device
 
 
 def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
@@ -48,6 +52,30 @@ def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
         )
 
 
+SMALLER = (
+    "`python -m twinflow_jax.plan` says what it takes; model.remat=full, "
+    "mesh.strategy=gather_layers, train.micro_steps, a smaller network or more devices help"
+)
+
+
+def check_memory(prepared: Setup) -> None:
+    """Refuses a run whose state and batch alone fill the devices: a CPU would hang instead.
+
+    Raises:
+      UserError: says what there is and what it takes.
+    """
+    needed = on_device((prepared.abstract_state(), prepared.abstract_batch()))
+    device = jax.local_devices()[0]
+    room = (device.memory_stats() or {}).get("bytes_limit")
+    if device.platform == "cpu":
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    if room and needed > room:
+        raise UserError(
+            f"training takes {needed / 1e9:.1f} GB on each device for its state and a batch alone, "
+            f"and {device.device_kind} has {room / 1e9:.1f} GB: {SMALLER}"
+        )
+
+
 def check_length(run: Run, workdir: str) -> None:
     """Refuses another number of steps than a run was started with, where that would change what
     it has done.
@@ -59,16 +87,16 @@ def check_length(run: Run, workdir: str) -> None:
     if not done:
         return
     steps, before = run.train.steps, checkpoints.read_run(workdir).train.steps
-    if steps < done[-1]:
-        raise UserError(
-            f"{workdir} has done {done[-1]} steps: train.steps is {steps}; give that many or more"
-        )
     if steps != before and run.optimizer.looks_ahead:
         raise UserError(
             f"{workdir} was started for {before} steps, at the end of which its rate comes to "
             f"optimizer.decay_to={run.optimizer.decay_to}: for {steps}, the steps that are done "
             f"would have had other rates. Give train.steps={before}, or start from its weights in "
             f"another --workdir (train.init_from={workdir})"
+        )
+    if steps < done[-1]:
+        raise UserError(
+            f"{workdir} has done {done[-1]} steps: train.steps is {steps}; give that many or more"
         )
 
 
@@ -83,11 +111,15 @@ def check_start(source: str, settings: Settings) -> None:
     other = checkpoints.open_weights(source)[0].model
     theirs, ours = (dataclasses.asdict(one) for one in (other, settings))
     free = {"remat", "dtype"}  # of computing, not of the weights
-    differing = [k for k in (theirs.keys() | ours) - free if theirs.get(k) != ours.get(k)]
+    differing = [
+        f"model.{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"
+        for k in sorted((theirs.keys() | ours) - free, key=lambda k: (k != "name", k))
+        if theirs.get(k) != ours.get(k)
+    ]
     if differing:
         raise UserError(
-            f"train.init_from {source} is another network: it differs in "
-            + ", ".join(f"model.{k} ({theirs.get(k)!r})" for k in sorted(differing))
+            f"train.init_from {source} is another network ({few(differing)}): choose another, or "
+            "give model its values"
         )
 
 

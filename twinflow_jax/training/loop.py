@@ -43,16 +43,17 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
 
     Raises:
       UserError: data or a start that does not go with the run, a workdir of another run, no room
-        to save, or a loss that became NaN (with its step and term).
+        to save or in memory, or a loss that became NaN (with its step and term).
       Interrupted: after SIGTERM or SIGINT, the state being saved.
     """
     clock = Clock()
     hosts.agree({"config": to_json(run).encode(), "code": hosts.code(PACKAGE)})
     prepared = setup.prepare(run)
+    checks.check_memory(prepared)
     source = inputs.open_data(run)
     shapes = inputs.shapes(source, run.model)
     checks.check_fit(run, source)
-    if not (pathlib.Path(workdir) / "checkpoints").exists():
+    if not os.path.exists(os.path.join(workdir, "checkpoints")):
         checks.check_start(run.train.init_from, run.model)
     try:
         with contextlib.ExitStack() as stack:
@@ -68,11 +69,16 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
             with clock.part("inputs"):
                 known = inputs.prepare(run, source, workdir)
             return loop(prepared, known, shapes, steps, saver, workdir, progress, clock)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"training does not fit the devices' memory: {checks.SMALLER}") from error
     except OSError as error:
-        advice = "make room there, then start" if files.is_full(error) else "start"
+        advice = "make room there" if files.is_full(error) else "put that right"
         raise UserError(
             f"{error.filename or workdir} cannot be read or written ({error.strerror or error}): "
-            f"{advice} the same command again; it goes on from the last complete checkpoint"
+            f"{advice}, then start the same command again; it goes on from the last complete "
+            "checkpoint. Where it never will be, choose another --workdir"
         ) from error
 
 
@@ -180,20 +186,11 @@ def compile_phases(
     if train.steps <= train.flow_matching_steps:
         ends["objective"] = 0
     options = flags.options(jax.devices()[0].device_kind) or None
-    try:
-        compiled = {
-            (phase, shape): interruptible(prepared.lower(phase, shape).compile, options)
-            for phase in prepared.phases for shape in shapes
-            if first < ends[phase] and (phase, shape) not in done
-        }
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            "a step does not fit the devices' memory: `python -m twinflow_jax.plan` says by how "
-            "much; model.remat=full, mesh.strategy=gather_layers, train.micro_steps or more "
-            "devices help"
-        ) from error
+    compiled = {
+        (phase, shape): interruptible(prepared.lower(phase, shape).compile, options)
+        for phase in prepared.phases for shape in shapes
+        if first < ends[phase] and (phase, shape) not in done
+    }
     if not compiled:
         return done
     if progress:

@@ -155,5 +155,13 @@ def check_tokens(model: models.Model, mesh: jax.sharding.Mesh, shape: tuple[int,
         )
 
 
+def on_device(tree) -> int:
+    """Bytes of abstract arrays on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def _placed(leaf, layout):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
