@@ -116,7 +116,7 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         (train, [*digits, *new, "--process", "one"], "--process: invalid int value: 'one'"),
         (train, digits, "arguments are required: --workdir"),
         (train, [*digits, "--workdir", "README.md/below"], "README.md takes no files; choose"),
-        (train, [*digits, "--workdir", "x" * 300], "name in it is too long"),
+        (train, [*digits, "--workdir", "x" * 300], "a name of over 255 bytes"),
         (train, [*digits, *new, "--process", "1"], "process 1 of 1: give --coordinator"),
         (train, [*digits, *new, "--coordinator", "foo", "--processes", "2"], "'foo'; give HOST:"),
         (train, [*digits, *new, "--coordinator", "foo:0"], "'foo:0'; give HOST:PORT"),
@@ -188,7 +188,7 @@ def test_a_signal_while_a_step_compiles(tmp_path, sent, said):
 # Sends itself a signal where Python swallows what a handler raises: in a finaliser, while a module
 # is imported or, for "", when nothing is.
 SWALLOWED = """
-import os, runpy, sys
+import os, runpy, sys, time
 from twinflow_jax.errors import run_verb
 wanted, number, *sys.argv = sys.argv[1:]
 class Gone:
@@ -201,6 +201,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 def main():
     Gone()
+    time.sleep(600)
 if wanted:
     runpy.run_module("twinflow_jax.train", run_name="__main__")
 else:
@@ -234,28 +235,6 @@ run_verb(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == status and done.stderr.splitlines()[-1] == last
-
-
-@pytest.mark.parametrize(
-    "sent, said", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
-)
-def test_a_signal_while_garbage_is_collected_is_not_lost(sent, said):
-    program = f"""
-import gc, signal, time
-from twinflow_jax.errors import run_verb
-def interrupt(phase, _):
-    gc.callbacks.remove(interrupt)
-    signal.raise_signal({sent:d})
-    for _ in range(100):  # the handler runs between two of these
-        pass
-def main():
-    gc.callbacks.append(interrupt)
-    gc.collect()
-    time.sleep(600)
-run_verb(main)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()) == (128 + sent, [said])
 
 
 # Verbs that touch a device at different moments; each says the same.

@@ -277,7 +277,7 @@ def test_folders_of_other_records_are_refused(tmp_path, monkeypatch, capsys, pho
     (["--size", "big"], "--size: 'big' is no size"),
     (["--buckets", "64,big"], "'big' is no size"),
     (["--process", "2", "--processes", "2"], "from 0 to --processes less one"),
-    (["--shard-size", "0"], "--shard-size is 0"),
+    (["--shard-size", "0"], "--shard-size: 0 is no whole number"),
     (["--batch", str(10**12)], "--batch: 1000000000000 is no whole number from 1 to"),
     (["--generate", "--count", "99"], "--count 99 of each of --shard-size 1024 prompts are more"),
     (["--prompts-only", "--size", "64"], "--prompts-only has no pictures"),

@@ -141,7 +141,7 @@ def test_bad_input_is_one_line(made, capsys):
         ({"--seeds": 10**12}, "at most 100,000 pictures: give fewer --seeds or a --count"),
         ({"--seeds": 60_000, "--count": 10**12}, "at most 100,000 pictures"),
         ({"--count": 1}, "at least 2 captions"),
-        ({"--steps": "0"}, "at least 1"),
+        ({"--steps": "0"}, "0 is no whole number"),
     ]
     for change, message in cases:
         assert call(evaluate, *arguments(made, **change)) == 2, change

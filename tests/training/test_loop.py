@@ -179,7 +179,7 @@ def test_what_does_not_fit_in_memory_says_what_helps(small_config, tmp_path, mon
         (["model.sample_shape=(28,28,1)"], r"images of \(8, 8, 1\)"),
         (["train.micro_steps=5"], "does not divide the batch of 32"),
         (["optimizer.name=sgd"], "give one of adamw, adam, radam"),
-        (["objective.order=-1"], "objective.order is -1; give 0 or more"),
+        (["objective.order=-1"], "objective.order is -1; give 1 or more"),
         (["objective.guidance=1.0"], "diverges"),
         (["objective.guidance=0.5"], "which nothing trains here"),
         (["objective.teacher_decay=1.0"], "random weights"),
