@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from twinflow_jax import keys, models, objectives, parallel, seeds
 from twinflow_jax.errors import UserError, noted, tell
 from twinflow_jax.keys import option
+from twinflow_jax.models.adapters import Adapter
 from twinflow_jax.models.settings import DTYPES, Settings
 from twinflow_jax.objectives.config import Shared
 
@@ -152,7 +153,7 @@ class Sample(keys.Part):
             raise UserError("sample.prompts has an empty one: leave it out")
 
 
-PARTS = {part.section: part for part in (Data, Optimizer, Mesh, Train, Sample)}
+PARTS = {part.section: part for part in (Adapter, Data, Optimizer, Mesh, Train, Sample)}
 PIPELINE = keys.Key(
     str, "", "for text: an imported checkpoint, or random for small networks", is_path=True
 )
@@ -173,6 +174,7 @@ class Run:
     mesh: Mesh
     train: Train
     sample: Sample
+    adapter: Adapter = Adapter()
     pipeline: str = ""
 
     @classmethod

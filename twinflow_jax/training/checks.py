@@ -100,16 +100,22 @@ def check_length(run: Run, workdir: str) -> None:
         )
 
 
-def check_start(source: str, settings: Settings) -> None:
-    """Refuses to start from what is no run, or from another network. source: `train.init_from`.
+def check_start(run: Run) -> None:
+    """Refuses to start from what is no run, or from another network.
 
     Raises:
       UserError: says what is missing or differs.
     """
+    source = run.train.init_from
     if not source or imported.is_imported(source):
         return
-    other = checkpoints.open_weights(source)[0].model
-    theirs, ours = (dataclasses.asdict(one) for one in (other, settings))
+    other = checkpoints.open_weights(source)[0]
+    if other.adapter.rank and other.adapter != run.adapter:
+        raise UserError(
+            f"train.init_from {source} has adapters of {other.adapter}, this run {run.adapter}: "
+            "give the section adapter its values, or start from what it was started from"
+        )
+    theirs, ours = (dataclasses.asdict(one.model) for one in (other, run))
     free = {"remat", "dtype"}  # of computing, not of the weights
     differing = [
         f"model.{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"

@@ -14,9 +14,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from twinflow_jax import checkpoints, data, files, parallel, seeds
-from twinflow_jax.checkpoints import imported, store
+from twinflow_jax.checkpoints import store
 from twinflow_jax.config import Run, to_json
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.models.adapters import is_adapter
 from twinflow_jax.parallel import flags, hosts
 from twinflow_jax.training import checks, inputs, setup, state
 from twinflow_jax.training.log import Log
@@ -54,7 +56,7 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
     shapes = inputs.shapes(source, run.model)
     checks.check_fit(run, source)
     if not os.path.exists(os.path.join(workdir, "checkpoints")):
-        checks.check_start(run.train.init_from, run.model)
+        checks.check_start(run)
     try:
         with contextlib.ExitStack() as stack:
             rows = inputs.digest(source)
@@ -221,21 +223,22 @@ def interruptible(function: Callable, *arguments):
 
 def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     """The state to go on from: the newest checkpoint, another run's weights, or fresh ones."""
-    restored = saver.restore(state.to_parts(prepared.abstract_state()))
-    if restored is not None:
-        return state.from_parts(restored, prepared.model.fixed)
+    abstract, fixed = prepared.abstract_state(), prepared.model.fixed
+    restored = saver.restore(state.to_parts(abstract))
+    if restored is not None and not abstract.on_base:
+        return state.from_parts(restored, fixed)
     train, model = prepared.run.train, prepared.model
-    source = train.init_from
-    if not source:
-        key = jax.random.fold_in(seeds.key(train.seed), 2**31 - 1)  # no step's key
-        return prepared.place(lambda: prepared.fresh(model.init(key)))
-    abstract = prepared.abstract_state().params
-    if imported.is_imported(source):
-        arrays = imported.open_imported(source).arrays("transformer")
-        params = store.load(arrays, abstract, f"{source}: transformer")
+    initial = lambda: model.init(seeds.initial(train.seed))
+    if train.init_from:
+        arrays, leaves = checkpoints.open_start(train.init_from), names.flatten(abstract.params)
+        fresh = [path for path in leaves if path not in arrays and is_adapter(path)]
+        made = jax.jit(lambda: {path: names.flatten(initial())[path] for path in fresh})()
+        there = names.unflatten({k: leaf for k, leaf in leaves.items() if k not in made})
+        loaded = store.load(arrays, there, f"{train.init_from}: transformer")
+        first = prepared.place(prepared.fresh, names.unflatten(names.flatten(loaded) | made))
     else:
-        params = checkpoints.load_weights(source, abstract=abstract)[2]
-    return prepared.place(prepared.fresh, params)
+        first = prepared.place(lambda: prepared.fresh(initial()))
+    return first if restored is None else state.from_parts(restored, fixed, first.params)
 
 
 class Stopper:
