@@ -1,4 +1,4 @@
-"""Runs that train adapters: the base stays, checkpoints hold the rest, and readers put it together."""
+"""Runs that train adapters: the base stays, and checkpoints hold the rest."""
 
 import jax
 import numpy as np
@@ -8,7 +8,6 @@ from twinflow_jax import checkpoints, models
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.models.adapters import is_adapter
-from twinflow_jax.objectives import preset
 from twinflow_jax.training import setup, state
 from twinflow_jax.training.loop import train
 
@@ -121,7 +120,6 @@ def test_a_gradient_is_that_of_the_network_it_stands_for(small_config):
             got = gradient[kernel.replace("kernel", name)]
             error = np.linalg.norm(got - wanted)
             assert error <= 1e-4 * np.linalg.norm(wanted), (kernel, name)
-    assert preset("released")
 
 
 @pytest.mark.parametrize("overrides, says", [
@@ -133,5 +131,5 @@ def test_other_adapters_do_not_go_on(small_config, tmp_path, overrides, says):
     with pytest.raises(UserError, match=says):
         train(small_config(*ADAPTED, *overrides), str(tmp_path / "run"), progress=False)
     other = small_config(*ADAPTED, *overrides, f"train.init_from={tmp_path / 'run'}")
-    with pytest.raises(UserError, match="has adapters of rank"):
+    with pytest.raises(UserError, match=says.split(" is")[0]):
         train(other, str(tmp_path / "other"), progress=False)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
@@ -173,7 +174,7 @@ def _with_base(run: Run, arrays: store.Arrays) -> store.Arrays:
         return arrays
     if run.train.init_from:
         return open_start(run.train.init_from) | arrays
-    params = names.flatten(models.build(run.model).init(seeds.initial(run.train.seed)))
+    params = names.flatten(jax.jit(models.build(run.model).init)(seeds.initial(run.train.seed)))
     return {path: ts.array(np.asarray(leaf)) for path, leaf in params.items()} | arrays
 
 

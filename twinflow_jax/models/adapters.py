@@ -75,12 +75,15 @@ def low_rank(
     shape, axes: of its kernel, whose first `contracted` axes are the last of x. stacked: whether
     the kernel has one more before them, of layers, and so has what is returned.
     """
-    rank = _chosen.get({}).get("/".join(module.path), 0) if module.is_initializing() else 0
-    if not rank and not module.has_variable("params", "lora_a"):
+    if module.is_initializing():
+        rank = _chosen.get({}).get("/".join(module.path), 0)
+    elif rank := module.has_variable("params", "lora_a"):
+        rank = module.get_variable("params", "lora_a").shape[-1]
+    if not rank:
         return None
     layers, shape, axes = shape[:stacked], shape[stacked:], axes[stacked:]
     into, out = math.prod(shape[:contracted]), math.prod(shape[contracted:])
-    normal = nn.initializers.normal(1 / max(rank, 1))
+    normal = nn.initializers.normal(1 / rank)
     none = (None,) * len(layers)
     a = module.param("lora_a", init_of(normal, *none, axes[0], None), (*layers, into, rank))
     b = module.param(
@@ -105,7 +108,7 @@ def names_of(table: NameTable, leaves: Collection[str]) -> dict[str, str]:
     where nothing publishes the network. leaves: paths of the parameters."""
     rules = {rule.path: rule.key for rule in table.rules if rule.layout in ("linear", "pointwise")}
     if not table.rules:
-        rules = {path: path + ".weight" for path in leaves}
+        rules = {path: path.removesuffix("/kernel") + ".weight" for path in leaves}
     return {
         path.removesuffix("/kernel"): key.removesuffix(".weight")
         for path, key in rules.items() if path.endswith("/kernel")

@@ -110,22 +110,24 @@ def check_start(run: Run) -> None:
     if not source or imported.is_imported(source):
         return
     other = checkpoints.open_weights(source)[0]
-    if other.adapter.rank and other.adapter != run.adapter:
-        raise UserError(
-            f"train.init_from {source} has adapters of {other.adapter}, this run {run.adapter}: "
-            "give the section adapter its values, or start from what it was started from"
-        )
-    theirs, ours = (dataclasses.asdict(one.model) for one in (other, run))
-    free = {"remat", "dtype"}  # of computing, not of the weights
+    sections = ("model", "adapter") if other.adapter.rank else ("model",)
+    theirs, ours = (
+        {
+            f"{section}.{key}": value for section in sections
+            for key, value in dataclasses.asdict(getattr(one, section)).items()
+        }
+        for one in (other, run)
+    )
+    free = {"model.remat", "model.dtype"}  # of computing, not of the weights
     differing = [
-        f"model.{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"
-        for k in sorted((theirs.keys() | ours) - free, key=lambda k: (k != "name", k))
+        f"{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"
+        for k in sorted((theirs.keys() | ours) - free, key=lambda k: (k != "model.name", k))
         if theirs.get(k) != ours.get(k)
     ]
     if differing:
         raise UserError(
             f"train.init_from {source} is another network ({few(differing)}): choose another, or "
-            "give model its values"
+            "give this one its values"
         )
 
 
