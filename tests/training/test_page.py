@@ -22,8 +22,8 @@ def folder(small_config, tmp_path):
     metrics = [{"step": i, "loss": 2.0 * i, "loss/rcgm": 1.0} for i in range(1, 1001)]
     metrics += [{"step": i, "samples/1_nfe/frechet": math.nan if i == 500 else 7.0}
                 for i in (500, 1000)]
-    speed = [{"step": i, "run_began": 0.0, "goodput": 0.1 * j, "images_per_second": 3.0,
-              "seconds_per_step": 2.0, "seconds": {"steps": 1.0, "saving": 4.0}}
+    speed = [{"step": i, "run_began": 0.0, "goodput": 0.1 * j, "useful_seconds": 60.0,
+              "images_per_second": 3.0, "seconds_per_step": 2.0, "seconds": {"steps": 1.0}}
              for j, i in enumerate((500, 700, 600, 700, 1000), 1)]
     for name, rows in (("metrics", metrics), ("speed", speed)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
