@@ -61,7 +61,8 @@ class Watch:
         began, useful = self._clock.began, 0.0
         for row in files.rows(self._file):
             began = min(began, row["run_began"])
-            useful = row["useful_seconds"] if row["step"] <= first else useful
+            if row["step"] <= first:
+                useful = row.get("useful_seconds", useful)  # older versions did not write it
         return began, useful
 
     def step(self, flops: float) -> None:
