@@ -24,10 +24,10 @@ IN_USE = "in_use"  # a file that is in a run's folder for as long as it is train
 # A run may go on with other values of these: they change what is reported and how the work is
 # shared, not what is learned (training.checks says which numbers of steps do not either).
 FREE = (
-    "train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep",
-    "sample.steps", "sample.columns", "sample.prompts", "sample.score_count", "mesh.data",
-    "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.strategy", "model.remat",
-    "train.micro_steps", "objective.merge_passes",
+    "train.steps", "train.log_every", "train.loggers", "train.sample_every",
+    "train.checkpoint_every", "train.keep", "sample.steps", "sample.columns", "sample.prompts",
+    "sample.score_count", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context",
+    "mesh.strategy", "model.remat", "train.micro_steps", "objective.merge_passes",
 )
 
 

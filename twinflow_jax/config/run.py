@@ -125,6 +125,10 @@ class Train(keys.Part):
         "", "a run or an imported checkpoint whose weights to start from", is_path=True
     )
     log_every: int = option(50, "steps between two lines of metrics.jsonl", least=1)
+    loggers: tuple[str, ...] = option(
+        ("tensorboard",), "what takes metrics and pictures beside metrics.jsonl and index.html",
+        choices=("tensorboard", "wandb"),
+    )
     sample_every: int = option(500, "steps between two sheets of samples", least=1)
     checkpoint_every: int = option(500, "steps between two checkpoints", least=1)
     keep: int = option(3, "checkpoints that stay", least=1)

@@ -20,7 +20,7 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.models.adapters import is_adapter
 from twinflow_jax.parallel import flags, hosts
-from twinflow_jax.training import checks, inputs, setup, state
+from twinflow_jax.training import checks, inputs, loggers, page, setup, state
 from twinflow_jax.training.log import Log
 from twinflow_jax.training.preview import Preview
 from twinflow_jax.training.watch import Clock, Watch
@@ -40,8 +40,8 @@ class Interrupted(Exception):
 def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
     """Trains, or goes on training, a run in `workdir`; returns its last state.
 
-    Everything about the run is in workdir: config.json, checkpoints/, samples/, metrics.jsonl
-    and tensorboard/. Killed and started again, it ends with the same bits.
+    Everything about the run is in workdir: config.json, checkpoints/, samples/, metrics.jsonl,
+    tensorboard/, and index.html to look at. Killed and started again, it ends with the same bits.
 
     Raises:
       UserError: data or a start that does not go with the run, a workdir of another run, no room
@@ -88,6 +88,7 @@ def claimed(run: Run, workdir: str, rows: str) -> contextlib.AbstractContextMana
     """The folder as this run's, unless it cannot be: then nothing in it is touched."""
     checkpoints.check_claim(workdir, run, rows)
     checks.check_length(run, workdir)
+    loggers.check(run)
     return checkpoints.claim(workdir, run, rows)
 
 
@@ -102,10 +103,11 @@ def loop(
             current = start(prepared, saver)
         first = int(current.step)
         preview = Preview(prepared, known, workdir)
-        log = stack.enter_context(Log(workdir, first))
+        log = stack.enter_context(Log(workdir, prepared.run, first))
         if hosts.told(preview.missing(first)):  # killed between a checkpoint and its pictures
             with clock.part("pictures"):
-                log.write_samples(first, preview.make(state.sampling_params(current), first))
+                log.write_samples(first, *preview.make(state.sampling_params(current), first))
+        page.write(workdir, prepared.run, known.names)
         if first >= train.steps:
             print(f"{workdir} is complete: step {first} of {train.steps}", flush=True)
             return current
@@ -144,6 +146,7 @@ def loop(
             stop = hosts.stop_requested(stopper.signal)  # later ones wait for the next step
             report = done % train.log_every == 0 or last
             keep = done % train.checkpoint_every == 0 or last or stop
+            draw = done % train.sample_every == 0 or last
             if report or keep or hosts.in_step():
                 log.add(*pending)  # a state with NaN is never saved
                 pending = None
@@ -152,11 +155,14 @@ def loop(
             if keep:
                 with clock.part("saving"):
                     saver.save(done, state.to_parts(current))
-            if done % train.sample_every == 0 or last:
+            if draw:
                 with clock.part("pictures"):
-                    scores = preview.make(state.sampling_params(current), done)
-                log.write_samples(done, scores)
+                    scores, sheet = preview.make(state.sampling_params(current), done)
+                log.write_samples(done, scores, sheet)
                 bar.write(preview.line(done, scores)) if progress else None
+            if keep or draw:
+                with clock.part("pictures"):
+                    page.write(workdir, prepared.run, known.names)
             if stop and not last:
                 saver.wait()
                 raise Interrupted(stop, done, saved=True)
