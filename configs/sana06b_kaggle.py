@@ -1,4 +1,17 @@
-"""SANA-0.6B, all parameters, at 512x512 on Kaggle's v5e-8."""
+"""SANA-0.6B, all parameters, at 512x512 on the TPU v5e-8 that Kaggle lends (docs/kaggle.md).
+
+    python -m twinflow_jax.train --config configs/sana06b_kaggle.py --workdir /kaggle/working/run \\
+        --config.pipeline=/kaggle/temp/base --config.train.init_from=/kaggle/temp/base \\
+        --config.data.records='("/kaggle/working/records",)'
+
+The variants are those of configs/sana06b_tpu.py; `tiny` runs on two CPU cores. The student is its own
+teacher, and moments are in bfloat16: that is what disk has room for. By `python -m twinflow_jax.plan
+--config configs/sana06b_kaggle.py --topology v5e:2x4`, not yet on Kaggle:
+  memory   3.4 of 15.75 GiB a chip: batch 128, every layer computed again (model.remat=full)
+  time     .41 to .48 s a step, right to 30-50 %: 30,000 steps in 3.4 to 4 hours, so that one
+           session of 9 hours is enough, and a fifth of a week's 20
+  disk     7.2 GB a checkpoint, of which one stays and another is written: 14.4 of 20 GB
+"""
 
 import pathlib
 
