@@ -4,9 +4,9 @@
         --config.pipeline=/kaggle/temp/base --config.train.init_from=/kaggle/temp/base \\
         --config.data.records='("/kaggle/working/records",)'
 
-The variants are those of configs/sana06b_tpu.py; `tiny` runs on two CPU cores. The student is its own
-teacher, and moments are in bfloat16: that is what disk has room for. By `python -m twinflow_jax.plan
---config configs/sana06b_kaggle.py --topology v5e:2x4`, not yet on Kaggle:
+The variants are those of configs/sana06b_tpu.py; `tiny` runs on two CPU cores. The student is its
+own teacher, and moments are in bfloat16: that is what the disk has room for. By
+`python -m twinflow_jax.plan --config configs/sana06b_kaggle.py --topology v5e:2x4`, not yet there:
   memory   3.4 of 15.75 GiB a chip: batch 128, every layer computed again (model.remat=full)
   time     .41 to .48 s a step, right to 30-50 %: 30,000 steps in 3.4 to 4 hours, so that one
            session of 9 hours is enough, and a fifth of a week's 20
