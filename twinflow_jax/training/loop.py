@@ -13,7 +13,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, data, files, parallel, seeds
+from twinflow_jax import checkpoints, data, files, parallel
 from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.config import Run, to_json
 from twinflow_jax.errors import UserError
@@ -181,15 +181,11 @@ def compile_phases(
 
     done: those that already are, by (phase, shape).
     """
-    begin, train = time.perf_counter(), prepared.run.train
-    ends = {"flow_matching": train.flow_matching_steps, "objective": train.steps}
-    if train.steps <= train.flow_matching_steps:
-        ends["objective"] = 0
+    begin = time.perf_counter()
     options = flags.options(jax.devices()[0].device_kind) or None
     compiled = {
-        (phase, shape): interruptible(prepared.lower(phase, shape).compile, options)
-        for phase in prepared.phases for shape in shapes
-        if first < ends[phase] and (phase, shape) not in done
+        kind: interruptible(prepared.lower(*kind).compile, options)
+        for kind in prepared.ahead(shapes, first) if kind not in done
     }
     if not compiled:
         return done
@@ -224,18 +220,16 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     restored = saver.restore(state.to_parts(prepared.abstract_state()))
     if restored is not None:
         return state.from_parts(restored, prepared.model.fixed)
-    train, model = prepared.run.train, prepared.model
-    source = train.init_from
+    source = prepared.run.train.init_from
     if not source:
-        key = jax.random.fold_in(seeds.key(train.seed), 2**31 - 1)  # no step's key
-        return prepared.place(lambda: prepared.fresh(model.init(key)))
+        return prepared.initial()()
     abstract = prepared.abstract_state().params
     if imported.is_imported(source):
         arrays = imported.open_imported(source).arrays("transformer")
         params = store.load(arrays, abstract, f"{source}: transformer")
     else:
         params = checkpoints.load_weights(source, abstract=abstract)[2]
-    return prepared.place(prepared.fresh, params)
+    return prepared.placing(prepared.fresh)(params)
 
 
 class Stopper:

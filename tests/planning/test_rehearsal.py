@@ -1,0 +1,102 @@
+"""A rehearsal names every program that the verbs then compile; with libtpu, it compiles them."""
+
+import logging
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests.test_verbs import call
+from twinflow_jax import config as configs
+from twinflow_jax import sample
+from twinflow_jax.checkpoints.random import write_random
+from twinflow_jax.planning import rehearsal
+from twinflow_jax.planning.topology import GIB
+from twinflow_jax.training.loop import train
+
+TINY = "configs/qwen20b_tpu.py:tiny"
+FEW = (
+    "train.steps=2", "train.flow_matching_steps=1", "train.sample_every=2", "sample.columns=1",
+    "sample.steps=(1,2)", "model.remat=none", "train.checkpoint_every=2",
+)
+# Of JAX's own, one operation each: keys, noise of previews, scalars.
+OPERATIONS = {
+    "_normal", "_threefry_fold_in", "_threefry_seed", "_threefry_split", "broadcast_in_dim",
+    "convert_element_type", "stage", "unstack",
+}
+
+
+@pytest.fixture
+def lowered(caplog):
+    """What is compiled while a function runs, by name and shapes, without single operations."""
+    logger = "jax._src.interpreters.pxla"
+    caplog.set_level(logging.DEBUG, logger)
+
+    def during(function, *arguments, **options) -> set[str]:
+        caplog.clear()
+        function(*arguments, **options)
+        found = (record.getMessage() for record in caplog.records if record.name == logger)
+        found = (re.match(r"Compiling jit\((.*?)\) .*types (.*)\. Arg", line) for line in found)
+        return {match[0] for match in found if match and match[1] not in OPERATIONS}
+
+    return during
+
+
+def rehearse(run, verb: str) -> None:
+    for programs in rehearsal.programs(run, jax.devices(), rehearsal.shapes(run), (verb,)):
+        for one in programs:
+            one.lower()
+
+
+def test_nothing_compiles_that_was_not_rehearsed(lowered, tmp_path):
+    pipeline, folder = tmp_path / "pipeline", tmp_path / "run"
+    write_random("qwen_image", pipeline, 0)
+    run = configs.parse(TINY, [*FEW, f"pipeline={pipeline}"])
+
+    def twice():  # the second time restored, with pictures that a kill left out
+        train(run, str(folder), progress=False)
+        (folder / "samples/step_000002.png").unlink()
+        train(run, str(folder), progress=False)
+
+    found = lowered(twice)
+    assert {"step", "sample", "embed_by_name"} <= {re.search(r"\((.*?)\)", one)[1] for one in found}
+    assert found - lowered(rehearse, run, "train") == set()
+
+    def draw():
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("\n".join(run.sample.prompts))
+        for steps in "1", "2":
+            assert call(
+                sample, "--checkpoint", str(folder), "--out", str(tmp_path / steps),
+                "--prompts", str(prompts), "--steps", steps,
+            ) == 0
+
+    found = lowered(draw)
+    assert len(found) >= 4 and found - lowered(rehearse, run, "sample") == set()
+
+
+def test_what_lies_beside_a_program_counts():
+    def row(peak: float, beside: float, refused: str = "") -> rehearsal.Row:
+        program = rehearsal.Program("train", "a step", lambda: None, int(beside * GIB), "a lever")
+        return rehearsal.Row(program, int(peak * GIB), GIB // 4, 0.5, 60, refused)
+
+    [first, second], fit = rehearsal.table([row(10, 5), row(8, 1)], 16 * GIB)
+    assert fit and first.split()[-5:] == ["10.00", "5.00", "0.50", "0.500", "60"]
+    assert second.split()[-3] == "6.50"  # the code of both is there
+    lines, fit = rehearsal.table([row(10, 5.75), row(0, 0, "needs 20G of 16G")], 16 * GIB)
+    assert not fit and "0.25 GiB too much beside what stays; what would help: a lever" in lines[0]
+    assert "needs 20G of 16G; what would help: a lever" in lines[1]
+
+
+@pytest.mark.tpu
+def test_a_rehearsal_of_the_small_networks():
+    command = [
+        sys.executable, "-m", "twinflow_jax.rehearse", "--config", TINY, "--topology", "v5e:2x4",
+        "--verbs", "train",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for program in "objective step", "first state", "text encoding", "pictures 1 NFE", "decoding":
+        assert program in done.stdout
