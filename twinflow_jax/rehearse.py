@@ -4,9 +4,9 @@
 
 All that train, sample, encode and evaluate would compile there is compiled by the TPU's own
 compiler (`pip install -e ".[pod]"`, no TPU and no weights needed; minutes each): what it takes,
-what lies beside it then, and what is left. Where the config's pipeline and records are here,
-their networks, tokenizers and sizes count; otherwise its family's published networks with small
-tokenizers, and the network's own size. The exit status is 1 where something does not fit.
+what lies beside it then, and the most of each verb. Where the config's pipeline and records are
+here, their networks, tokenizers and sizes count; otherwise its family's published networks with
+small tokenizers, and the network's own size. The exit status is 1 where something does not fit.
 """
 
 import argparse
@@ -32,8 +32,12 @@ def main() -> int:
     print(f"{where.name}, {room / topology.GIB:.2f} GiB per device\n{rehearsal.HEADER}", flush=True)
     fit = True
     for programs in rehearsal.programs(run, devices, rehearsal.shapes(run), verbs):
-        lines, fits = rehearsal.table(rehearsal.compiled(programs, devices), room)
-        print("\n".join(lines), flush=True)
+        rows = []
+        for row in rehearsal.compiled(programs, devices):
+            print(rehearsal.line(row), flush=True)
+            rows.append(row)
+        said, fits = rehearsal.peak(rows, room)
+        print(said, flush=True)
         fit = fit and fits
     return 0 if fit else 1
 

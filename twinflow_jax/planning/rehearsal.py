@@ -7,7 +7,6 @@ to be compiled, and zeros come back. So there is no second list of programs.
 import contextlib
 import dataclasses
 import functools
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from twinflow_jax import data, evaluation, models, parallel
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.drawing import Embeddings, Pipeline, codec, denoising, text
 from twinflow_jax.encoding.encode import batch_of
+from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import captioned, features, held_out
 from twinflow_jax.evaluation.classifier import Classifier
 from twinflow_jax.models import attention, efficientnet
@@ -267,14 +266,14 @@ def _sampling(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
     )
     count, rows = len(prompts), parallel.row_parts(pipeline.mesh())
     for shape in shapes:
-        if real := pipeline.checkpoint.real:
-            own = dataclasses.replace(pipeline, checkpoint=real)
-            schedule = denoising.schedule(own, family.base_steps, shape)
-        else:
-            schedule = schedules.static_shift(family.base_steps)
-        base = denoising.base(pipeline, schedule, family.base_guidance)
         ways = [(denoising.FewStep(few_step(n)), cond[0], None) for n in run.sample.steps]
-        ways.append((base, cond[1][:count], cond[1][count:]))
+        with contextlib.suppress(UserError):  # a checkpoint without a scheduler
+            schedule = schedules.static_shift(family.base_steps)
+            if real := pipeline.checkpoint.real:
+                own = dataclasses.replace(pipeline, checkpoint=real)
+                schedule = denoising.schedule(own, family.base_steps, shape)
+            base = denoising.base(pipeline, schedule, family.base_guidance)
+            ways.append((base, cond[1][:count], cond[1][count:]))
         for sampler, given, null in ways:
             _draw(pipeline, sampler, given, shape, rows, null)
         list(codec.decode(pipeline, np.zeros((1, *shape), np.float32)))
@@ -336,45 +335,45 @@ VERBS = ("train", *PLAYS)
 
 
 HEADER = (
-    f"{'verb':<9} {'program':<40}{'GiB':>8}{'beside':>8}{'left':>8}{'seconds':>9}"
-    f"{'compiled in':>13}"
+    f"{'verb':<9} {'program':<40}{'GiB':>8}{'beside':>8}{'seconds':>9}{'compiled in':>13}"
 )
 
 
-def compiled(programs: Sequence[Program], devices: list) -> list[Row]:
+def compiled(programs: Sequence[Program], devices: list) -> Iterator[Row]:
     """What the compiler says of each."""
-    rows = []
-    for one in tqdm(programs, unit="program", leave=False, disable=not sys.stderr.isatty()):
+    for one in programs:
         made, seconds = plan.attempt(one.lower, one.options, f"{one.verb}: {one.name}")
         if isinstance(made, str):
-            rows.append(Row(one, 0, 0, 0.0, seconds, made))
+            yield Row(one, 0, 0, 0.0, seconds, made)
             continue
         memory = made.memory_analysis()
         predicted = cost.predict(hlo.parse(made.as_text()), devices).overlapped
-        rows.append(Row(
-            one, memory.peak_memory_in_bytes, memory.generated_code_size_in_bytes, predicted,
-            seconds,
-        ))
-    return rows
+        peak, code = memory.peak_memory_in_bytes, memory.generated_code_size_in_bytes
+        yield Row(one, peak, code, predicted, seconds)
 
 
-def table(rows: Sequence[Row], room: int) -> tuple[list[str], bool]:
-    """A verb's programs as lines, and whether all fit: each has its own peak, what lies beside it,
-    and the code of them all. room: bytes of a device."""
-    code = sum(row.code for row in rows)
-    lines, fit = [], True
-    for row in rows:
-        one = row.program
-        left = room - row.peak - one.beside - code
-        start = f"{one.verb:<9} {one.name:<40}"
-        took = f"{row.compile_seconds:>13.0f}"
-        if row.refused or left < 0:
-            why = row.refused or f"{-left / GIB:.2f} GiB too much beside what stays"
-            lines.append(f"{start} {why}; what would help: {one.lever}")
-            fit = False
-            continue
-        lines.append(
-            f"{start}{row.peak / GIB:>8.2f}{one.beside / GIB:>8.2f}{left / GIB:>8.2f}"
-            f"{row.seconds:>9.3f}{took}"
-        )
-    return lines, fit
+def line(row: Row) -> str:
+    """One program, under HEADER."""
+    one = row.program
+    start = f"{one.verb:<9} {one.name:<40}"
+    if row.refused:
+        return f"{start}  {row.refused}; what would help: {one.lever}"
+    return (
+        f"{start}{row.peak / GIB:>8.2f}{one.beside / GIB:>8.2f}{row.seconds:>9.3f}"
+        f"{row.compile_seconds:>13.0f}"
+    )
+
+
+def peak(rows: Sequence[Row], room: int) -> tuple[str, bool]:
+    """Where a verb takes most, the code of all its programs being there, and whether it fits in
+    all. room: bytes of a device."""
+    code, need = sum(row.code for row in rows), lambda row: row.peak + row.program.beside
+    most = max(rows, key=need)
+    taken, one = need(most) + code, most.program
+    said = (
+        f"{one.verb:<9} takes most in {one.name}: {taken / GIB:.2f} of {room / GIB:.2f} GiB, with "
+        f"what lies beside it and {code / GIB:.2f} of code"
+    )
+    if taken > room:
+        said += f"; what would help: {one.lever}"
+    return said, taken <= room and not any(row.refused for row in rows)
