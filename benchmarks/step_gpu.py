@@ -119,7 +119,7 @@ def jax_step(config):
 
     prepared = setup.prepare(config)
     step = prepared.lower("objective").compile()
-    state = [prepared.place(lambda: prepared.fresh(prepared.model.init(jax.random.key(0))))]
+    state = [prepared.initial()()]
     batch = jax.device_put(random_batch(prepared))
 
     def run() -> None:
@@ -365,7 +365,7 @@ def compare(model: str) -> None:
     params = converted(model, prepared, velocity)
     batch = random_batch(prepared)
     ours = prepared.lower("objective").compile()
-    state = prepared.place(prepared.fresh, params)
+    state = prepared.placing(prepared.fresh)(params)
     theirs = torch_train(model, config, velocity, "cpu", autocast=False)
     x, text = images(model, batch["x"]), lambda a: torch.tensor(np.array(a, np.float32))
     null = np.broadcast_to(batch["null"]["tokens"], batch["cond"]["tokens"].shape)

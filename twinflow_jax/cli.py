@@ -10,6 +10,7 @@ VERBS = {
     "sample": "draw pictures, by class or from prompts",
     "evaluate": "score runs",
     "plan": "what training would take on TPUs that are not here",
+    "rehearse": "whether everything that a run compiles fits there",
     "convert": "published checkpoints in and out",
     "encode": "pictures and captions to training records",
     "features": "the weights that evaluation sees with, as safetensors",

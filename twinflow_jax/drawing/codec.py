@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -40,7 +39,7 @@ def encoder(pipeline: Pipeline) -> Iterator[Callable[[HostImages, int], HostLate
 
         def run(images, batch: int):
             rows = images[np.arange(batch) % len(images)]  # what is missing repeats
-            rows = jax.device_put(rows, parallel.over_devices(mesh, batch))
+            rows = pipeline.put(rows, parallel.over_devices(mesh, batch))
             latents = pipeline.run("encoding", None, function, params, rows)
             return np.asarray(latents)[: len(images)]
 
@@ -56,7 +55,7 @@ def decode(
         function, whole = _method(pipeline, "decode"), parallel.replicated(pipeline.mesh())
 
         def run(x):
-            x = pipeline.run(stage, None, function, params, jax.device_put(x, whole))
+            x = pipeline.run(stage, None, function, params, pipeline.put(x, whole))
             return np.asarray(x.astype(jnp.float32))
 
         size, overlap = tile // config.downscale, OVERLAP // config.downscale

@@ -82,7 +82,7 @@ def denoise(
             return sampler(apply, params, noise, cond, null, keys)
 
         def draw(rows, noise, keys):
-            inputs = jax.device_put((noise, cond.rows(owners[rows]), empty, keys), over)
+            inputs = pipeline.put((noise, cond.rows(owners[rows]), empty, keys), over)
             return pipeline.run(stage, sampler, run, params, *inputs)
 
         bar = tqdm(total=len(owners), unit="image", desc=stage, disable=not pipeline.progress)

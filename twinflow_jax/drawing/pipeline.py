@@ -97,7 +97,10 @@ class Pipeline:
         kept = {} if self._kept is None else self._kept
         if name not in kept:
             with self.clock.measure(stage, "load"):
-                kept[name] = jax.block_until_ready(self._load(name))
+                weights = store.load(
+                    self.arrays(name), self.abstract(name), name, self.progress
+                )
+                kept[name] = jax.block_until_ready(weights)
         try:
             yield self.config(name), kept[name]
         finally:
@@ -113,7 +116,8 @@ class Pipeline:
         finally:
             _free(kept)
 
-    def _load(self, name: str):
+    def abstract(self, name: str):
+        """The shapes, dtypes and layouts of a network's loaded weights."""
         config, network = self.config(name), self.checkpoint.network(name)
         abstract, axes = network.abstract(config)
         if name == "transformer" and self.adapter.rank:
@@ -121,11 +125,17 @@ class Pipeline:
             abstract, axes = model.abstract_params(), model.axes()
         layouts = parallel.shardings(self.mesh(), abstract, axes)
         dtype = jnp.dtype(self.dtype)
-        abstract = jax.tree.map(
+        return jax.tree.map(
             lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=layout),
             abstract, layouts,
         )
-        return store.load(self.arrays(name), abstract, name, self.progress)
+
+    def devices(self) -> list:
+        return jax.local_devices()
+
+    def put(self, tree, layout: jax.sharding.Sharding):
+        """Host arrays on this pipeline's devices."""
+        return jax.device_put(tree, layout)
 
     def run(self, stage: str, key: Hashable, function: Callable, *arguments):
         """`function(*arguments)` as a compiled program, which is kept for this key and these
@@ -143,7 +153,7 @@ class Pipeline:
 
     def mesh(self) -> jax.sharding.Mesh:
         """This process's own devices: beside others, each draws and encodes for itself."""
-        devices, heads = jax.local_devices(), self.config("transformer").heads
+        devices, heads = self.devices(), self.config("transformer").heads
         tensor = next(n for n in (8, 4, 2, 1) if len(devices) % n == 0 and heads % n == 0)
         return parallel.make_mesh(parallel.MeshConfig(tensor=tensor), devices)
 

@@ -18,6 +18,7 @@ from twinflow_jax.evaluation import features, metrics, projections
 
 DIMENSIONS = 64  # of features in Frechet distances: the covariance of 1,000 samples has full rank
 SMALL = 32  # pixels a side of the copies that nearest pictures are looked for in
+shrink = jax.jit(features.scaled, static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +33,6 @@ class Pictures:
         cls, network: Callable, batches: Iterable[Float[np.ndarray, "_ H W 3"]]
     ) -> "Pictures":
         """Of batches of pictures in [-1, 1]. network: features.Network, or what stands for it."""
-        shrink = jax.jit(features.scaled, static_argnums=1)
         parts = [(network(x), np.asarray(shrink(x, SMALL))) for x in batches]
         return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 

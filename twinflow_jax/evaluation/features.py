@@ -36,7 +36,8 @@ class Network:
     digest: bytes
 
     @functools.cached_property
-    def _apply(self):
+    def program(self):
+        """Jitted: (params, images) -> features."""
         network = efficientnet.EfficientNet()
         return jax.jit(lambda params, x: network.apply({"params": params}, scaled(x, SIDE)))
 
@@ -45,7 +46,7 @@ class Network:
         parts = []
         for start in range(0, len(x), BATCH):
             rows = np.arange(start, start + BATCH) % len(x)  # the last batch wraps: one shape
-            parts.append(np.asarray(self._apply(self.params, np.asarray(x[rows], np.float32))))
+            parts.append(np.asarray(self.program(self.params, np.asarray(x[rows], np.float32))))
         return np.concatenate(parts)[: len(x)].astype(np.float64)
 
     def remembered(self, x: HostImages) -> Features:

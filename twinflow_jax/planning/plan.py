@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -144,17 +145,13 @@ def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
         analytic={"matmul": work.matmul / count, "attention": work.attention / count},
         forwards=(work.matmul + work.attention) / (base.rows * (one.matmul + one.attention)),
     )
-    begin = time.perf_counter()
-    try:
-        compiled = lower().compile(compiler_options=options or None)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"{base.topology}: the compiler refused: {reason(error)}") from error
-        return dataclasses.replace(
-            plan, refused=_exceeded(str(error), plan),
-            compile_seconds=time.perf_counter() - begin,
-        )
-    seconds, text = time.perf_counter() - begin, compiled.as_text()
+    compiled, seconds = attempt(lower, options, base.topology)
+    if isinstance(compiled, str):
+        held = sum(parts.values()) if parts.get("optimizer") else 0
+        helps = levers(base.strategy, base.remat, held / plan.hbm_bytes, bool(held))
+        why = f"{compiled}; what would help: {helps}"
+        return dataclasses.replace(plan, refused=why, compile_seconds=seconds)
+    text = compiled.as_text()
     if hlo_file:
         hlo_file.write_text(text)
     memory, program = compiled.memory_analysis(), hlo.parse(text)
@@ -190,21 +187,38 @@ def _collectives(program: hlo.Program) -> dict[str, dict[str, float]]:
     return found
 
 
-def _exceeded(message: str, base: Plan) -> str:
-    """By how much, and what would help."""
-    number = r"([\d.]+\w)"
-    used = re.search(f"Used {number} of {number} hbm. Exceeded hbm capacity by {number}", message)
-    how = f"needs {used[1]} of {used[2]}, {used[3]} too much" if used else "does not fit"
-    levers = []
-    if base.strategy == "gather_once":
-        levers.append("mesh.strategy=gather_layers")
-    if base.parts.get("optimizer"):  # of training
-        if base.remat not in ("full", "offload"):
-            levers.append("model.remat=full")
-        elif base.remat == "full":
-            levers.append("model.remat=offload")
-        if sum(base.parts.values()) > base.hbm_bytes / 2:  # of what stays between steps
-            levers.append("optimizer.moments=bfloat16, train.weights=bfloat16, no averages")
-        levers.append("train.micro_steps")
-    levers += ["fewer rows", "more chips"]
-    return f"{how}; what would help: {', '.join(levers)}"
+def attempt(
+    lower: Callable[[], jax.stages.Lowered], options: dict[str, str], where: str
+) -> tuple[jax.stages.Compiled | str, float]:
+    """A program compiled, or by how much it exceeds the memory; and the seconds that took.
+
+    where: of errors. Raises UserError where the compiler refuses it for another reason.
+    """
+    begin = time.perf_counter()
+    try:
+        compiled = lower().compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise UserError(f"{where}: the compiler refused: {reason(error)}") from error
+        number = r"([\d.]+\w)"
+        says = f"Used {number} of {number} hbm. Exceeded hbm capacity by {number}"
+        used = re.search(says, str(error))
+        compiled = f"needs {used[1]} of {used[2]}, {used[3]} too much" if used else "does not fit"
+    return compiled, time.perf_counter() - begin
+
+
+def levers(strategy: str, remat: str, stays: float, trains: bool = True) -> str:
+    """What lets a program with less memory do. stays: share of the memory that is taken between
+    steps; trains: whether it is a step."""
+    found = []
+    if strategy == "gather_once":
+        found.append("mesh.strategy=gather_layers")
+    if trains:
+        if remat not in ("full", "offload"):
+            found.append("model.remat=full")
+        elif remat == "full":
+            found.append("model.remat=offload")
+        if stays > 0.5:
+            found.append("optimizer.moments=bfloat16, train.weights=bfloat16, no averages")
+        found.append("train.micro_steps")
+    return ", ".join([*found, "fewer rows", "more chips"])

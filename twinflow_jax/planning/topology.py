@@ -175,8 +175,8 @@ def devices(topology: Topology) -> list:
         options["num_slices"] = topology.slices
     if topology.generation.name == "v4":
         options["chip_config_name"] = "megacore"  # otherwise two devices per chip
-    if topology.shape[0] == 1:
-        options["chips_per_host_bounds"] = [1, 1, 1]  # the default host has 2x2 chips
+    if topology.shape[0] == 1 or topology.shape == (2, 4):  # one host, which has 2x2 otherwise
+        options["chips_per_host_bounds"] = [*topology.shape, 1][:3]
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.slice_name, **options)

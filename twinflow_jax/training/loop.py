@@ -189,15 +189,11 @@ def compile_phases(
 
     done: those that already are, by (phase, shape).
     """
-    begin, train = time.perf_counter(), prepared.run.train
-    ends = {"flow_matching": train.flow_matching_steps, "objective": train.steps}
-    if train.steps <= train.flow_matching_steps:
-        ends["objective"] = 0
+    begin = time.perf_counter()
     options = flags.options(jax.devices()[0].device_kind) or None
     compiled = {
-        (phase, shape): interruptible(prepared.lower(phase, shape).compile, options)
-        for phase in prepared.phases for shape in shapes
-        if first < ends[phase] and (phase, shape) not in done
+        kind: interruptible(prepared.lower(*kind).compile, options)
+        for kind in prepared.ahead(shapes, first) if kind not in done
     }
     if not compiled:
         return done
@@ -235,16 +231,17 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     if restored is not None and not abstract.on_base:
         return state.from_parts(restored, fixed)
     train, model = prepared.run.train, prepared.model
-    initial = lambda: model.init(seeds.initial(train.seed))
     if train.init_from:
         arrays, leaves = checkpoints.open_start(train.init_from), names.flatten(abstract.params)
         fresh = [path for path in leaves if path not in arrays and is_adapter(path)]
-        made = jax.jit(lambda: {path: names.flatten(initial())[path] for path in fresh})()
+        initial = lambda: names.flatten(model.init(seeds.initial(train.seed)))
+        made = jax.jit(lambda: {path: initial()[path] for path in fresh})()
         there = names.unflatten({k: leaf for k, leaf in leaves.items() if k not in made})
         loaded = store.load(arrays, there, f"{train.init_from}: transformer")
-        first = prepared.place(prepared.fresh, names.unflatten(names.flatten(loaded) | made))
+        whole = names.unflatten(names.flatten(loaded) | made)
+        first = prepared.placing(prepared.fresh)(whole)
     else:
-        first = prepared.place(lambda: prepared.fresh(initial()))
+        first = prepared.initial()()
     return first if restored is None else state.from_parts(restored, fixed, first.params)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from twinflow_jax import images, parallel, seeds
 from twinflow_jax.evaluation import sample_labels
 from twinflow_jax.parallel import hosts
-from twinflow_jax.sampling import few_step, sample
+from twinflow_jax.sampling import Grid, few_step, sample
 from twinflow_jax.training.inputs import Inputs, take
 from twinflow_jax.training.setup import Setup
 
@@ -23,15 +23,15 @@ class Preview:
     def __init__(self, prepared: Setup, inputs: Inputs, workdir: str):
         run, self._strategy = prepared.run, prepared.strategy
         self._inputs, self._folder = inputs, epath.Path(workdir) / "samples"
-        self._grids = [few_step(steps) for steps in run.sample.steps]
+        self.grids = [few_step(steps) for steps in run.sample.steps]
         self._every, self._last = run.train.sample_every, run.train.steps
         self._columns, self._rows = run.sample.columns, len(inputs.names)
         scored = run.sample.score_count if inputs.judge else 0
         self._count = max(scored, self._columns * self._rows)
         self._labels = sample_labels(self._count, self._rows)
         noise_key, self._key = jax.random.split(seeds.key(run.train.seed))
-        shape = inputs.model.sample_shape
-        self._noise = np.asarray(jax.random.normal(noise_key, (self._count, *shape)))
+        self.shape = self._count, *inputs.model.sample_shape
+        self._noise = np.asarray(jax.random.normal(noise_key, self.shape))
 
     def missing(self, step: int) -> bool:
         """Whether pictures were due at this step and are not there."""
@@ -53,7 +53,7 @@ class Preview:
             [np.flatnonzero(self._labels == row)[: self._columns] for row in range(self._rows)]
         )
         noise, cond = hosts.put((self._noise, take(self._inputs.shown, self._labels)), over)
-        for grid in self._grids:
+        for grid in self.grids:
             with self._strategy.applied():
                 x = sample(self._inputs.model.apply, params, noise, cond, grid, self._key)
             x = multihost_utils.process_allgather(x, tiled=True)  # whole on every process
@@ -68,6 +68,17 @@ class Preview:
         sheet = images.sheet(blocks, self._columns, title=f"step {step}")
         images.save(self._file(step), sheet, {"rows": "\n".join(self._inputs.names)})
         return scores, sheet
+
+    def lower(self, grid: Grid, params, **options) -> jax.stages.Lowered:
+        """What `make` draws with along one of `grids`. params: abstract."""
+        over = parallel.over_rows(self._strategy.mesh, self._count)
+        noise, cond = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=over),
+            (self._noise, take(self._inputs.shown, self._labels)),
+        )
+        apply = self._inputs.model.apply
+        with self._strategy.applied():
+            return sample.trace(apply, params, noise, cond, grid, self._key).lower(**options)
 
     def line(self, step: int, scores: dict[int, dict[str, float]]) -> str:
         """Where the pictures are, and the scores, in one line."""

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from twinflow_jax import models, objectives, parallel
+from twinflow_jax import models, objectives, parallel, seeds
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import flops, optimizers, state, step
@@ -28,9 +28,24 @@ class Setup:
     learned: dict[str, objectives.Objective]
     phases: dict[str, Any]
 
-    def place(self, make, *arguments):
-        """`make(*arguments)`, a state, with every part where it belongs."""
-        return jax.jit(make, out_shardings=self.layouts)(*arguments)
+    def placing(self, make):
+        """`make`, jitted, whose state has every part where it belongs."""
+        return jax.jit(make, out_shardings=self.layouts)
+
+    def initial(self):
+        """Jitted: the state of step 0 with weights drawn anew."""
+        key = seeds.initial(self.run.train.seed)
+        return self.placing(lambda: self.fresh(self.model.init(key)))
+
+    def ahead(
+        self, shapes: Sequence[tuple[int, ...]], first: int = 0
+    ) -> list[tuple[str, tuple[int, ...]]]:
+        """The phases that have steps from `first` on, with each shape of samples."""
+        train = self.run.train
+        ends = {"flow_matching": train.flow_matching_steps, "objective": train.steps}
+        if train.steps <= train.flow_matching_steps:
+            ends["objective"] = 0
+        return [(phase, shape) for phase in self.phases for shape in shapes if first < ends[phase]]
 
     def abstract_state(self) -> state.TrainState:
         """Shapes, dtypes and layouts."""

@@ -1,0 +1,104 @@
+"""A rehearsal names every program that the verbs then compile; with libtpu, it compiles them."""
+
+import logging
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests.test_verbs import call
+from twinflow_jax import config as configs
+from twinflow_jax import sample
+from twinflow_jax.checkpoints.random import write_random
+from twinflow_jax.planning import rehearsal
+from twinflow_jax.planning.topology import GIB
+from twinflow_jax.training.loop import train
+
+TINY = "configs/qwen20b_tpu.py:tiny"
+FEW = (
+    "train.steps=2", "train.sample_every=2", "train.checkpoint_every=2", "sample.columns=1",
+    "sample.steps=(1,)", "model.remat=none",
+)
+# Of JAX's own, for keys, the noise of previews and scalars, beside those of jax.lax.
+OPERATIONS = {
+    "_broadcast_arrays", "_normal", "_threefry_fold_in", "_threefry_seed", "_threefry_split",
+    "stage", "unstack",
+}
+
+
+@pytest.fixture
+def lowered(caplog):
+    """What is compiled while a function runs, by name and shapes, without single operations."""
+    logger = "jax._src.interpreters.pxla"
+    caplog.set_level(logging.DEBUG, logger)
+
+    def during(function, *arguments, **options) -> set[str]:
+        caplog.clear()
+        function(*arguments, **options)
+        found = (record.getMessage() for record in caplog.records if record.name == logger)
+        found = (re.match(r"Compiling jit\((.*?)\) .*types (.*)\. Arg", line) for line in found)
+        own = lambda name: name not in OPERATIONS and not hasattr(jax.lax, name)
+        return {match[0] for match in found if match and own(match[1])}
+
+    return during
+
+
+def rehearse(run, verb: str) -> None:
+    for programs in rehearsal.programs(run, jax.devices(), rehearsal.shapes(run), (verb,)):
+        for one in programs:
+            one.lower()
+
+
+def test_nothing_compiles_that_was_not_rehearsed(lowered, tmp_path):
+    pipeline, folder = tmp_path / "pipeline", tmp_path / "run"
+    write_random("qwen_image", pipeline, 0)
+    run = configs.parse(TINY, [*FEW, f"pipeline={pipeline}"])
+
+    def twice():  # the second time restored, with pictures that a kill left out
+        train(run, str(folder), progress=False)
+        (folder / "samples/step_000002.png").unlink()
+        train(run, str(folder), progress=False)
+
+    found = lowered(twice)
+    assert {"step", "sample", "embed_by_name"} <= {re.search(r"\((.*?)\)", one)[1] for one in found}
+    assert found - lowered(rehearse, run, "train") == set()
+
+    def draw():
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("\n".join(run.sample.prompts))
+        assert call(
+            sample, "--checkpoint", str(folder), "--out", str(tmp_path / "out"), "--prompts",
+            str(prompts),
+        ) == 0
+
+    found = lowered(draw)
+    assert len(found) >= 3 and found - lowered(rehearse, run, "sample") == set()
+
+
+def test_what_lies_beside_a_program_counts():
+    def row(peak: float, beside: float, refused: str = "") -> rehearsal.Row:
+        program = rehearsal.Program("train", "a step", lambda: None, int(beside * GIB), "a lever")
+        return rehearsal.Row(program, int(peak * GIB), GIB // 4, 0.5, 60, refused)
+
+    assert rehearsal.line(row(10, 5)).split()[-4:] == ["10.00", "5.00", "0.500", "60"]
+    said, fit = rehearsal.peak([row(10, 5), row(11, 1)], 16 * GIB)
+    assert fit and "15.50 of 16.00 GiB" in said and "a lever" not in said
+    said, fit = rehearsal.peak([row(10, 5.75), row(8, 1)], 16 * GIB)  # with the code of both
+    assert not fit and "16.25 of 16.00 GiB" in said and said.endswith("what would help: a lever")
+    refused = row(0, 0, "needs 20G of 16G")
+    assert rehearsal.line(refused).endswith("needs 20G of 16G; what would help: a lever")
+    assert not rehearsal.peak([refused, row(1, 1)], 16 * GIB)[1]
+
+
+@pytest.mark.tpu
+def test_a_rehearsal_of_the_small_networks():
+    command = [
+        sys.executable, "-m", "twinflow_jax.rehearse", "--config", TINY, "--topology", "v5e:2x4",
+        "--verbs", "train",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for program in "objective step", "first state", "text encoding", "pictures 1 NFE", "decoding":
+        assert program in done.stdout

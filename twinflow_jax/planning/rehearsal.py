@@ -1,0 +1,379 @@
+"""Every program that a run's verbs would compile on devices that nobody has yet.
+
+The verbs' own code is run, with a pipeline that computes nothing: what it should run is noted down
+to be compiled, and zeros come back. So there is no second list of programs.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from twinflow_jax import data, evaluation, models, parallel
+from twinflow_jax.checkpoints import imported
+from twinflow_jax.config import RANDOM, Run
+from twinflow_jax.drawing import Embeddings, Pipeline, codec, denoising, text
+from twinflow_jax.encoding.encode import batch_of
+from twinflow_jax.errors import UserError
+from twinflow_jax.evaluation import captioned, features, held_out
+from twinflow_jax.evaluation.classifier import Classifier
+from twinflow_jax.models import attention, efficientnet
+from twinflow_jax.models.family import lengths
+from twinflow_jax.parallel import flags
+from twinflow_jax.planning import cost, hlo, plan
+from twinflow_jax.planning.topology import GIB
+from twinflow_jax.sampling import few_step, schedules
+from twinflow_jax.training import inputs, records, setup, state
+from twinflow_jax.training.preview import Preview
+from twinflow_jax.training.setup import on_device
+
+Shapes = Sequence[tuple[int, ...]]
+LEVERS = {  # of the stages of a pipeline
+    text.STAGE: "--dtype bfloat16, or a host with more chips", "denoising": "a smaller --batch",
+    "encoding": "a smaller --batch", "decoding": "a smaller --tile",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One that a verb compiles. beside: bytes that a device holds meanwhile which are none of its
+    arguments. lever: what helps where it does not fit."""
+
+    verb: str
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    beside: int
+    lever: str
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A program as it was compiled. peak: bytes with its arguments; refused: by how much the
+    compiler's memory is exceeded, "" where it is not."""
+
+    program: Program
+    peak: int
+    code: int
+    seconds: float
+    compile_seconds: float
+    refused: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blank(imported.Imported):
+    """An imported checkpoint's configs; its weights are not read, and nothing is written to it."""
+
+    configs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    real: imported.Imported | None = None
+
+    def network(self, name: str):
+        return self.text_to_image.networks[name]
+
+    def config(self, name: str):
+        return self.configs[name]
+
+    def tokenizer(self, encoder: str) -> epath.Path:
+        return self.real.tokenizer(encoder) if self.real else super().tokenizer(encoder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal(Pipeline):
+    """A pipeline on one host's devices that notes down what it should run, in `programs`.
+
+    verb: that it plays. held: bytes on a device which are none of this pipeline's.
+    """
+
+    of_host: tuple = ()
+    verb: str = ""
+    held: int = 0
+    programs: list[Program] = dataclasses.field(default_factory=list)
+    _loaded: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def devices(self) -> list:
+        return list(self.of_host)
+
+    @contextlib.contextmanager
+    def loaded(self, name: str, stage: str) -> Iterator[tuple[Any, Any]]:
+        before, params = dict(self._loaded), self.abstract(name)
+        self._loaded[name] = on_device(params)
+        try:
+            yield self.config(name), params
+        finally:
+            self._loaded.clear()
+            self._loaded.update(before)
+
+    def put(self, tree, layout: jax.sharding.Sharding):
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout), tree
+        )
+
+    def run(self, stage: str, key: Hashable, function: Callable, *arguments):
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(arguments))
+        known = stage, key, shapes
+        if known not in self._programs:
+            with parallel.applied(self.mesh()):
+                self._programs[known] = traced = jax.jit(function).trace(*arguments)
+            shape = jax.tree.leaves(arguments[1])[0].shape
+            beside = self.held + sum(self._loaded.values()) - on_device(arguments[0])
+            self.programs.append(Program(
+                self.verb, f"{stage}{_told(key)}, {_by(shape)}", functools.partial(
+                    self._lower, traced
+                ), beside, LEVERS[stage],
+            ))
+        out = self._programs[known].out_info
+        return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), out)
+
+    def _lower(self, traced) -> jax.stages.Lowered:
+        with parallel.applied(self.mesh()):
+            return traced.lower(lowering_platforms=(self.of_host[0].platform,))
+
+
+def _told(key: Hashable) -> str:
+    """How a sampler that is a program's key draws."""
+    if isinstance(key, denoising.FewStep):
+        return f" {key.grid.nfe} NFE"
+    return f" base, {len(key.schedule.told)} steps" if isinstance(key, denoising.Base) else ""
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def programs(
+    run: Run, devices: list, shapes: Shapes, verbs: Sequence[str]
+) -> Iterator[list[Program]]:
+    """Those of each verb, in VERBS: in the order in which it comes to them.
+
+    shapes: of samples. Raises UserError for a run that cannot be trained there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        blank = _blank(run, epath.Path(folder)) if run.family.text_to_image else None
+        host = tuple(one for one in devices if one.process_index == devices[0].process_index)
+        for verb in verbs:
+            if verb == "train":
+                dtype = run.model.dtype
+            else:
+                dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
+            pipeline = None if blank is None else Rehearsal(
+                blank, dtype, settings=run.model, progress=False, of_host=host, verb=verb
+            )
+            if verb == "train":
+                yield _training(run, devices, shapes, pipeline)
+            elif pipeline is not None:
+                with warnings.catch_warnings():  # of texts that are cut
+                    warnings.simplefilter("ignore")
+                    PLAYS[verb](run, shapes, pipeline)
+                yield pipeline.programs
+
+
+def shapes(run: Run) -> list[tuple[int, ...]]:
+    """Of the samples that a run trains on: its records', where they are here."""
+    if not run.data.records or not all(epath.Path(path).exists() for path in run.data.records):
+        return [run.model.sample_shape]
+    return inputs.shapes(inputs.open_data(run), run.model)
+
+
+def _blank(run: Run, folder: epath.Path) -> Blank:
+    """The run's pipeline, where it is here; otherwise its family's published networks (random:
+    the small ones), with small tokenizers."""
+    family, real = run.family.text_to_image, None
+    if run.pipeline != RANDOM and imported.is_imported(run.pipeline):
+        real = imported.open_imported(run.pipeline)
+    configs = {}
+    for name, network in family.networks.items():
+        small = run.pipeline == RANDOM and network.published
+        configs[name] = real.config(name) if real else (
+            network.config.from_published(family.tiny[name]) if small else network.config()
+        )
+    for encoder in family.encoders.values():
+        encoder.save_tiny_tokenizer(folder / "files" / encoder.tokenizer)
+    return Blank(folder, {"family": run.model.name}, configs, real)
+
+
+def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | None) -> list[Program]:
+    prepared, kind = setup.prepare(run, devices), devices[0].device_kind
+    where = {"lowering_platforms": (devices[0].platform,)}
+    whole = prepared.abstract_state()
+    size, weights = on_device(whole), state.sampling_params(whole)
+    helps = plan.levers(run.mesh.strategy, run.model.remat, 1.0)
+    found = [
+        Program(
+            "train", f"{phase} step, {_by(shape)}", functools.partial(
+                prepared.lower, phase, shape, **where
+            ), on_device(prepared.abstract_batch(shape)), helps, flags.options(kind),
+        )  # beside the next batch
+        for phase, shape in prepared.ahead(shapes)
+    ]
+    known = _inputs(run, pipeline)
+
+    def first() -> jax.stages.Lowered:
+        with attention.compiled_for(devices[0].platform):
+            if run.train.init_from:
+                return prepared.placing(prepared.fresh).trace(whole.params).lower(**where)
+            return prepared.initial().trace().lower(**where)
+
+    then = [Program("train", "first state", first, 0, "more chips")]
+    preview = Preview(prepared, known, "")
+    then += [
+        Program(
+            "train", f"pictures {grid.nfe} NFE, {_by(preview.shape)}", functools.partial(
+                preview.lower, grid, weights, **where
+            ), size - on_device(weights), "smaller sample.columns, or more chips",
+        )
+        for grid in preview.grids
+    ]
+    if pipeline is None:
+        return found + then
+    before = len(pipeline.programs)
+    beside = dataclasses.replace(pipeline, held=size)
+    inputs.decoder(beside)(np.zeros((1, *run.model.sample_shape), np.float32))
+    return found + pipeline.programs[:before] + then + pipeline.programs[before:]
+
+
+def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
+    """What training prepares; of records, which need not be here, without their rows."""
+    prompts, tokens = run.sample.prompts, run.data.text_tokens
+    source = None if run.data.records else data.load(run.data.name)
+    if pipeline is None:
+        known = inputs.of_classes(run.model, source, scored=False)
+        judge = evaluation.ClassJudge(source, Classifier(source.num_classes), {})
+        return dataclasses.replace(known, judge=judge if run.sample.score_count else None)
+    if source is not None:
+        return inputs.of_captions(pipeline, source, tokens, prompts)
+    model = models.build(run.model)
+    null = {k: np.zeros(a.shape, a.dtype) for k, a in model.abstract_null(tokens).items()}
+    shown = {name: np.repeat(array, records.SHOWN, 0) for name, array in null.items()}
+    if prompts:
+        embeddings = text.embed(pipeline, prompts, tokens)
+        shown = inputs.conditions(embeddings, tokens, run.model.dtype)
+    names = prompts or ("",) * records.SHOWN
+    return inputs.Inputs(model, (), null, shown, names, inputs.decoder(pipeline), None)
+
+
+def _sampling(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
+    """In the run's few steps, and as the base model does."""
+    family, prompts = pipeline.family, list(run.sample.prompts or ("a picture",))
+    cond = text.embed(pipeline, prompts), text.embed(
+        pipeline, prompts, negative=family.negative_prompt
+    )
+    count, rows = len(prompts), parallel.row_parts(pipeline.mesh())
+    for shape in shapes:
+        ways = [(denoising.FewStep(few_step(n)), cond[0], None) for n in run.sample.steps]
+        with contextlib.suppress(UserError):  # a checkpoint without a scheduler
+            schedule = schedules.static_shift(family.base_steps)
+            if real := pipeline.checkpoint.real:
+                own = dataclasses.replace(pipeline, checkpoint=real)
+                schedule = denoising.schedule(own, family.base_steps, shape)
+            base = denoising.base(pipeline, schedule, family.base_guidance)
+            ways.append((base, cond[1][:count], cond[1][count:]))
+        for sampler, given, null in ways:
+            _draw(pipeline, sampler, given, shape, rows, null)
+        list(codec.decode(pipeline, np.zeros((1, *shape), np.float32)))
+
+
+def _encoding(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
+    """Captions of every length that the family pads to, and pictures of every size."""
+    tokenizers, downscale = text.tokenizers(pipeline), pipeline.config("vae").downscale
+    texts = {}
+    for words in (1, 50, 100, 200, 400, 1000):
+        ids = pipeline.family.tokenize(tokenizers, ["word " * words])
+        texts[lengths(ids)] = ids
+    with text.encoder(pipeline, text.BATCH) as embed, codec.encoder(pipeline) as encode:
+        for ids in texts.values():
+            embed(ids)
+        for shape in shapes:
+            height, width = (side * downscale for side in shape[:2])
+            batch = batch_of(codec.BATCH, (width, height))
+            encode(np.zeros((batch, height, width, 3), np.float32), batch)
+    text.null(pipeline)
+
+
+def _evaluating(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
+    """Drawing while the transformer stays, decoding beside it, and what looks at the pictures."""
+    tokens, downscale = run.data.text_tokens, pipeline.config("vae").downscale
+    width = pipeline.config("transformer").text_width
+    cond = Embeddings(np.zeros((1, tokens, width), np.float32), np.ones((1, tokens), bool))
+    shape, steps = run.model.sample_shape, run.sample.steps
+    with pipeline.loaded("transformer", "evaluate"):
+        for n in steps:
+            _draw(pipeline, denoising.FewStep(few_step(n)), cond, shape, held_out.BATCH, cond)
+        list(codec.decode(pipeline, np.zeros((1, *shape), np.float32)))
+        held = sum(pipeline._loaded.values())
+    one = jax.sharding.SingleDeviceSharding(pipeline.of_host[0])
+    seen = lambda rows: jax.ShapeDtypeStruct(
+        (rows, *(side * downscale for side in shape[:2]), 3), np.float32, sharding=one
+    )
+    init = efficientnet.EfficientNet().init
+    params = pipeline.put(jax.eval_shape(init, jax.random.key(0), seen(1))["params"], one)
+    network, where = features.Network(params, b""), (pipeline.of_host[0].platform,)
+    pipeline.programs.extend(
+        Program("evaluate", name, lambda f=function, a=arguments: f.trace(*a).lower(
+            lowering_platforms=where
+        ), held, "smaller pictures")
+        for name, function, arguments in (
+            ("features", network.program, (params, seen(features.BATCH))),
+            ("small copies", captioned.shrink, (seen(held_out.CHUNK), captioned.SMALL)),
+        )
+    )
+
+
+def _draw(pipeline, sampler, cond: Embeddings, shape, rows: int, null: Embeddings | None) -> None:
+    owners, numbers = np.zeros(rows, int), np.arange(rows)
+    list(denoising.denoise(pipeline, sampler, cond, owners, numbers, shape, 0, rows, null))
+
+
+PLAYS = {"sample": _sampling, "encode": _encoding, "evaluate": _evaluating}
+VERBS = ("train", *PLAYS)
+
+
+HEADER = (
+    f"{'verb':<9} {'program':<40}{'GiB':>8}{'beside':>8}{'seconds':>9}{'compiled in':>13}"
+)
+
+
+def compiled(programs: Sequence[Program], devices: list) -> Iterator[Row]:
+    """What the compiler says of each."""
+    for one in programs:
+        made, seconds = plan.attempt(one.lower, one.options, f"{one.verb}: {one.name}")
+        if isinstance(made, str):
+            yield Row(one, 0, 0, 0.0, seconds, made)
+            continue
+        memory = made.memory_analysis()
+        predicted = cost.predict(hlo.parse(made.as_text()), devices).overlapped
+        peak, code = memory.peak_memory_in_bytes, memory.generated_code_size_in_bytes
+        yield Row(one, peak, code, predicted, seconds)
+
+
+def line(row: Row) -> str:
+    """One program, under HEADER."""
+    one = row.program
+    start = f"{one.verb:<9} {one.name:<40}"
+    if row.refused:
+        return f"{start}  {row.refused}; what would help: {one.lever}"
+    return (
+        f"{start}{row.peak / GIB:>8.2f}{one.beside / GIB:>8.2f}{row.seconds:>9.3f}"
+        f"{row.compile_seconds:>13.0f}"
+    )
+
+
+def peak(rows: Sequence[Row], room: int) -> tuple[str, bool]:
+    """Where a verb takes most, the code of all its programs being there, and whether it fits in
+    all. room: bytes of a device."""
+    code, need = sum(row.code for row in rows), lambda row: row.peak + row.program.beside
+    most = max(rows, key=need)
+    taken, one = need(most) + code, most.program
+    said = (
+        f"{one.verb:<9} takes most in {one.name}: {taken / GIB:.2f} of {room / GIB:.2f} GiB, with "
+        f"what lies beside it and {code / GIB:.2f} of code"
+    )
+    if taken > room:
+        said += f"; what would help: {one.lever}"
+    return said, taken <= room and not any(row.refused for row in rows)
