@@ -19,6 +19,7 @@ import tensorstore as ts
 from etils import epath
 from tqdm import tqdm
 
+from twinflow_jax import buckets
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 
@@ -38,8 +39,8 @@ def absolute(folder: epath.PathLike) -> epath.Path:
     Raises:
       UserError: tensorstore or orbax would write to another.
     """
-    path = epath.Path(folder).resolve()
-    if "://" not in str(path) and (found := MISREAD.search(f"{path}/")):
+    path = buckets.absolute(folder)
+    if not buckets.is_remote(path) and (found := MISREAD.search(f"{path}/")):
         raise UserError(
             f"arrays cannot be stored in a folder with {found[0]!r} in its path: rename "
             f"{str(path)!r}"

@@ -1,0 +1,93 @@
+"""Object storage, `gs://BUCKET/...`, where it is otherwise than folders on a disk.
+
+An object appears whole or not at all, nothing is renamed or appended to, and there are no locks.
+"""
+
+import concurrent.futures
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterable
+
+import fsspec.config
+from etils import epath
+
+from twinflow_jax.errors import UserError, reason
+
+# gcsfs would keep what it once listed for ever, and never see what other processes write.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+PACKAGES = ("aiohttp", "gcsfs", "google", "requests")  # whose errors are those of a bucket
+REFUSED = re.compile(r"\b403\b|Forbidden|PERMISSION_DENIED")
+UNKNOWN = re.compile(r"\b401\b|credential|UNAUTHENTICATED|Invalid Credentials|token", re.IGNORECASE)
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    return "://" in str(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path from the root, or from its bucket, which epath takes for a folder here."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.resolve()
+
+
+class Mirror:
+    """Where the files of a folder that are appended to lie: there, or for a bucket in a folder of
+    this machine, whose files are copied there in the background.
+
+    Where another process begins, it `names` those that it goes on with. Only what a checkpoint
+    would be ahead of has to be waited for, by `settle`.
+    """
+
+    def __init__(self, target: epath.PathLike, names: Iterable[str] = (), writes: bool = True):
+        self._target, self._writes = epath.Path(target), writes and is_remote(target)
+        self.folder, self._copied = self._target, {}
+        if is_remote(target):
+            self._own = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            self.folder = epath.Path(self._own.name)
+            for name in names:
+                if (self._target / name).exists():
+                    (self._target / name).copy(self.folder / name)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._running: concurrent.futures.Future | None = None
+
+    def copy(self) -> None:
+        """Copies what has changed, unless that is going on."""
+        if self._writes and (self._running is None or self._running.done()):
+            self._running = self._thread.submit(self._copy)
+
+    def settle(self) -> None:
+        """Waits until everything is there."""
+        if self._writes:
+            self._thread.submit(self._copy).result()
+
+    def _copy(self) -> None:
+        for file in sorted(pathlib.Path(self.folder).rglob("*")):
+            size = file.stat().st_size
+            if file.is_file() and self._copied.get(file) != size:
+                (self._target / file.relative_to(self.folder)).write_bytes(file.read_bytes())
+                self._copied[file] = size
+
+    def close(self) -> None:
+        self.settle()
+        self._thread.shutdown()
+
+
+def explained(error: BaseException) -> UserError | None:
+    """What a bucket's answer means to a user; None for any other error."""
+    text = reason(error)
+    asked = re.search(r"/b/([^/?\s]+)", text)
+    own = type(error).__module__.partition(".")[0] in PACKAGES
+    if not own and not (isinstance(error, OSError) and asked and "/storage/v1/" in text):
+        return None
+    bucket = f"gs://{asked[1]}" if asked else "object storage (gs://)"
+    if REFUSED.search(text):
+        what = "these credentials may not do that: give them the role Storage Object Admin there"
+    elif isinstance(error, FileNotFoundError):
+        what = "there is no such bucket: check its name"
+    elif UNKNOWN.search(text):
+        what = "it takes credentials: gcloud auth application-default login"
+    else:
+        what = "it does not answer: the same command goes on when it does"
+    return UserError(f"{bucket}: {what} ({text})")
