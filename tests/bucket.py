@@ -1,8 +1,8 @@
 """A bucket on this machine: the part of Cloud Storage's JSON interface that gcsfs, tensorstore and
 google-cloud-storage use, over HTTP, with conditions on generations and resumable uploads.
 
-No package offers one with both. `fixture` is the server and its address for the processes that a
-test starts; `Bucket.refuse` makes it answer 503, 403 or 401.
+No package offers one with both. `Bucket.environment` makes processes take it for Cloud Storage;
+`Bucket.refuse` makes it answer 503, 403 or 401.
 """
 
 import base64
@@ -36,6 +36,13 @@ class Blob:
     updated: float
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_) -> None:
+        """A process that was killed leaves its connections."""
+
+
 class Bucket:
     """refuse: (method, address) -> the status to answer with, or 0."""
 
@@ -47,8 +54,7 @@ class Bucket:
         self.lock = threading.RLock()
         self._numbers = itertools.count(time.time_ns())
         handler = type("Handler", (Handler,), {"bucket": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = Server(("127.0.0.1", 0), handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property
@@ -112,13 +118,13 @@ class Bucket:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         start, end = query.get("startOffset", ""), query.get("endOffset")
         limit, token = int(query.get("maxResults", 1000)), query.get("pageToken", "")
-        items, folders = [], {}
+        items, folders, last = [], {}, ""
         with self.lock:
             for name in self.names(prefix):
                 if name < start or (end and name >= end) or name <= token:
                     continue
                 if len(items) + len(folders) >= limit:
-                    return self._page(items, folders) | {"nextPageToken": last}  # noqa: F821
+                    return self._page(items, folders) | {"nextPageToken": last}
                 head, found, _ = name[len(prefix) :].partition(delimiter or "\0")
                 if delimiter and found:
                     folders[prefix + head + delimiter] = None
@@ -258,9 +264,8 @@ class Handler(BaseHTTPRequestHandler):
                 del self.bucket.uploads[session]
                 raise Refused(499, "")
             name, query, data = self.bucket.uploads[session]
-            asked = re.fullmatch(
-                r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", self.headers.get("Content-Range") or "bytes */*"
-            )
+            given = self.headers.get("Content-Range") or "bytes */*"
+            asked = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", given)
             if asked[1]:
                 if int(asked[1]) > len(data):
                     raise Refused(416, "a gap")
@@ -280,6 +285,7 @@ class Handler(BaseHTTPRequestHandler):
                 status, text = self.answer("DELETE", address.decode(), b"")[0], ""
             except Refused as error:
                 status, text = error.status, json.dumps({"error": {"message": str(error)}})
-            answers += f"\n--{edge}\nContent-Type: application/http\n\nHTTP/1.1 {status} X\n\n{text}"
+            answers += f"\n--{edge}\nContent-Type: application/http\n\n"
+            answers += f"HTTP/1.1 {status} X\n\n{text}"
         kind = {"Content-Type": f"multipart/mixed; boundary={edge}"}
         return 200, kind, f"{answers}\n--{edge}--".encode()

@@ -50,7 +50,7 @@ def write(path: epath.PathLike, data: bytes) -> None:
 @contextlib.contextmanager
 def whole_file(path: epath.PathLike):
     """A hidden name to write to, in a file's folder, which is made; the file appears at the end,
-    complete, or not at all. In a bucket the name is the file's own: it appears when it is closed."""
+    complete, or not at all. In a bucket the name is its own: objects appear when they are closed."""
     path = epath.Path(path)
     if buckets.is_remote(path):
         try:

@@ -7,8 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from twinflow_jax import config as configs
 from twinflow_jax import buckets, files, holders, models
+from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import store
 from twinflow_jax.checkpoints.imported import FORMAT
 from twinflow_jax.checkpoints.saver import Saver, stored
