@@ -1,4 +1,4 @@
-"""Runs, checkpoints and records in a bucket: a server on this machine that speaks as Cloud Storage."""
+"""Runs, checkpoints and records in a bucket, of a server here that speaks as Cloud Storage."""
 
 import contextlib
 import itertools

@@ -4,6 +4,7 @@ An object appears whole or not at all, nothing is renamed or appended to, and th
 """
 
 import concurrent.futures
+import logging
 import pathlib
 import re
 import tempfile
@@ -16,6 +17,8 @@ from twinflow_jax.errors import UserError, reason
 
 # gcsfs would keep what it once listed for ever, and never see what other processes write.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it raises what it logs with tracebacks
 
 PACKAGES = ("aiohttp", "gcsfs", "google", "requests")  # whose errors are those of a bucket
 REFUSED = re.compile(r"\b403\b|Forbidden|PERMISSION_DENIED")

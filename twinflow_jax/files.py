@@ -38,6 +38,12 @@ def path(text: str) -> str:
     return expanded
 
 
+def cache() -> epath.Path:
+    """$TWINFLOW_CACHE, or the user's cache folder."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "twinflow_jax")
+    return epath.Path(path(os.environ.get("TWINFLOW_CACHE", default)))
+
+
 def write(path: epath.PathLike, data: bytes) -> None:
     """Writes a file so that it appears complete or not at all; makes its folder."""
     if buckets.is_remote(path):
@@ -50,7 +56,8 @@ def write(path: epath.PathLike, data: bytes) -> None:
 @contextlib.contextmanager
 def whole_file(path: epath.PathLike):
     """A hidden name to write to, in a file's folder, which is made; the file appears at the end,
-    complete, or not at all. In a bucket the name is its own: objects appear when they are closed."""
+    complete, or not at all. In a bucket it is the file's own: an object appears when it is closed.
+    """
     path = epath.Path(path)
     if buckets.is_remote(path):
         try:
@@ -153,7 +160,7 @@ def whole_folder(target: epath.PathLike, needed: int):
         with holders.held(mark, target, keep=True):
             try:
                 _clear(target)
-                _check_room(target, needed)
+                check_room(target, needed)
                 yield
                 if not buckets.is_remote(target):
                     os.sync()  # a machine that is switched off now finds it whole, or marked
@@ -178,11 +185,11 @@ def _clear(folder: epath.Path) -> None:
             entry.unlink()
 
 
-def _check_room(target: epath.Path, needed: int) -> None:
+def check_room(target: epath.PathLike, needed: int) -> None:
     """Raises UserError where a local disk has less room than that many bytes."""
     if buckets.is_remote(target):
         return
-    parent = next(p for p in target.resolve().parents if p.exists())
+    parent = next(p for p in epath.Path(target).resolve().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
