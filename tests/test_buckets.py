@@ -5,6 +5,7 @@ import itertools
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -13,9 +14,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-from bucket import NAME, Bucket
+from etils import epath
 
-from twinflow_jax import checkpoints
+from tests.bucket import NAME, Bucket
+from tests.test_verbs import call
+from twinflow_jax import checkpoints, files, holders, sample, train
+from twinflow_jax.buckets import Mirror
+from twinflow_jax.checkpoints import steps_of
+from twinflow_jax.checkpoints.saver import Saver
+from twinflow_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 12
@@ -122,3 +129,84 @@ def test_twenty_rounds_of_signals_at_any_write(bucket, tmp_path, processes):
     signals = [signal.SIGKILL, signal.SIGTERM]
     writes = [(choice.randrange(3, 90), choice.choice(signals)) for _ in range(20)]
     rounds(bucket, tmp_path, processes, writes)
+
+
+PARTS = {"params": {"w": np.arange(6, dtype=np.float32)}, "progress": {"n": np.int32(3)}}
+
+
+def abstract():
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), PARTS)
+
+
+def saved(*steps: int) -> Saver:
+    saver = Saver(RUN, keep=3)
+    for step in steps:
+        saver.save(step, jax.tree.map(jax.numpy.asarray, PARTS))
+        saver.wait()
+    return saver
+
+
+def test_what_no_commit_marks_is_no_checkpoint_and_a_torn_one_is_passed_over(bucket, capsys):
+    saved(1, 2, 3, 4).close()
+    assert steps_of(RUN) == [2, 3, 4]
+    del bucket.blobs["run/checkpoints/4/commit_success.txt"]
+    assert steps_of(RUN) == [2, 3]
+    [torn] = bucket.names("run/checkpoints/3/params/ocdbt.process_0/d/")
+    del bucket.blobs[torn]
+    bucket.put("run/checkpoints/unreadable_3/half", b"of a move that was killed", {})
+    saver = saved()
+    restored = saver.restore(abstract())
+    np.testing.assert_array_equal(restored["params"]["w"], PARTS["params"]["w"])
+    assert "checkpoint 3 in gs://bucket/run/checkpoints cannot be read" in capsys.readouterr().err
+    assert saver.steps == [2]
+    saver.close()
+    folders = {name.split("/")[2] for name in bucket.names("run/checkpoints/")}
+    assert folders == {"2", "unreadable_3"}
+
+
+def test_a_bucket_that_is_away_for_a_while_costs_time_only(bucket):
+    left = itertools.count(1)
+    bucket.refuse = lambda method, address: 503 if next(left) % 3 == 0 else 0
+    saver, settled = Saver(RUN, keep=1), []
+    mirror = Mirror(RUN)
+    (mirror.folder / "metrics.jsonl").write_text("a line\n")
+    saver.save(1, jax.tree.map(jax.numpy.asarray, PARTS), lambda: settled.append(mirror.settle()))
+    saver.wait()
+    saver.close()
+    assert bucket.refused > 5 and settled and steps_of(RUN) == [1]
+    assert bucket.blobs["run/metrics.jsonl"].data == b"a line\n"
+
+
+@pytest.mark.parametrize("status, methods, verb, says", [
+    (403, ["POST"], train, "gs://bucket: these credentials may not do that: give them the role"),
+    (403, ["GET"], sample, "gs://bucket: these credentials may not do that: give them the role"),
+    (401, ["GET", "POST"], train, "takes credentials: gcloud auth application-default login"),
+    (401, ["GET"], sample, "takes credentials: gcloud auth application-default login"),
+])
+def test_a_bucket_that_refuses_is_told_in_one_line(bucket, capsys, status, methods, verb, says):
+    bucket.refuse = lambda method, address: status if method in methods else 0
+    arguments = ["--config", "configs/digits.py", "--workdir", RUN] if verb is train else [
+        "--checkpoint", RUN, "--out", f"gs://{NAME}/out"]
+    assert call(verb, *arguments) == 2
+    assert re.fullmatch(f"error: .*{says}.*\n", capsys.readouterr().err)
+    assert not bucket.blobs
+
+
+def test_a_bucket_that_there_is_not_is_told_in_one_line(bucket, capsys):
+    assert call(train, "--config", "configs/digits.py", "--workdir", "gs://typo/run") == 2
+    assert "error: gs://typo: there is no such bucket: check its name" in capsys.readouterr().err
+
+
+def test_one_command_at_a_time_in_a_bucket(bucket):
+    with holders.held(f"{RUN}/in_use", RUN), pytest.raises(UserError, match="is in use by process"):
+        holders.check_free(epath.Path(f"{RUN}/in_use"), RUN)
+    assert not bucket.blobs
+
+
+def test_a_folder_that_could_not_be_written_whole_is_gone(bucket):
+    with pytest.raises(RuntimeError), files.whole_folder(f"{RUN}/x", 0):
+        files.write(f"{RUN}/x/part", b"1")
+        with files.whole_file(f"{RUN}/x/y/long") as file, file.open("wb") as handle:
+            handle.write(b"half")
+            raise RuntimeError
+    assert not bucket.blobs

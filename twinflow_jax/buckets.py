@@ -80,9 +80,9 @@ class Mirror:
 def explained(error: BaseException) -> UserError | None:
     """What a bucket's answer means to a user; None for any other error."""
     text = reason(error)
-    asked = re.search(r"/b/([^/?\s]+)", text)
+    asked = re.search(r"(?:^|[/ ])b/([^/?\s]+)", text)
     own = type(error).__module__.partition(".")[0] in PACKAGES
-    if not own and not (isinstance(error, OSError) and asked and "/storage/v1/" in text):
+    if not own and not (asked and isinstance(error, OSError) and error.errno is None):
         return None
     bucket = f"gs://{asked[1]}" if asked else "object storage (gs://)"
     if REFUSED.search(text):
