@@ -157,7 +157,8 @@ class Handler(BaseHTTPRequestHandler):
             status, headers, data = self.answer(self.command, self.path, body)
         except Refused as error:
             told = {"error": {"code": error.status, "message": str(error)}}
-            status, headers, data = error.status, {}, json.dumps(told).encode()
+            status, headers = error.status, {}
+            data = b"" if status == 304 else json.dumps(told).encode()  # which has no body
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **headers}.items():
             self.send_header(name, value)
