@@ -12,19 +12,19 @@ import subprocess
 import sys
 import time
 
-import fsspec.registry
 import jax
 import numpy as np
 import pytest
 from etils import epath
-from etils.epath import backend
 
 from tests.bucket import NAME, Bucket
 from tests.test_verbs import call
 from twinflow_jax import checkpoints, files, holders, sample, train
 from twinflow_jax.buckets import Mirror
-from twinflow_jax.checkpoints import steps_of
+from twinflow_jax.checkpoints import exporting, importing, steps_of
+from twinflow_jax.checkpoints import random as random_weights
 from twinflow_jax.checkpoints.saver import Saver
+from twinflow_jax.data import records
 from twinflow_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -200,13 +200,15 @@ def test_a_bucket_that_there_is_not_is_told_in_one_line(bucket, capsys):
     assert "error: gs://typo: there is no such bucket: check its name" in capsys.readouterr().err
 
 
-def test_packages_that_are_missing_are_named(bucket, capsys, monkeypatch):
-    backend._FileSystemSpecBackend._get_filesystem.cache_clear()  # which keeps them for ever
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    for name in ("gs", "gcs"):
-        fsspec.registry._registry.pop(name, None)
-    assert call(sample, "--checkpoint", RUN, "--out", "x") == 2
-    assert "error: gs:// takes more packages: pip install" in capsys.readouterr().err
+def test_packages_that_are_missing_are_named():
+    """Beside everything else, which does not take them."""
+    program = (
+        "import sys; sys.modules['gcsfs'] = None; from twinflow_jax import errors, sample; "
+        f"sys.argv += ['--checkpoint', '{RUN}', '--out', 'x']; errors.run_verb(sample.main)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: gs:// takes more packages: pip install"), done.stderr
 
 
 def test_one_command_at_a_time_in_a_bucket(bucket):
@@ -222,3 +224,38 @@ def test_a_folder_that_could_not_be_written_whole_is_gone(bucket):
             handle.write(b"half")
             raise RuntimeError
     assert not bucket.blobs
+
+
+def test_networks_in_a_bucket_are_exported_and_imported_as_they_were(bucket, tmp_path):
+    made = random_weights.write_random("minilm_dit", f"gs://{NAME}/made", 0)
+    published, again = f"gs://{NAME}/published", f"gs://{NAME}/again"
+    exporting.export_folder(made, published, progress=False)
+    exporting.export_folder(made, tmp_path / "published", progress=False)
+    for file in (file for file in (tmp_path / "published").rglob("*") if file.is_file()):
+        name = f"published/{file.relative_to(tmp_path / 'published')}"
+        assert bucket.blobs[name].data == file.read_bytes()
+    copy = importing.import_folder(published, again, progress=False)
+    [(network, found)] = exporting.compare(published, copy, progress=False).items()
+    assert network == "text_encoder" and found.identical and not found.lines
+    assert not [name for name in bucket.names() if name.endswith(("in_use", files.UNFINISHED))]
+
+
+def test_records_in_a_bucket_are_those_of_a_disk_and_are_copied_once(
+    bucket, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TWINFLOW_CACHE", str(tmp_path / "cache"))
+    manifest = records.Manifest("minilm_dit", "an encoder", 4, "", 3, 1)
+    rows = [records.Example(
+        f"{n}", ["a caption"], [np.full((2, 4), n, np.float32)], np.full((8, 8, 3), n / 4), (8, 8)
+    ) for n in range(4)]
+    folders = [tmp_path / "records", epath.Path(f"gs://{NAME}/records")]
+    for folder in folders:
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        size = records.write_shard(records.shard_file(folder, "8x8", 0, 1), rows, manifest)
+        records.finish(folder, manifest, {"8x8": [(4, size)]}, {})
+    there = {name.removeprefix("records/"): blob.data for name, blob in bucket.blobs.items()}
+    assert there == {file.name: file.read_bytes() for file in folders[0].iterdir()}
+    for _ in range(2):
+        found = records.open_records(folders[1]).read("8x8", 3)
+        assert found.id == "3" and (found.tokens[0] == 3).all()
+    assert capsys.readouterr().err.count("copying gs://bucket/records") == 1
