@@ -7,6 +7,7 @@ import concurrent.futures
 import logging
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Iterable
 
@@ -20,9 +21,9 @@ fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it raises what it logs with tracebacks
 
-PACKAGES = ("aiohttp", "gcsfs", "google", "requests")  # whose errors are those of a bucket
-REFUSED = re.compile(r"\b403\b|Forbidden|PERMISSION_DENIED")
-UNKNOWN = re.compile(r"\b401\b|credential|UNAUTHENTICATED|Invalid Credentials|token", re.IGNORECASE)
+PACKAGES = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "requests.")  # of its errors
+REFUSED = re.compile(r"\b403\b|Forbidden")
+UNKNOWN = re.compile(r"\b401\b|credential|token", re.IGNORECASE)
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -81,7 +82,7 @@ def explained(error: BaseException) -> UserError | None:
     """What a bucket's answer means to a user; None for any other error."""
     text = reason(error)
     asked = re.search(r"(?:^|[/ ])b/([^/?\s]+)", text)
-    own = type(error).__module__.partition(".")[0] in PACKAGES
+    own = "gcsfs" in sys.modules and type(error).__module__.startswith(PACKAGES)
     if not own and not (asked and isinstance(error, OSError) and error.errno is None):
         return None
     bucket = f"gs://{asked[1]}" if asked else "object storage (gs://)"
