@@ -168,6 +168,13 @@ def test_what_no_commit_marks_is_no_checkpoint_and_a_torn_one_is_passed_over(buc
     assert folders == {"2", "unreadable_3"}
 
 
+@pytest.mark.parametrize("name", ["runs [v1]", "a*b", "a?b", "#1"])
+def test_names_that_arrays_cannot_have_are_refused_before_anything_is_written(bucket, name):
+    with pytest.raises(UserError, match="rename"):
+        Saver(f"gs://{NAME}/{name}", keep=1)
+    assert not bucket.blobs
+
+
 def test_a_bucket_that_is_away_for_a_while_costs_time_only(bucket):
     saver, settled, mirror = Saver(RUN, keep=1), [], Mirror(RUN)
     (mirror.folder / "metrics.jsonl").write_text("a line\n")
@@ -217,13 +224,24 @@ def test_one_command_at_a_time_in_a_bucket(bucket):
     assert not bucket.blobs
 
 
-def test_a_folder_that_could_not_be_written_whole_is_gone(bucket):
+def test_what_could_not_be_written_whole_is_gone(bucket):
     with pytest.raises(RuntimeError), files.whole_folder(f"{RUN}/x", 0):
         files.write(f"{RUN}/x/part", b"1")
-        with files.whole_file(f"{RUN}/x/y/long") as file, file.open("wb") as handle:
-            handle.write(b"half")
-            raise RuntimeError
+        assert bucket.names() == ["run/x/UNFINISHED", "run/x/part"]
+        raise RuntimeError
     assert not bucket.blobs
+    with pytest.raises(RuntimeError), files.whole_file(f"{RUN}/long") as file:
+        with file.open("wb") as handle:
+            handle.write(b"half")
+        raise RuntimeError
+    assert not bucket.blobs
+
+
+def test_what_another_process_writes_is_seen(bucket):
+    files.write(f"{RUN}/one", b"")
+    assert [entry.name for entry in epath.Path(RUN).iterdir()] == ["one"]
+    bucket.put("run/two", b"", {})
+    assert sorted(entry.name for entry in epath.Path(RUN).iterdir()) == ["one", "two"]
 
 
 def test_networks_in_a_bucket_are_exported_and_imported_as_they_were(bucket, tmp_path):

@@ -31,6 +31,7 @@ CONTEXT = ts.Context({"file_io_sync": False})
 
 # What tensorstore takes for a slash, orbax for the beginning of an address, or neither for text.
 MISREAD = re.compile(r"\\|gs:/|[\ud800-\udfff]")
+MISREAD_REMOTE = re.compile(r"[\\#?*\[\]\ud800-\udfff]")  # in a bucket, or for a pattern
 
 
 def absolute(folder: epath.PathLike) -> epath.Path:
@@ -40,7 +41,8 @@ def absolute(folder: epath.PathLike) -> epath.Path:
       UserError: tensorstore or orbax would write to another.
     """
     path = buckets.absolute(folder)
-    if not buckets.is_remote(path) and (found := MISREAD.search(f"{path}/")):
+    misread = MISREAD_REMOTE if buckets.is_remote(path) else MISREAD
+    if found := misread.search(f"{path}/"):
         raise UserError(
             f"arrays cannot be stored in a folder with {found[0]!r} in its path: rename "
             f"{str(path)!r}"
