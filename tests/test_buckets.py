@@ -157,7 +157,8 @@ def test_what_no_commit_marks_is_no_checkpoint_and_a_torn_one_is_passed_over(buc
     for name in bucket.names("run/checkpoints/3/params/"):
         if "/d/" in name:
             del bucket.blobs[name]
-    bucket.put("run/checkpoints/unreadable_3/half", b"of a move that was killed", {})
+    for name in ("commit_success.txt", "of_before"):  # the step was torn once before
+        bucket.put(f"run/checkpoints/unreadable_3/{name}", b"", {})
     saver = saved()
     restored = saver.restore(abstract())
     np.testing.assert_array_equal(restored["params"]["w"], PARTS["params"]["w"])
@@ -166,6 +167,7 @@ def test_what_no_commit_marks_is_no_checkpoint_and_a_torn_one_is_passed_over(buc
     saver.close()
     folders = {name.split("/")[2] for name in bucket.names("run/checkpoints/")}
     assert folders == {"2", "unreadable_3"}
+    assert "run/checkpoints/unreadable_3/of_before" not in bucket.names()
 
 
 @pytest.mark.parametrize("name", ["runs [v1]", "a*b", "a?b", "#1"])

@@ -149,7 +149,7 @@ class Saver:
             if hosts.leads():
                 for torn in unreadable:  # out of the way of the step's next save
                     aside = self.folder / f"unreadable_{torn}"
-                    if aside.exists():  # one of before, or half of it from a bucket
+                    if aside.exists():  # of the same step, torn before
                         aside.rmtree()
                     (self.folder / str(torn)).rename(aside)
             hosts.told(True)  # so that nobody looks before they are gone
