@@ -180,6 +180,8 @@ def test_names_that_arrays_cannot_have_are_refused_before_anything_is_written(bu
 def test_a_bucket_that_is_away_for_a_while_costs_time_only(bucket):
     saver, settled, mirror = Saver(RUN, keep=1), [], Mirror(RUN)
     (mirror.folder / "metrics.jsonl").write_text("a line\n")
+    (mirror.folder / "traces").mkdir()
+    (mirror.folder / "traces" / "one").write_bytes(b"steps")
     back = time.monotonic() + 2
     bucket.refuse = lambda method, address: 503 if time.monotonic() < back else 0
     saver.save(1, jax.tree.map(jax.numpy.asarray, PARTS), lambda: settled.append(mirror.settle()))
@@ -187,6 +189,7 @@ def test_a_bucket_that_is_away_for_a_while_costs_time_only(bucket):
     saver.close()
     assert bucket.refused and settled and steps_of(RUN) == [1]
     assert bucket.blobs["run/metrics.jsonl"].data == b"a line\n"
+    assert bucket.blobs["run/traces/one"].data == b"steps"
 
 
 @pytest.mark.parametrize("status, methods, verb, says", [
