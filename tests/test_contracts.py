@@ -6,10 +6,13 @@ import jax.numpy as jnp
 import pytest
 
 from twinflow_jax import contracts, data, evaluation, objectives
+from twinflow_jax.config import Train
 from twinflow_jax.data.sources import Source
 from twinflow_jax.evaluation.captioned import CaptionJudge
+from twinflow_jax.keys import keys_of
 from twinflow_jax.objectives import Batch
 from twinflow_jax.objectives.form import Form, check_form
+from twinflow_jax.training.loggers import LOGGERS, JsonLines, Logger
 
 
 def scaled(factor):
@@ -51,6 +54,12 @@ def test_every_judge_keeps_its_contract(judge):
 @pytest.mark.parametrize("name", data.SOURCES)
 def test_every_source_keeps_its_contract(name):
     assert contracts.missing(data.SOURCES[name], Source) == []
+
+
+@pytest.mark.parametrize("logger", [JsonLines, *LOGGERS.values()])
+def test_every_logger_keeps_its_contract(logger):
+    assert contracts.missing(logger, Logger) == []
+    assert keys_of(Train)["loggers"].bounds.choices == tuple(LOGGERS)
 
 
 def test_what_is_missing_is_told_by_name():

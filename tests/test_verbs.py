@@ -146,7 +146,7 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         (evaluate, ["classes", "--checkpoint", str(run), "--steps", "one"], "give numbers"),
         (evaluate, ["classes", "--checkpoint", str(run), "--count", "3"], "at least 200"),
         (evaluate, ["classes", "--checkpoint", str(run), "--count", str(10**12)], "most 100,000"),
-        (evaluate, ["classes", "--checkpoint", str(run), "--steps", f"1,{10**12}"], "is no whole number"),
+        (evaluate, ["classes", "--checkpoint", str(run), "--steps", f"1,{10**12}"], "whole"),
         (evaluate, ["--checkpoint", str(run)], "`evaluate classes` for .* `evaluate captions` for"),
         (evaluate, [], "`evaluate classes` for"),
         *((evaluate, ["classes", "--checkpoint", "none", flag, f"{run}/config.json/x"],

@@ -67,11 +67,11 @@ class Mirror:
             self._thread.submit(self._copy).result()
 
     def _copy(self) -> None:
-        for file in sorted(pathlib.Path(self.folder).rglob("*")):
-            size = file.stat().st_size
-            if file.is_file() and self._copied.get(file) != size:
+        for file in sorted(pathlib.Path(self.folder).rglob("[!.]*")):  # hidden ones are not whole
+            changed = file.stat().st_mtime_ns
+            if file.is_file() and self._copied.get(file) != changed:
                 (self._target / file.relative_to(self.folder)).write_bytes(file.read_bytes())
-                self._copied[file] = size
+                self._copied[file] = changed
 
     def close(self) -> None:
         self.settle()

@@ -127,6 +127,8 @@ def open_weights(args):
             )
         return imported.open_imported(args.source), None, ""
     run, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
+    if run.adapter.rank:
+        raise UserError(f"{args.source} trained adapters, which cannot be exported yet")
     base = args.pipeline or checkpoints.pipeline_of(args.source, run)
     which = "raw" if args.raw else "average"
     return imported.open_imported(base), arrays, f", trained for {step} steps ({which} weights)"

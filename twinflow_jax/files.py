@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
@@ -121,6 +122,16 @@ def text_lines(data: bytes, errors: str = "strict") -> list[tuple[int, str]]:
     lines = re.split(r"\r\n|\r|\n", data.decode("utf-8", errors))
     stripped = ((number, line.lstrip("\ufeff").strip()) for number, line in enumerate(lines, 1))
     return [(number, line) for number, line in stripped if line]
+
+
+def rows(path: epath.PathLike) -> list[dict]:
+    """What a file of JSON lines holds, but for lines that a kill tore; nothing where there is
+    none."""
+    path, found = epath.Path(path), []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def is_full(error: BaseException | None) -> bool:

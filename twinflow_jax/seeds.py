@@ -41,3 +41,10 @@ def key(seed: int) -> Any:
         return jax.random.key(seed)
     halves = np.array([seed >> 32, seed % 2**32], np.uint32)
     return jax.random.wrap_key_data(halves, impl="threefry2x32")
+
+
+def initial(seed: int) -> Any:
+    """The key of a run's initial weights, which is no step's."""
+    import jax
+
+    return jax.random.fold_in(key(seed), 2**31 - 1)

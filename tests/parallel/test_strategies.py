@@ -13,7 +13,7 @@ import pytest
 
 from twinflow_jax import models, parallel
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import dit, family, minilm_dit, qwen_image, sana
+from twinflow_jax.models import adapters, dit, family, minilm_dit, qwen_image, sana
 from twinflow_jax.models.stack import run_layers
 from twinflow_jax.parallel import MeshConfig
 
@@ -90,10 +90,18 @@ def inputs(config, rows: int) -> tuple:
     return normal(rows, *config.sample_shape), *times, cond
 
 
-def compare(config, plans=PLANS) -> None:
+class Everywhere(dict):
+    """Adapters of rank 8 for every projection."""
+
+    def get(self, path, default=None):
+        return 8
+
+
+def compare(config, plans=PLANS, adapted=None) -> None:
     """Run in a process with eight devices; fails where a velocity or gradient differs."""
     module = MODULES[config.name](config)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs(config, 1))["params"]
+    with adapters.added(adapted or {}):
+        boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs(config, 1))["params"]
     abstract, axes = nn.meta.unbox(boxed), family.logical_axes(boxed)
     leaves, tree = jax.tree.flatten(abstract)
     rng = np.random.default_rng(1)
@@ -143,7 +151,7 @@ def check_collectives(hlo: str, config, name: str, mesh, where) -> None:
     assert name == "partitioner" or "reduce-scatter(" in hlo, where
 
 
-@pytest.mark.parametrize("name", ["QWEN", "SANA", "DIT, FEW", "TWO"])
+@pytest.mark.parametrize("name", ["QWEN", "SANA", "DIT, FEW", "TWO", "QWEN, FEW, Everywhere(a=8)"])
 def test_eight_devices_compute_what_one_does(name):
     program = "import tests.conftest; from tests.parallel.test_strategies import *"
     program += f"; compare({name})"

@@ -36,7 +36,8 @@ def test_run_leaves_pictures_metrics_and_the_last_checkpoints(small_config, tmp_
     assert len(terms) == 5 and sum(terms) == pytest.approx(rows[-1]["loss"], rel=1e-5)
     with Image.open(tmp_path / "run/samples/step_000020.png") as picture:
         assert len(np.unique(np.asarray(picture))) > 10
-    assert list((tmp_path / "run/tensorboard").iterdir())
+    page = (tmp_path / "run/index.html").read_text()
+    assert '"step": 20' in page and '[20, "samples/step_000020.png"]' in page
 
 
 def test_a_step_is_compiled_once(small_config, tmp_path, compiled):
@@ -220,8 +221,10 @@ def test_finished_run_draws_a_picture_that_a_kill_kept_from_it(small_config, tmp
     config = small_config("train.steps=3")
     trained(config, tmp_path / "run")
     picture = tmp_path / "run/samples/step_000003.png"
+    (tmp_path / "run/index.html").unlink()
     picture.unlink()
     trained(config, tmp_path / "run")
+    assert picture.name in (tmp_path / "run/index.html").read_text()
     assert picture.exists() and "is complete: step 3 of 3" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ from twinflow_jax.checkpoints.run import (
     check_claim,
     claim,
     load_weights,
+    open_start,
     open_weights,
     pipeline_of,
     read_run,
@@ -12,6 +13,6 @@ from twinflow_jax.checkpoints.run import (
 from twinflow_jax.checkpoints.saver import Saver
 
 __all__ = [
-    "Saver", "check_claim", "claim", "load_weights", "open_weights", "pipeline_of", "read_run",
-    "steps_of",
+    "Saver", "check_claim", "claim", "load_weights", "open_start", "open_weights", "pipeline_of",
+    "read_run", "steps_of",
 ]

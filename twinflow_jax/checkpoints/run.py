@@ -5,15 +5,19 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import numpy as np
+import tensorstore as ts
 from etils import epath
 
-from twinflow_jax import buckets, files, holders, models
+from twinflow_jax import buckets, files, holders, models, seeds
 from twinflow_jax import config as configs
-from twinflow_jax.checkpoints import store
+from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.checkpoints.imported import FORMAT
 from twinflow_jax.checkpoints.saver import Saver, stored
 from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.errors import UserError, few
+from twinflow_jax.models import names
 
 COMMITTED = "commit_success.txt"  # orbax's, in a bucket: what has it is complete
 IN_USE = "in_use"  # a file that is in a run's folder for as long as it is trained
@@ -21,10 +25,10 @@ IN_USE = "in_use"  # a file that is in a run's folder for as long as it is train
 # A run may go on with other values of these: they change what is reported and how the work is
 # shared, not what is learned (training.checks says which numbers of steps do not either).
 FREE = (
-    "train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep",
-    "sample.steps", "sample.columns", "sample.prompts", "sample.score_count", "mesh.data",
-    "mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.strategy", "model.remat",
-    "train.micro_steps", "objective.merge_passes",
+    "train.steps", "train.log_every", "train.loggers", "train.sample_every",
+    "train.checkpoint_every", "train.keep", "sample.steps", "sample.columns", "sample.prompts",
+    "sample.score_count", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context",
+    "mesh.strategy", "model.remat", "train.micro_steps", "objective.merge_passes",
 )
 
 
@@ -134,8 +138,11 @@ def load_weights(
       UserError: no run, no such checkpoint, or one that cannot be read.
     """
     with _reader(folder, raw, step) as (run, saver, part, step):
-        model = models.build(run.model)
+        model = models.build(run.model, adapter=run.adapter)
         params = abstract or store.on_one_device(model.abstract_params())
+        if run.adapter.rank:
+            arrays = _with_base(run, stored(saver.folder / str(step) / part))
+            return run, model, store.load(arrays, params, str(folder), progress=False), step
         return run, model, saver.load(step, {part: params})[part], step
 
 
@@ -148,7 +155,28 @@ def open_weights(
       UserError: as `load_weights`.
     """
     with _reader(folder, raw, step) as (run, saver, part, step):
-        return run, stored(saver.folder / str(step) / part), step
+        return run, _with_base(run, stored(saver.folder / str(step) / part)), step
+
+
+def open_start(source: epath.PathLike) -> store.Arrays:
+    """The weights of an imported checkpoint's transformer or of a run, `train.init_from`.
+
+    Raises:
+      UserError: as `open_weights`.
+    """
+    if imported.is_imported(source):
+        return imported.open_imported(source).arrays("transformer")
+    return open_weights(source)[1]
+
+
+def _with_base(run: Run, arrays: store.Arrays) -> store.Arrays:
+    """Arrays of a run's checkpoint, with those that it left to the base of its adapters."""
+    if not run.adapter.rank:
+        return arrays
+    if run.train.init_from:
+        return open_start(run.train.init_from) | arrays
+    params = names.flatten(jax.jit(models.build(run.model).init)(seeds.initial(run.train.seed)))
+    return {path: ts.array(np.asarray(leaf)) for path, leaf in params.items()} | arrays
 
 
 def pipeline_of(folder: epath.PathLike, run: Run) -> str:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from twinflow_jax import keys, models, objectives, parallel, seeds
 from twinflow_jax.errors import UserError, noted, tell
 from twinflow_jax.keys import option
+from twinflow_jax.models.adapters import Adapter
 from twinflow_jax.models.settings import DTYPES, Settings
 from twinflow_jax.objectives.config import Shared
 
@@ -124,6 +125,10 @@ class Train(keys.Part):
         "", "a run or an imported checkpoint whose weights to start from", is_path=True
     )
     log_every: int = option(50, "steps between two lines of metrics.jsonl", least=1)
+    loggers: tuple[str, ...] = option(
+        ("tensorboard",), "what takes metrics and pictures beside metrics.jsonl and index.html",
+        choices=("tensorboard", "wandb"),
+    )
     sample_every: int = option(500, "steps between two sheets of samples", least=1)
     checkpoint_every: int = option(500, "steps between two checkpoints", least=1)
     keep: int = option(3, "checkpoints that stay", least=1)
@@ -152,7 +157,7 @@ class Sample(keys.Part):
             raise UserError("sample.prompts has an empty one: leave it out")
 
 
-PARTS = {part.section: part for part in (Data, Optimizer, Mesh, Train, Sample)}
+PARTS = {part.section: part for part in (Adapter, Data, Optimizer, Mesh, Train, Sample)}
 PIPELINE = keys.Key(
     str, "", "for text: an imported checkpoint, or random for small networks", is_path=True
 )
@@ -173,6 +178,7 @@ class Run:
     mesh: Mesh
     train: Train
     sample: Sample
+    adapter: Adapter = Adapter()
     pipeline: str = ""
 
     @classmethod

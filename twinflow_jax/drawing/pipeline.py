@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from twinflow_jax import checkpoints, parallel
+from twinflow_jax import checkpoints, models, parallel
 from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
+from twinflow_jax.models.adapters import Adapter
 from twinflow_jax.models.family import TextToImage
 
 
@@ -48,13 +49,14 @@ class Pipeline:
     """The networks of an imported checkpoint, and perhaps a run's transformer in their stead.
 
     dtype: of computation and of the loaded weights. trained: the run's arrays, with `settings`,
-    its transformer's config, and the step that they are of.
+    its transformer's config, its `adapter`, and the step that they are of.
     """
 
     checkpoint: Imported
     dtype: str
     trained: store.Arrays | None = None
     settings: Any = None
+    adapter: Adapter = Adapter()
     step: int | None = None
     clock: Clock = dataclasses.field(default_factory=Clock)
     progress: bool = True
@@ -114,6 +116,9 @@ class Pipeline:
     def _load(self, name: str):
         config, network = self.config(name), self.checkpoint.network(name)
         abstract, axes = network.abstract(config)
+        if name == "transformer" and self.adapter.rank:
+            model = models.build(config, adapter=self.adapter)
+            abstract, axes = model.abstract_params(), model.axes()
         layouts = parallel.shardings(self.mesh(), abstract, axes)
         dtype = jnp.dtype(self.dtype)
         abstract = jax.tree.map(
@@ -169,4 +174,4 @@ def open_pipeline(
         return Pipeline(imported.open_imported(checkpoint), dtype)
     base = base or checkpoints.pipeline_of(checkpoint, run)
     _, arrays, step = checkpoints.open_weights(checkpoint, raw, step)
-    return Pipeline(imported.open_imported(base), dtype, arrays, run.model, step)
+    return Pipeline(imported.open_imported(base), dtype, arrays, run.model, run.adapter, step)

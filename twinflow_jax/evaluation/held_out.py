@@ -70,7 +70,7 @@ def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> 
             f"{settings.sample_shape}"
         )
     return Run(
-        Pipeline(checkpoint, settings.dtype, arrays, settings, progress=False), step,
+        Pipeline(checkpoint, settings.dtype, arrays, settings, run.adapter, progress=False), step,
         run.data.text_tokens, run.objective.guidance,
     )
 

@@ -5,6 +5,8 @@ touches its own file or folder and one line here. Flax lives only in this room.
 """
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +16,10 @@ import jax.numpy as jnp
 
 from twinflow_jax.arrays import AnyArray, Apply
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import dit, minilm_dit, mlp, qwen_image, sana, unet
+from twinflow_jax.models import adapters, dit, minilm_dit, mlp, qwen_image, sana, unet
+from twinflow_jax.models.adapters import Adapter
 from twinflow_jax.models.family import Family, logical_axes
+from twinflow_jax.models.names import flatten
 from twinflow_jax.models.settings import Settings
 
 FAMILIES = {
@@ -92,11 +96,16 @@ def create(fields: Mapping[str, Any], null: Mapping[str, AnyArray] | None = None
     return build(config_of(fields.get("name")).of(fields), null)
 
 
-def build(settings: Settings, null: dict[str, jax.Array] | None = None) -> Model:
+def build(
+    settings: Settings, null: dict[str, jax.Array] | None = None, adapter: Adapter | None = None
+) -> Model:
     """The network of a family's Config.
 
     null: the condition that stands for none, of one row (default: the class after the last one,
-    or a text of no tokens).
+    or a text of no tokens). adapter: what trains in the network's place; its `init` then gives
+    the network with fresh adapters.
+    Raises:
+      UserError: an adapter whose targets the network does not have.
     """
     family = FAMILIES[settings.name]
     module = family.module(settings)
@@ -106,10 +115,24 @@ def build(settings: Settings, null: dict[str, jax.Array] | None = None) -> Model
     elif null is None and settings.num_classes:
         null = {"label": jnp.full((1,), settings.num_classes, jnp.int32)}
 
-    def boxed(key: jax.Array):
+    def boxed(key: jax.Array, adapted: tuple[str, ...] = ()):
         x = jnp.zeros((1, *settings.sample_shape), jnp.float32)
         times = jnp.zeros((1,), jnp.float32)
-        return module.init(key, x, times, times, null or {})["params"]
+        with adapters.added(dict.fromkeys(adapted, adapter.rank if adapter else 0)):
+            return module.init(key, x, times, times, null or {})["params"]
+
+    fixed = family.fixed
+    if adapter and adapter.rank:
+        leaves = lambda *given: flatten(nn.meta.unbox(jax.eval_shape(
+            functools.partial(boxed, adapted=given), jax.random.key(0)
+        )))
+        names = {
+            path: name for path, name in family.projections(settings, leaves()).items()
+            if re.fullmatch(adapter.frozen, f"{path}/kernel")
+        }
+        paths = tuple(adapters.chosen(adapter.targets, names, family.adapted))
+        adapters.check_made(paths, leaves(*paths))
+        boxed, fixed = functools.partial(boxed, adapted=paths), (adapter.frozen,)
 
     def apply(params, x_t, t, r, cond):
         return module.apply({"params": params}, x_t, t, r, cond)
@@ -117,5 +140,5 @@ def build(settings: Settings, null: dict[str, jax.Array] | None = None) -> Model
     return Model(
         settings, init=lambda key: nn.meta.unbox(boxed(key)), apply=apply,
         axes=lambda: logical_axes(jax.eval_shape(boxed, jax.random.key(0))), null=null or {},
-        fixed=family.fixed,
+        fixed=fixed,
     )

@@ -1,4 +1,4 @@
-"""Names for the axes of activations, where a partitioner must not choose by itself.
+"""Names for axes: of parameters, and of activations where a partitioner must not choose by itself.
 
 They mean nothing until rules map them to a mesh (`parallel.applied`); without, these functions
 return their argument.
@@ -12,6 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
+
+
+def init_of(init: Callable, *axes: str | None) -> Callable:
+    """An initialiser whose parameter's axes have names."""
+    return nn.with_logical_partitioning(init, axes)
 
 
 def spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec | None:

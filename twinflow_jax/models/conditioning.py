@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from twinflow_jax.arrays import Times
 from twinflow_jax.models import names
-from twinflow_jax.models.projections import UNIT_VARIANCE, dense
+from twinflow_jax.models.projections import UNIT_VARIANCE, Dense, dense
 
 SINUSOID_WIDTH = 256
 
@@ -65,8 +65,8 @@ class RawTime(nn.Module):
 
     @nn.compact
     def __call__(self, t: Times) -> Float[Array, "B {self.width}"]:
-        hidden = nn.relu(nn.Dense(self.width)(t[:, None]))
-        return nn.Dense(self.width)(hidden)
+        hidden = nn.relu(Dense(self.width)(t[:, None]))
+        return Dense(self.width)(hidden)
 
 
 class SinusoidTime(nn.Module):
@@ -82,8 +82,8 @@ class SinusoidTime(nn.Module):
     def __call__(self, t: Times) -> Float[Array, "B {self.width}"]:
         angles = t[:, None] * (jnp.pi / 2) * jnp.arange(1, 3)[None]
         features = jnp.concatenate([t[:, None], jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        hidden = nn.silu(nn.Dense(self.width)(features))
-        return nn.Dense(self.width)(hidden)
+        hidden = nn.silu(Dense(self.width)(features))
+        return Dense(self.width)(hidden)
 
 
 class Condition(nn.Module):
@@ -99,5 +99,5 @@ class Condition(nn.Module):
         if "tokens" in cond:
             mask = cond["mask"][..., None].astype(jnp.float32)
             mean = (cond["tokens"] * mask).sum(1) / jnp.maximum(mask.sum(1), 1.0)
-            return nn.Dense(self.width)(mean)
+            return Dense(self.width)(mean)
         return jnp.zeros((rows, self.width), jnp.float32)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 from twinflow_jax.arrays import AnyArray, Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
-from twinflow_jax.models.projections import dense, init_of
+from twinflow_jax.models.axes import init_of
+from twinflow_jax.models.projections import dense
 from twinflow_jax.models.stack import run_layers
 
 Angles = Float[AnyArray, "L half"]  # of each place, for half of a head's channels

@@ -18,8 +18,10 @@ from twinflow_jax.arrays import Lengths, Maps, TextTokens, Times
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import axes, conditioning
+from twinflow_jax.models.adapters import adapted
 from twinflow_jax.models.attention import attention
-from twinflow_jax.models.projections import UNIT_VARIANCE, init_of
+from twinflow_jax.models.axes import init_of
+from twinflow_jax.models.projections import UNIT_VARIANCE, Dense
 from twinflow_jax.models.settings import LayeredSettings
 from twinflow_jax.models.stack import run_layers
 
@@ -66,9 +68,9 @@ def position_features(
     return jnp.concatenate([rows, columns], axis=-1)
 
 
-def _dense(config: Config, features: int, axes: tuple[str, str], kernel=UNIT_VARIANCE) -> nn.Dense:
+def _dense(config: Config, features: int, axes: tuple[str, str], kernel=UNIT_VARIANCE) -> Dense:
     """A projection whose kernel has these logical axes; its bias is whole."""
-    return nn.Dense(features, dtype=config.dtype, kernel_init=init_of(kernel, *axes))
+    return Dense(features, axes=axes, dtype=config.dtype, kernel_init=init_of(kernel, *axes))
 
 
 class Projection(nn.Module):
@@ -90,7 +92,8 @@ class Projection(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, self.shape[count:])
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         out = jnp.tensordot(x, kernel, count)
-        return out + lax.broadcast_to_rank(bias, out.ndim)
+        out += lax.broadcast_to_rank(bias, out.ndim)
+        return adapted(self, out, x, self.shape, self.axes, count)
 
 
 class Attention(nn.Module):
@@ -154,7 +157,7 @@ class DiT(nn.Module):
         p, grid = c.patch, (height // c.patch, width // c.patch)
         patches = x_t.reshape(rows, grid[0], p, grid[1], p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(rows, grid[0] * grid[1], -1)
-        h = nn.Dense(c.width, dtype=c.dtype)(patches)
+        h = Dense(c.width, dtype=c.dtype)(patches)
         h = h + position_features(*grid, c.width).astype(c.dtype)[None]
 
         times = conditioning.SinusoidTime(c.width)(t) + conditioning.SinusoidTime(c.width)(t - r)
@@ -162,13 +165,13 @@ class DiT(nn.Module):
         text = lengths = None
         if "tokens" in cond:
             # Normalised, as patches are before attention: both share its projections.
-            text = nn.Dense(c.width, dtype=c.dtype, name="text")(cond["tokens"])
+            text = Dense(c.width, dtype=c.dtype, name="text")(cond["tokens"])
             text = nn.LayerNorm(dtype=c.dtype, name="text_norm")(text)
             lengths = cond["mask"].sum(axis=-1)
 
         h = run_layers(self, Block, c.depth, c.remat, h, per_row=(nn.silu(context), text, lengths))
         h = nn.LayerNorm(dtype=c.dtype)(h)
-        out = nn.Dense(p * p * channels, dtype=c.dtype, kernel_init=nn.initializers.zeros)(h)
+        out = Dense(p * p * channels, dtype=c.dtype, kernel_init=nn.initializers.zeros)(h)
         out = out.reshape(rows, *grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         # An estimate of the picture, as a velocity: noise, which fills a patch, then need not pass
         # through the width. Bounded, since a small t would blow up the estimate's error.

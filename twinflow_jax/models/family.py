@@ -6,7 +6,7 @@ text, a TextToImage: the published networks with their name tables, prompts and 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from twinflow_jax import contracts
 from twinflow_jax.arrays import AnyArray, Images, Latents
 from twinflow_jax.errors import reason
-from twinflow_jax.models import names
+from twinflow_jax.models import adapters, names
 from twinflow_jax.models.names import NameTable
 from twinflow_jax.models.settings import Settings, TextSettings
 
@@ -248,13 +248,20 @@ class Family:
     """config, module: of the velocity network, which is called with (x_t, t, r, cond).
 
     fixed: patterns of the paths of its parameters that are never trained, such as a published table
-    of positions.
+    of positions. adapted: lists of its projections that have adapters, by the name of the list.
     """
 
     config: type[Settings]
     module: Callable[[Any], nn.Module]
     text_to_image: TextToImage | None = None
     fixed: tuple[str, ...] = ()
+    adapted: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def projections(self, config: Settings, leaves: Collection[str]) -> dict[str, str]:
+        """Names of projections by path, as `adapters.names_of`. leaves: paths of parameters."""
+        networks = self.text_to_image.networks if self.text_to_image else {}
+        table = networks["transformer"].table(config) if networks else NameTable(())
+        return adapters.names_of(table, leaves)
 
 
 def check_family(name: str, family: Family) -> list[str]:

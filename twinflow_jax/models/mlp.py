@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from twinflow_jax.arrays import Samples, Times, Velocities
 from twinflow_jax.keys import option
 from twinflow_jax.models import conditioning
+from twinflow_jax.models.projections import Dense
 from twinflow_jax.models.settings import Settings
 
 # That an estimated picture is divided by. A smaller one blows up the errors at small times, which
@@ -53,23 +54,23 @@ class MLP(nn.Module):
         flat = x_t.reshape(x_t.shape[0], -1)
         width = c.width if c.times == "raw" else c.width // 4  # of the context
         label = conditioning.Condition(width, c.num_classes)(cond, flat.shape[0])
-        h = nn.Dense(c.width)(flat)
+        h = Dense(c.width)(flat)
         if c.times == "raw":
             times = conditioning.RawTime(width)(t) + conditioning.RawTime(width)(r)
             context = nn.relu(times + label)
             for _ in range(c.depth):
-                inner = nn.relu(nn.Dense(c.width)(nn.relu(h)) + nn.Dense(c.width)(context))
-                h = h + nn.Dense(c.width)(inner)
+                inner = nn.relu(Dense(c.width)(nn.relu(h)) + Dense(c.width)(context))
+                h = h + Dense(c.width)(inner)
         else:
             times = conditioning.SinusoidTime(width)(t) + conditioning.SinusoidTime(width)(t - r)
             context = nn.silu(times + label)
             for _ in range(c.depth):
-                shift, scale, gate = jnp.split(nn.Dense(3 * c.width)(context), 3, axis=-1)
+                shift, scale, gate = jnp.split(Dense(3 * c.width)(context), 3, axis=-1)
                 inner = nn.LayerNorm(use_bias=False, use_scale=False)(h) * (1 + scale) + shift
-                inner = nn.Dense(c.width)(nn.silu(nn.Dense(c.width)(inner)))
+                inner = Dense(c.width)(nn.silu(Dense(c.width)(inner)))
                 h = h + gate * inner
             h = nn.LayerNorm()(h)
-        out = nn.Dense(math.prod(c.sample_shape))(nn.silu(h))
+        out = Dense(math.prod(c.sample_shape))(nn.silu(h))
         velocity = x_t - out.reshape(x_t.shape)
         if c.estimates == "offset":
             return velocity

@@ -4,26 +4,38 @@
 """
 
 from collections.abc import Callable
+from typing import no_type_check
 
 import flax.linen as nn
+from jaxtyping import Array, Float
+
+from twinflow_jax.models.adapters import adapted
+from twinflow_jax.models.axes import init_of
 
 UNIT_VARIANCE = nn.initializers.lecun_normal()
 
 
-def init_of(init: Callable, *axes: str | None) -> Callable:
-    """An initialiser whose parameter's axes have names."""
-    return nn.with_logical_partitioning(init, axes)
+@no_type_check  # Flax's own annotations cannot be checked at run time
+class Dense(nn.Dense):
+    """A projection that may have an adapter. axes: the logical ones of its kernel."""
+
+    axes: tuple[str | None, str | None] = (None, None)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        shape = (x.shape[-1], self.features)
+        return adapted(self, super().__call__(x), x, shape, self.axes)
 
 
 def dense(
     config, features: int, axes: tuple[str | None, str | None], name: str | None = None,
     bias: bool = True, kernel: Callable = UNIT_VARIANCE,
-) -> nn.Dense:
+) -> Dense:
     """A projection whose kernel has these logical axes; a bias of the model's width has none."""
     bias_axis = None if axes[1] == "embed" else axes[1]
-    return nn.Dense(
-        features, use_bias=bias, dtype=config.dtype, name=name, kernel_init=init_of(kernel, *axes),
-        bias_init=init_of(nn.initializers.zeros, bias_axis),
+    return Dense(
+        features, axes=axes, use_bias=bias, dtype=config.dtype, name=name,
+        kernel_init=init_of(kernel, *axes), bias_init=init_of(nn.initializers.zeros, bias_axis),
     )
 
 

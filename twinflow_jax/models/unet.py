@@ -13,6 +13,7 @@ from twinflow_jax.arrays import Maps, Times
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import conditioning
+from twinflow_jax.models.projections import Dense
 from twinflow_jax.models.settings import Settings
 
 
@@ -57,7 +58,7 @@ class UNet(nn.Module):
         skip_1 = down(c.hidden)(nn.relu(conv(c.hidden)(x_t)))
         skip_2 = down(2 * c.hidden)(nn.relu(conv(2 * c.hidden)(nn.relu(skip_1))))
         h = conv(4 * c.hidden)(nn.relu(skip_2))
-        h = h + nn.Dense(4 * c.hidden)(context)[:, None, None, :]
+        h = h + Dense(4 * c.hidden)(context)[:, None, None, :]
         h = up(2 * c.hidden)(jnp.concatenate([h, skip_2], axis=-1))
         h = conv(2 * c.hidden)(nn.relu(h))
         h = up(c.hidden)(nn.relu(jnp.concatenate([h, skip_1], axis=-1)))

@@ -100,26 +100,34 @@ def check_length(run: Run, workdir: str) -> None:
         )
 
 
-def check_start(source: str, settings: Settings) -> None:
-    """Refuses to start from what is no run, or from another network. source: `train.init_from`.
+def check_start(run: Run) -> None:
+    """Refuses to start from what is no run, or from another network.
 
     Raises:
       UserError: says what is missing or differs.
     """
+    source = run.train.init_from
     if not source or imported.is_imported(source):
         return
-    other = checkpoints.open_weights(source)[0].model
-    theirs, ours = (dataclasses.asdict(one) for one in (other, settings))
-    free = {"remat", "dtype"}  # of computing, not of the weights
+    other = checkpoints.open_weights(source)[0]
+    sections = ("model", "adapter") if other.adapter.rank else ("model",)
+    theirs, ours = (
+        {
+            f"{section}.{key}": value for section in sections
+            for key, value in dataclasses.asdict(getattr(one, section)).items()
+        }
+        for one in (other, run)
+    )
+    free = {"model.remat", "model.dtype"}  # of computing, not of the weights
     differing = [
-        f"model.{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"
-        for k in sorted((theirs.keys() | ours) - free, key=lambda k: (k != "name", k))
+        f"{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"
+        for k in sorted((theirs.keys() | ours) - free, key=lambda k: (k != "model.name", k))
         if theirs.get(k) != ours.get(k)
     ]
     if differing:
         raise UserError(
             f"train.init_from {source} is another network ({few(differing)}): choose another, or "
-            "give model its values"
+            "give this one its values"
         )
 
 

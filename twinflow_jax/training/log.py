@@ -1,52 +1,42 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, and the text beside the progress bar."""
+"""What a run writes down, through its loggers, and the text beside the progress bar."""
 
-import json
 import math
-import sys
-import threading
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
+from PIL import Image
 
-from twinflow_jax import files
+from twinflow_jax import buckets
+from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.parallel import hosts
+from twinflow_jax.training.loggers import LOGGERS, JsonLines, Logger
 
 
 class Log:
     """Metrics of a run, means over the steps between two writes (in this process: a mean
     whose steps a stop divides is over those since the resume).
 
-    A resumed run drops the lines that lie beyond the step it resumes from, so that each step
-    appears once in metrics.jsonl. Every process watches, the first one writes.
+    Every process watches, the first one writes: to `place`, if not to the folder itself.
     """
 
-    def __init__(self, workdir: epath.PathLike, first_step: int):
+    def __init__(
+        self, workdir: epath.PathLike, run: Run, first_step: int,
+        place: epath.PathLike | None = None,
+    ):
         self._since: list[dict[str, float]] = []
-        self._hook, self._board = threading.excepthook, None
-        if not hosts.leads():
-            return
-        self._file = epath.Path(workdir) / "metrics.jsonl"
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        kept = [line for line in lines if _step_of(line) <= first_step]
-        files.write(self._file, "".join(line + "\n" for line in kept).encode())
-        threading.excepthook = _without_os_errors(self._hook)
-        self._board = SummaryWriter(
-            str(epath.Path(workdir) / "tensorboard"), purge_step=first_step + 1
-        )
+        kinds = (JsonLines, *(LOGGERS[name] for name in run.train.loggers))
+        self._loggers: list[Logger] = [
+            kind(buckets.absolute(workdir), run, first_step, epath.Path(place or workdir))
+            for kind in kinds if hosts.leads()
+        ]
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
-        if self._board is None:
-            return
-        try:
-            self._board.close()
-        except OSError:  # a full disk: it will be tried again at exit, in vain
-            sys.unraisablehook = _without_os_errors(sys.unraisablehook)
-        threading.excepthook = self._hook
+        for logger in self._loggers:
+            logger.close()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes in one step's metrics; waits for that step to finish.
@@ -72,7 +62,7 @@ class Log:
             values = [row[name] for row in self._since if name in row]
             means[name] = sum(values) / len(values)
         self._since = []
-        self._record({"step": step} | means)
+        self._record(step, means)
         terms = " ".join(
             f"{k.removeprefix('loss/')} {v:.3g}" for k, v in means.items() if k.startswith("loss/")
         )
@@ -81,36 +71,16 @@ class Log:
             f"|g| {means['gradient_norm']:.2g} |p| {means['parameter_norm']:.4g}"
         )
 
-    def write_samples(self, step: int, scores: dict[int, dict[str, float]]) -> None:
-        """Writes sample metrics by number of evaluations."""
+    def write_samples(
+        self, step: int, scores: dict[int, dict[str, float]], sheet: Image.Image | None
+    ) -> None:
+        """Writes sample metrics by number of evaluations, and their sheet."""
         flat = {f"samples/{n}_nfe/{k}": v for n, row in scores.items() for k, v in row.items()}
         if flat:
-            self._record({"step": step} | flat)
+            self._record(step, flat)
+        for logger in self._loggers:
+            logger.pictures(step, sheet)
 
-    def _record(self, row: dict[str, float]) -> None:
-        if self._board is None:
-            return
-        with self._file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, row["step"])
-
-
-def _without_os_errors(hook):
-    """An exception hook that leaves out OSError: TensorBoard's own threads and exit handler on
-    a full disk. The loop's writes meet the same disk and end the run with one line."""
-
-    def filtered(arguments):
-        if not isinstance(arguments.exc_value, OSError):
-            hook(arguments)
-
-    return filtered
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinity for one that was torn by a kill."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf
+    def _record(self, step: int, row: dict[str, float]) -> None:
+        for logger in self._loggers:
+            logger.metrics(step, row)

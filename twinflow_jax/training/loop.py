@@ -15,11 +15,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from twinflow_jax import buckets, checkpoints, data, files, parallel, seeds
-from twinflow_jax.checkpoints import imported, store
+from twinflow_jax.checkpoints import store
 from twinflow_jax.config import Run, to_json
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.models.adapters import is_adapter
 from twinflow_jax.parallel import flags, hosts
-from twinflow_jax.training import checks, inputs, setup, state
+from twinflow_jax.training import checks, inputs, loggers, page, setup, state
 from twinflow_jax.training.log import Log
 from twinflow_jax.training.preview import Preview
 from twinflow_jax.training.watch import Clock, Watch
@@ -39,8 +41,8 @@ class Interrupted(Exception):
 def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
     """Trains, or goes on training, a run in `workdir`; returns its last state.
 
-    Everything about the run is in workdir: config.json, checkpoints/, samples/, metrics.jsonl
-    and tensorboard/. Killed and started again, it ends with the same bits.
+    Everything about the run is in workdir: config.json, checkpoints/, samples/, metrics.jsonl,
+    tensorboard/, and index.html to look at. Killed and started again, it ends with the same bits.
 
     Raises:
       UserError: data or a start that does not go with the run, a workdir of another run, no room
@@ -55,7 +57,7 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
     shapes = inputs.shapes(source, run.model)
     checks.check_fit(run, source)
     if not (epath.Path(workdir) / "checkpoints").exists():
-        checks.check_start(run.train.init_from, run.model)
+        checks.check_start(run)
     try:
         with contextlib.ExitStack() as stack:
             rows = inputs.digest(source)
@@ -89,6 +91,7 @@ def claimed(run: Run, workdir: str, rows: str) -> contextlib.AbstractContextMana
     """The folder as this run's, unless it cannot be: then nothing in it is touched."""
     checkpoints.check_claim(workdir, run, rows)
     checks.check_length(run, workdir)
+    loggers.check(run)
     return checkpoints.claim(workdir, run, rows)
 
 
@@ -105,10 +108,11 @@ def loop(
         preview = Preview(prepared, known, workdir)
         mirror = buckets.Mirror(workdir, ("metrics.jsonl", "speed.jsonl"), hosts.leads())
         stack.enter_context(contextlib.closing(mirror))
-        log = stack.enter_context(Log(mirror.folder, first))
+        log = stack.enter_context(Log(workdir, prepared.run, first, mirror.folder))
         if hosts.told(preview.missing(first)):  # killed between a checkpoint and its pictures
             with clock.part("pictures"):
-                log.write_samples(first, preview.make(state.sampling_params(current), first))
+                log.write_samples(first, *preview.make(state.sampling_params(current), first))
+        page.write(workdir, prepared.run, known.names, mirror.folder)
         if first >= train.steps:
             print(f"{workdir} is complete: step {first} of {train.steps}", flush=True)
             return current
@@ -147,6 +151,7 @@ def loop(
             stop = hosts.stop_requested(stopper.signal)  # later ones wait for the next step
             report = done % train.log_every == 0 or last
             keep = done % train.checkpoint_every == 0 or last or stop
+            draw = done % train.sample_every == 0 or last
             if report or keep or hosts.in_step():
                 log.add(*pending)  # a state with NaN is never saved
                 pending = None
@@ -156,11 +161,14 @@ def loop(
             if keep:
                 with clock.part("saving"):
                     saver.save(done, state.to_parts(current), mirror.settle)
-            if done % train.sample_every == 0 or last:
+            if draw:
                 with clock.part("pictures"):
-                    scores = preview.make(state.sampling_params(current), done)
-                log.write_samples(done, scores)
+                    scores, sheet = preview.make(state.sampling_params(current), done)
+                log.write_samples(done, scores, sheet)
                 bar.write(preview.line(done, scores)) if progress else None
+            if keep or draw:
+                with clock.part("pictures"):
+                    page.write(workdir, prepared.run, known.names, mirror.folder)
             if stop and not last:
                 saver.wait()
                 raise Interrupted(stop, done, saved=True)
@@ -227,21 +235,22 @@ def interruptible(function: Callable, *arguments):
 
 def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     """The state to go on from: the newest checkpoint, another run's weights, or fresh ones."""
-    restored = saver.restore(state.to_parts(prepared.abstract_state()))
-    if restored is not None:
-        return state.from_parts(restored, prepared.model.fixed)
+    abstract, fixed = prepared.abstract_state(), prepared.model.fixed
+    restored = saver.restore(state.to_parts(abstract))
+    if restored is not None and not abstract.on_base:
+        return state.from_parts(restored, fixed)
     train, model = prepared.run.train, prepared.model
-    source = train.init_from
-    if not source:
-        key = jax.random.fold_in(seeds.key(train.seed), 2**31 - 1)  # no step's key
-        return prepared.place(lambda: prepared.fresh(model.init(key)))
-    abstract = prepared.abstract_state().params
-    if imported.is_imported(source):
-        arrays = imported.open_imported(source).arrays("transformer")
-        params = store.load(arrays, abstract, f"{source}: transformer")
+    initial = lambda: model.init(seeds.initial(train.seed))
+    if train.init_from:
+        arrays, leaves = checkpoints.open_start(train.init_from), names.flatten(abstract.params)
+        fresh = [path for path in leaves if path not in arrays and is_adapter(path)]
+        made = jax.jit(lambda: {path: names.flatten(initial())[path] for path in fresh})()
+        there = names.unflatten({k: leaf for k, leaf in leaves.items() if k not in made})
+        loaded = store.load(arrays, there, f"{train.init_from}: transformer")
+        first = prepared.place(prepared.fresh, names.unflatten(names.flatten(loaded) | made))
     else:
-        params = checkpoints.load_weights(source, abstract=abstract)[2]
-    return prepared.place(prepared.fresh, params)
+        first = prepared.place(lambda: prepared.fresh(initial()))
+    return first if restored is None else state.from_parts(restored, fixed, first.params)
 
 
 class Stopper:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from PIL import Image
 
 from twinflow_jax import images, parallel, seeds
 from twinflow_jax.evaluation import sample_labels
@@ -40,10 +41,11 @@ class Preview:
     def _file(self, step: int) -> epath.Path:
         return self._folder / f"step_{step:06d}.png"
 
-    def make(self, params, step: int) -> dict[int, dict[str, float]]:
-        """Writes samples/step_STEP.png; returns scores by number of evaluations.
+    def make(self, params, step: int) -> tuple[dict[int, dict[str, float]], Image.Image | None]:
+        """Writes samples/step_STEP.png; returns scores by number of evaluations, and the sheet.
 
-        Every process samples, since all hold parts of the weights; the first one draws.
+        Every process samples, since all hold parts of the weights; the first one draws, the
+        others have neither.
         """
         blocks, scores = {}, {}
         over = parallel.over_rows(self._strategy.mesh, self._count)
@@ -62,10 +64,10 @@ class Preview:
             if self._inputs.judge:
                 scores[grid.nfe] = self._inputs.judge.score(x, self._labels)
         if not blocks:
-            return scores
+            return scores, None
         sheet = images.sheet(blocks, self._columns, title=f"step {step}")
         images.save(self._file(step), sheet, {"rows": "\n".join(self._inputs.names)})
-        return scores
+        return scores, sheet
 
     def line(self, step: int, scores: dict[int, dict[str, float]]) -> str:
         """Where the pictures are, and the scores, in one line."""

@@ -85,7 +85,7 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     Raises:
       UserError: a mesh or strategy that does not go with the devices, the network or the batch.
     """
-    model, train, shared = models.build(run.model), run.train, run.mesh
+    model, train, shared = models.build(run.model, adapter=run.adapter), run.train, run.mesh
     optimizer = optimizers.create(run.optimizer, train.steps)
     if not model.config.splits_tokens:
         if shared.context > 1:
@@ -101,7 +101,8 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     strategy = parallel.create(shared.strategy, mesh, abstract, model.axes(), model.dtype)
     decay = run.objective.teacher_decay
     fresh = lambda params: state.create(
-        params, optimizer, decay, train.ema_decay, train.weights, model.fixed
+        params, optimizer, decay, train.ema_decay, train.weights, model.fixed,
+        bool(run.adapter.rank),
     )
     shapes = jax.eval_shape(fresh, abstract)
     layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh))

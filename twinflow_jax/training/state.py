@@ -18,7 +18,8 @@ from twinflow_jax.training import ema
 class TrainState:
     """step: optimizer steps done. teacher: moving or frozen teacher, None where it is the
     student. average: what is sampled from, None where it is the student. fixed: patterns of the
-    paths of weights that are not trained, of which moments and averages hold nothing."""
+    paths of weights that are not trained, of which moments and averages hold nothing. on_base:
+    whether those are a base that checkpoints leave to where it came from."""
 
     step: jax.Array
     params: Any
@@ -26,6 +27,7 @@ class TrainState:
     teacher: ema.Average | None
     average: ema.Average | None
     fixed: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    on_base: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def trained(params, fixed: tuple[str, ...]):
@@ -47,17 +49,20 @@ def whole(part, params):
 
 def create(
     params, optimizer: optax.GradientTransformation, teacher_decay: float, ema_decay: float,
-    dtype: str = "float32", fixed: tuple[str, ...] = (),
+    dtype: str = "float32", fixed: tuple[str, ...] = (), on_base: bool = False,
 ) -> TrainState:
-    """The state of step 0. dtype: of the weights; moments and averages have their own."""
+    """The state of step 0. dtype: of the weights, of the base alone where there is one; moments and
+    averages have their own."""
     part = trained(params, fixed)
+    cast = jax.tree.map(lambda a: a.astype(dtype), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=jax.tree.map(lambda a: a.astype(dtype), params),
+        params=whole(part, cast) if on_base else cast,
         opt_state=optimizer.init(part),
         teacher=ema.start(part) if teacher_decay > 0 else None,
         average=ema.start(part) if ema_decay > 0 else None,
         fixed=fixed,
+        on_base=on_base,
     )
 
 
@@ -73,7 +78,7 @@ def layouts(
         transform_non_params=lambda _: rest,
     )
     averages = average(state.teacher), average(state.average)
-    return TrainState(rest, params, opt_state, *averages, state.fixed)
+    return TrainState(rest, params, opt_state, *averages, state.fixed, state.on_base)
 
 
 def sampling_params(state: TrainState):
@@ -88,18 +93,37 @@ def to_parts(state: TrainState) -> dict[str, Any]:
     averages = {name: average for name, average in averages.items() if average is not None}
     decays = {name: average.decay for name, average in averages.items()}
     progress = {"optimizer": state.opt_state, "step": state.step, "decays": decays}
-    weights = {name: whole(average.params, state.params) for name, average in averages.items()}
-    return {"params": state.params, "progress": progress} | weights
+    weights = {name: average.params for name, average in averages.items()}
+    weights["params"] = trained(state.params, state.fixed)
+    if state.on_base:
+        return {"progress": progress} | {name: present(part) for name, part in weights.items()}
+    return {"progress": progress} | {
+        name: whole(part, state.params) for name, part in weights.items()
+    }
 
 
-def from_parts(parts: dict[str, Any], fixed: tuple[str, ...] = ()) -> TrainState:
-    """The inverse of `to_parts`."""
-    progress = parts["progress"]
+def from_parts(
+    parts: dict[str, Any], fixed: tuple[str, ...] = (), base: Any = None
+) -> TrainState:
+    """The inverse of `to_parts`. base: the weights that it left out, in a tree of all."""
+    progress, on_base = parts["progress"], base is not None
+    complete = lambda part: completed(part, base) if on_base else part
     averages = {
-        name: ema.Average(trained(parts[name], fixed), decay)
+        name: ema.Average(trained(complete(parts[name]), fixed), decay)
         for name, decay in progress["decays"].items()
     }
     return TrainState(
-        progress["step"], parts["params"], progress["optimizer"],
-        averages.get("teacher"), averages.get("average"), fixed,
+        progress["step"], complete(parts["params"]), progress["optimizer"],
+        averages.get("teacher"), averages.get("average"), fixed, on_base,
     )
+
+
+def present(part) -> dict[str, Any]:
+    """A tree without its leaves that are None."""
+    leaves = names.flatten(part).items()
+    return names.unflatten({path: leaf for path, leaf in leaves if leaf is not None})
+
+
+def completed(part: dict[str, Any], base):
+    """The tree of the base with the leaves of `part`, which may have fewer."""
+    return names.unflatten(names.flatten(base) | names.flatten(part))

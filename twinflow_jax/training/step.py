@@ -1,5 +1,6 @@
 """One optimizer step as a pure function of (state, data)."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -148,7 +149,8 @@ def make_step(
             "parameter_norm": optax.tree.norm(params),
         }
         done = state.step + 1
-        return TrainState(done, params, opt_state, teacher, average, state.fixed), metrics
+        changed = {"params": params, "opt_state": opt_state, "teacher": teacher, "average": average}
+        return dataclasses.replace(state, step=done, **changed), metrics
 
     outputs = None if layouts is None else (layouts, None)
     return jax.jit(step, donate_argnums=0, out_shardings=outputs)

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from twinflow_jax import files
 from twinflow_jax.parallel import hosts
 from twinflow_jax.parallel.peaks import PEAKS
 
@@ -63,11 +64,10 @@ class Watch:
         """When the run began, in seconds since 1970, and the seconds of its steps up to the first
         of this process: from its record."""
         began, useful = self._clock.began, 0.0
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            for line in self._file.read_text().splitlines():
-                row = json.loads(line)
-                began = min(began, row["run_began"])
-                useful = row["useful_seconds"] if row["step"] <= first else useful
+        for row in files.rows(self._file):
+            began = min(began, row["run_began"])
+            if row["step"] <= first:
+                useful = row.get("useful_seconds", useful)  # older versions did not write it
         return began, useful
 
     def step(self, flops: float) -> None:

@@ -12,8 +12,8 @@ from twinflow_jax.arrays import Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.attention import attention
-from twinflow_jax.models.axes import rows
-from twinflow_jax.models.projections import dense, init_of
+from twinflow_jax.models.axes import init_of, rows
+from twinflow_jax.models.projections import dense
 from twinflow_jax.models.stack import run_layers
 
 ARCHITECTURE = "BertModel"

@@ -46,6 +46,15 @@ def norm_preserving(with_cond: Latents, without: Latents, scale: float) -> Laten
     return (patches(guided) * ratio).reshape(guided.shape)
 
 
+ATTENTION = tuple(f"attn.{name}" for name in (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+))
+# Those of the released LoRA configuration.
+RELEASED = (
+    *ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    "time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2",
+)
+
 FAMILY = family.Family(
     transformer.Config, transformer.Transformer,
     family.TextToImage(
@@ -54,4 +63,5 @@ FAMILY = family.Family(
         export_note=EXPORT_NOTE, tiny=tiny.CONFIGS, base_guide=norm_preserving,
         **family.of_one_encoder(prompt.tokenize, embed),
     ),
+    adapted={"attention": ATTENTION, "released": RELEASED},
 )

@@ -21,6 +21,7 @@ from twinflow_jax.arrays import AnyArray, Latents, Lengths, Maps, TextTokens, Ti
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import names, settings
+from twinflow_jax.models.adapters import adapted, low_rank
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import contract_in_place, tokens
 from twinflow_jax.models.conditioning import SinusoidEmbedder, embedder_names
@@ -179,7 +180,9 @@ class StackedDense(nn.Module):
         )
         context, kernel, bias = (a.astype(c.dtype) for a in (context, kernel, bias))
         # Over a mesh the small outputs travel, never the kernel.
-        return contract_in_place(context, kernel) + bias[:, None, None]
+        out = contract_in_place(context, kernel) + bias[:, None, None]
+        axes = (None, "embed", "modulation")
+        return adapted(self, out, context, kernel.shape, axes, stacked=True)
 
 
 class Modulation(nn.Module):
@@ -213,8 +216,12 @@ class HeadProjection(nn.Module):
             "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)), (c.width,)
         )
         h, kernel, bias = (a.astype(c.dtype) for a in (h, kernel, bias))
-        kernel = kernel.reshape(c.width, c.heads, c.head_dim)
-        return jnp.einsum("bsw,wnd->bnsd", h, kernel) + bias.reshape(1, c.heads, 1, c.head_dim)
+        heads = kernel.reshape(c.width, c.heads, c.head_dim)
+        out = jnp.einsum("bsw,wnd->bnsd", h, heads) + bias.reshape(1, c.heads, 1, c.head_dim)
+        more = low_rank(self, h, (c.width, c.width), ("embed", "heads"), c.dtype)
+        if more is None:
+            return out
+        return out + jnp.swapaxes(more.reshape(*h.shape[:2], c.heads, c.head_dim), 1, 2)
 
 
 class Stream(nn.Module):

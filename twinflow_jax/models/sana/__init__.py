@@ -40,6 +40,15 @@ def embed(config: text_encoder.Config, params, ids, mask):
     return prompt.select(states, mask)
 
 
+ATTENTION = tuple(
+    f"{attention}.{name}" for attention in ("attn1", "attn2")
+    for name in ("to_q", "to_k", "to_v", "to_out.0")
+)
+# Those of the released LoRA configuration that there are.
+RELEASED = (
+    *ATTENTION, "time_embed.linear", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
+)
+
 FAMILY = family.Family(
     transformer.Config, transformer.Transformer,
     family.TextToImage(
@@ -47,4 +56,5 @@ FAMILY = family.Family(
         base_guidance=4.5, export_note=EXPORT_NOTE, tiny=tiny.CONFIGS,
         **family.of_one_encoder(prompt.tokenize, embed),
     ),
+    adapted={"attention": ATTENTION, "released": RELEASED},
 )

@@ -15,9 +15,8 @@ from jaxtyping import Array, Float
 from twinflow_jax.arrays import Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
-from twinflow_jax.models.axes import rows
+from twinflow_jax.models.axes import init_of, rows
 from twinflow_jax.models.decoder import Angles, Attention, GatedMLP
-from twinflow_jax.models.projections import init_of
 
 ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
 

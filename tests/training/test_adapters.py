@@ -1,0 +1,135 @@
+"""Runs that train adapters: the base stays, and checkpoints hold the rest."""
+
+import jax
+import numpy as np
+import pytest
+
+from twinflow_jax import checkpoints, models
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.models.adapters import is_adapter
+from twinflow_jax.training import setup, state
+from twinflow_jax.training.loop import train
+
+AVERAGED = ["objective.teacher_decay=0.9", "train.ema_decay=0.9"]
+ADAPTED = ["adapter.rank=2", "train.weights=bfloat16", "train.steps=6", *AVERAGED]
+
+
+@pytest.fixture
+def base(small_config, tmp_path) -> str:
+    train(small_config("train.steps=3"), str(tmp_path / "base"), progress=False)
+    return str(tmp_path / "base")
+
+
+def leaves(tree) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in names.flatten(tree).items()}
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_adapters_train_on_a_base_that_stays(small_config, base, tmp_path, micro):
+    run = small_config(*ADAPTED, f"train.init_from={base}", f"train.micro_steps={micro}")
+    end = train(run, str(tmp_path / "run"), progress=False)
+    params, started = leaves(end.params), leaves(checkpoints.load_weights(base)[2])
+    for path, leaf in params.items():
+        if is_adapter(path):
+            assert leaf.dtype == np.float32 and np.any(leaf), path
+        else:
+            np.testing.assert_array_equal(leaf, started[path].astype("bfloat16"), path)
+    assert sum(is_adapter(path) for path in params) == len(params) // 2  # of weights, with biases
+
+    kept = {part: leaves(tree) for part, tree in state.to_parts(end).items() if part != "progress"}
+    assert set(kept) == {"params", "teacher", "average"}
+    for tree in kept.values():
+        assert tree and all(map(is_adapter, tree))
+    moments = [leaf for leaf in jax.tree.leaves(end.opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * sum(a.size for a in kept["params"].values())
+
+    def again() -> None:
+        resumed = train(run, str(tmp_path / "run"), progress=False)
+        jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (end, resumed)))
+
+    again()  # from the end
+    (tmp_path / "run" / "checkpoints" / "6").rename(tmp_path / "away")
+    again()  # from step 5
+
+    sampled = leaves(state.sampling_params(end))
+    for read in (
+        checkpoints.load_weights(tmp_path / "run")[2],
+        names.unflatten({k: a.read().result() for k, a in
+                         checkpoints.open_weights(tmp_path / "run")[1].items()}),
+    ):
+        for path, leaf in leaves(read).items():
+            np.testing.assert_allclose(leaf, sampled[path].astype(np.float32), rtol=1e-2, atol=1e-3)
+            if is_adapter(path):
+                np.testing.assert_array_equal(leaf, sampled[path], path)
+
+
+def test_a_base_at_random_is_made_again_from_the_seed(small_config, tmp_path):
+    end = train(small_config(*ADAPTED, "train.weights=float32"), str(tmp_path), progress=False)
+    sampled = leaves(state.sampling_params(end))
+    for path, leaf in leaves(checkpoints.load_weights(tmp_path)[2]).items():
+        np.testing.assert_array_equal(leaf, sampled[path], path)
+
+
+def test_the_frozen_teacher_is_the_base_alone(small_config, base):
+    run = small_config(
+        "adapter.rank=2", "objective.teacher_decay=1", f"train.init_from={base}",
+        "train.unconditional=permuted",
+    )
+    prepared = setup.prepare(run)
+    fresh = prepared.fresh(prepared.model.init(jax.random.key(0)))
+    teacher = state.whole(fresh.teacher.params, fresh.params)
+    plain = models.build(run.model)
+    x = jax.numpy.ones((2, *plain.sample_shape))
+    given = x, x[:, 0, 0, 0], x[:, 0, 0, 0], plain.cond([1, 2])
+    only = names.unflatten({k: a for k, a in names.flatten(teacher).items() if not is_adapter(k)})
+    np.testing.assert_array_equal(
+        prepared.model.apply(teacher, *given), plain.apply(only, *given)
+    )
+
+
+def test_a_gradient_is_that_of_the_network_it_stands_for(small_config):
+    """d loss / da = x^T (dy b^T), d loss / db = (x a)^T dy: from the gradient of a plain kernel."""
+    run = small_config("adapter.rank=2")
+    prepared, plain = setup.prepare(run), models.build(run.model)
+    rng = np.random.default_rng()
+    params = jax.tree.map(
+        lambda a: rng.standard_normal(a.shape).astype(np.float32) * 0.2,
+        prepared.model.abstract_params(),
+    )
+    flat = names.flatten(params)
+    kernels = {k[:-6] + "kernel": (flat[k], flat[k[:-1] + "b"]) for k in flat if k.endswith("_a")}
+    whole = {
+        k: a + kernels[k][0] @ kernels[k][1] if k in kernels else a
+        for k, a in flat.items() if not is_adapter(k)
+    }
+    objective = run.bound_objective
+    rows = run.data.batch_size
+    draws = objective.draw(jax.random.key(1), rows, plain.sample_shape)
+    x = jax.numpy.asarray(rng.standard_normal((rows, *plain.sample_shape)), "float32")
+    batch = setup.step.Batch(x, plain.cond(np.arange(rows) % 10), plain.cond(np.full(rows, 10)))
+    of = lambda apply: jax.jit(jax.value_and_grad(
+        lambda params: objective.loss(apply, params, params, batch, draws)[0]
+    ))
+    loss, gradient = of(prepared.model.apply)(params)
+    expected, full = of(plain.apply)(names.unflatten(whole))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    gradient, full = leaves(gradient), leaves(full)
+    for kernel, (a, b) in kernels.items():
+        for name, wanted in (("lora_a", full[kernel] @ b.T), ("lora_b", a.T @ full[kernel])):
+            got = gradient[kernel.replace("kernel", name)]
+            error = np.linalg.norm(got - wanted)
+            assert error <= 1e-4 * np.linalg.norm(wanted), (kernel, name)
+
+
+@pytest.mark.parametrize("overrides, says", [
+    (["adapter.rank=3"], "adapter.rank is 2 there, 3 here"),
+    (["adapter.targets=('Dense_0',)"], "adapter.targets"),
+])
+def test_other_adapters_do_not_go_on(small_config, tmp_path, overrides, says):
+    train(small_config(*ADAPTED), str(tmp_path / "run"), progress=False)
+    with pytest.raises(UserError, match=says):
+        train(small_config(*ADAPTED, *overrides), str(tmp_path / "run"), progress=False)
+    other = small_config(*ADAPTED, *overrides, f"train.init_from={tmp_path / 'run'}")
+    with pytest.raises(UserError, match=says.split(" is")[0]):
+        train(other, str(tmp_path / "other"), progress=False)
