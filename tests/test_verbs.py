@@ -279,6 +279,45 @@ def test_a_backend_that_is_not_there_gets_one_line(run, tmp_path, platform, way)
     assert not (tmp_path / "new").exists()
 
 
+ON_GOOGLES_MACHINE = """
+import glob, runpy, sys
+real, (devices, module) = glob.glob, sys.argv[1:3]
+glob.glob = lambda pattern: real(pattern.replace("/sys/bus/pci/devices", devices))
+sys.argv = sys.argv[2:]
+runpy.run_module(module, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("verb", ["train", "sample"])
+def test_tpus_without_libtpu_are_not_left_idle(run, tmp_path, verb):
+    """A v5e chip beside Google's network card; the card alone is no TPU."""
+    new = str(tmp_path / "new")
+    arguments = {
+        "train": ["--config", "configs/digits.py", "--workdir", new],
+        "sample": ["--checkpoint", str(run), "--out", new, "--classes", "3", "--count", "1"],
+    }[verb]
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+    call = lambda: subprocess.run(
+        [sys.executable, "-c", ON_GOOGLES_MACHINE, str(tmp_path / "pci"), f"twinflow_jax.{verb}",
+         *arguments], env=environment, capture_output=True, text=True, check=False,
+    )
+
+    def plug(slot: str, device: str):
+        (tmp_path / "pci" / slot).mkdir(parents=True)
+        (tmp_path / "pci" / slot / "vendor").write_text("0x1ae0\n")
+        (tmp_path / "pci" / slot / "device").write_text(device + "\n")
+
+    plug("0000:00:04.0", "0x0042")
+    if verb == "sample":
+        assert call().returncode == 0
+    plug("0000:00:05.0", "0x0063")
+    done = call()
+    assert done.returncode == 2, done.stderr
+    *warnings, last = done.stderr.splitlines()
+    assert re.match(r"error: JAX's backend tpu does not start .*install -e '.\[pod\]'", last)
+    assert not any("Traceback" in line for line in warnings)
+
+
 def test_few_style_without_noise_warns(run, tmp_path, capsys):
     call(
         sample, "--checkpoint", str(run), "--out", str(tmp_path), "--sheet",

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import glob
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -113,6 +115,7 @@ def run_verb(main: Callable[[], int | None]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = one_line
+            insist_on_tpus()
             status = main()
     except (Exception, KeyboardInterrupt) as error:
         end(report(error))
@@ -121,6 +124,19 @@ def run_verb(main: Callable[[], int | None]) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     sys.exit(status)
+
+
+def insist_on_tpus() -> None:
+    """Has JAX use the TPUs of this machine, where nobody says otherwise, or say why it cannot: by
+    itself it takes the CPU where libtpu is not there."""
+    vendors = map(pathlib.Path, glob.glob("/sys/bus/pci/devices/*/vendor"))
+    if "JAX_PLATFORMS" in os.environ or all("0x1ae0" not in file.read_text() for file in vendors):
+        return
+    import jax  # slow, and needed on Google's machines only
+    from jax._src import hardware_utils
+
+    if hardware_utils.num_available_tpu_chips_and_device_id()[0]:  # no network cards
+        jax.config.update("jax_platforms", "tpu,cpu")
 
 
 def report(error: BaseException) -> int:
@@ -148,7 +164,7 @@ def end(status: int) -> NoReturn:
 
 PACKAGES = {  # by the backend that they bring
     **dict.fromkeys(("cuda", "gpu"), "pip install 'jax[cuda13]' beside an NVIDIA GPU's driver"),
-    "tpu": "pip install -e '.[pod]' -c constraints.txt on a TPU VM",
+    "tpu": "in a virtual environment of a TPU machine pip install -e '.[pod]' -c constraints.txt",
 }
 
 

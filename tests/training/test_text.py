@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import exporting, imported, random
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
+from twinflow_jax.training import setup
 from twinflow_jax.training.loop import train
 
 TINY = "configs/qwen20b_tpu.py:tiny"
@@ -102,3 +104,10 @@ def test_the_published_variants_name_the_published_network():
         assert run.data.batch_size == batch and run.model.remat == "full"
     with pytest.raises(UserError, match="no variant 'huge'"):
         configs.load("configs/qwen20b_tpu.py:huge")
+
+
+def test_what_kaggle_keeps_has_room_for_two_checkpoints():
+    run = configs.parse("configs/sana06b_kaggle.py")
+    state = setup.prepare(run).abstract_state()
+    assert run.train.keep == 1
+    assert 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) < 15e9

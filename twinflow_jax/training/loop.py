@@ -213,7 +213,8 @@ def compile_phases(
         )
         print(
             f"{prepared.run.model.name} of {parameters:,} parameters; "
-            f"compiled in {time.perf_counter() - begin:.1f} s",
+            f"compiled in {time.perf_counter() - begin:.1f} s for {jax.device_count()} x "
+            f"{jax.devices()[0].device_kind}",
             flush=True,
         )
     return done | compiled

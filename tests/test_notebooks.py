@@ -1,0 +1,53 @@
+"""The notebooks run from top to bottom, with a small random SANA and pictures of digits."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tests import sana_folder
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[test]'")
+nbformat = pytest.importorskip("nbformat")
+
+
+@pytest.mark.slow
+def test_one_step_sana(tmp_path):
+    """Twice, as in two sessions: the second finds everything done."""
+    sana_folder.write(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    digits = load_digits()
+    for i, (image, label) in enumerate(zip(digits.images[:40], digits.target, strict=False)):
+        picture = Image.fromarray((15 * image).astype(np.uint8)).resize((64, 64))
+        picture.save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"the handwritten digit {label}")
+    names = {name: tmp_path / name.lower() for name in ("KEPT", "SCRATCH")}
+    for folder in names.values():
+        folder.mkdir()
+    settings = names | {
+        "CODE": ROOT, "VENV": sys.prefix, "BASE": tmp_path / "pipeline", "SIZE": "64",
+        "PICTURES": tmp_path / "pictures", "CONFIG": "configs/sana06b_kaggle.py:tiny",
+    }
+    notebook = nbformat.read(ROOT / "notebooks" / "kaggle_sana.ipynb", as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    text = json.dumps({name: str(value) for name, value in settings.items()})
+    first.source = first.source.replace(
+        '\nos.environ["PATH"]', f'\nos.environ.update({text})\nos.environ["PATH"]'
+    )
+    for _ in range(2):
+        nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3").execute()
+    run = json.loads((tmp_path / "kept" / "run" / "config.json").read_text())
+    assert run["train"]["init_from"] == str(tmp_path / "scratch" / "base")
+    shown = [
+        output for cell in notebook.cells for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(shown) == 2  # the last sheet of training, and what was drawn
+    exported = tmp_path / "scratch" / "one_step"
+    assert (exported / "model_index.json").exists()
+    assert (exported / "transformer" / "diffusion_pytorch_model.safetensors").exists()
