@@ -16,8 +16,8 @@
 #                                    into which each start installs this checkout
 #   --dry-run                        print the commands and do nothing
 #
-# --workdir and every folder in the config must be on that storage (Filestore, or a bucket through
-# gcsfuse), which all workers see. See docs/pods.md.
+# --workdir and every folder in the config must be on storage that all workers see: a bucket
+# (gs://BUCKET/FOLDER), or that storage. See docs/pods.md.
 set -u
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"

@@ -8,7 +8,8 @@
 #
 # --processes N   N processes joined into one run, each with its part of the devices: of the GPUs,
 #                 or of the CPU devices that XLA_FLAGS simulates. When one dies, all start again.
-#                 Each writes WORKDIR.logs/process_I.log, the first also to the terminal. TPUs
+#                 Each writes WORKDIR.logs/process_I.log (here, where that is in a bucket), the
+#                 first also to the terminal. TPUs
 #                 need one process per machine.
 # --dry-run       print the commands and do nothing
 #
@@ -55,6 +56,7 @@ done
 [[ $workdir ]] || fail "give --workdir DIR (launch/local.sh --help)"
 workdir=${workdir/#~\//"$HOME/"} # the shell leaves --workdir=~/runs alone
 logs=${workdir%/}.logs
+[[ $logs == gs://* ]] && logs=${logs##*/}
 
 # shares[I]: the setting that gives process I its part of the devices, where they can be divided.
 shares=()

@@ -27,7 +27,7 @@
 #   --dry-run                              print the commands and do nothing
 #
 # --workdir and every folder in the config must be on storage that all workers see under the same
-# path: Filestore (NFS), or a bucket mounted with gcsfuse. See docs/pods.md.
+# path: a bucket (gs://BUCKET/FOLDER), or Filestore (NFS). See docs/pods.md.
 set -u
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"

@@ -67,6 +67,10 @@ def forbid(place):
           rf"twinflow_jax.train .* --coordinator 127.0.0.1:\d+ --processes 2 --process {i} "
           rf">> '/runs/a b.logs/process_{i}.log' 2>&1" for i in range(2)),
     ]),
+    ("local.sh", ["--config", "c.py", "--workdir", "gs://b/runs/x", "--processes", "2"], [
+        "mkdir -p x.logs",
+        *(rf".* --workdir gs://b/runs/x .* >> x.logs/process_{i}.log 2>&1" for i in range(2)),
+    ]),
     ("local.sh", [*TRAIN, "--coordinator", "host:1", "--processes", "4", "--process", "1"],
      ["python .* --coordinator host:1 --processes 4 --process 1"]),
     ("worker.sh", ["start", "--", *TRAIN], ["python -m twinflow_jax.train .*"]),

@@ -121,7 +121,6 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
         (train, [*digits, *new, "--coordinator", "foo", "--processes", "2"], "'foo'; give HOST:"),
         (train, [*digits, *new, "--coordinator", "foo:0"], "'foo:0'; give HOST:PORT"),
         (train, [*digits, *new, "--config.model.width=1000000"], "220003.* GB.* has .* GB: "),
-        (sample, ["--checkpoint", "gs://x", "--out", "x"], "pip install 'etils.epath-gcs."),
         (sample, [*out, "--seed=--5"], "--seed: the seed is '--5'; give a whole"),
         (sample, [*out, "--seed", "-1"], "--seed: the seed is -1; give a whole"),
         (sample, [*out, "--seed", str(2**64)], "--seed: the seed is 1844.*; give a whole"),

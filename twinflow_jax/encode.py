@@ -18,7 +18,7 @@ import argparse
 
 from etils import epath
 
-from twinflow_jax import arguments, files, seeds
+from twinflow_jax import arguments, buckets, files, seeds
 from twinflow_jax.errors import UserError, run_verb
 
 RECORDS = 100_000  # in a file
@@ -82,7 +82,7 @@ def check(args) -> None:
     if args.shard_size * (args.count or 1) > RECORDS:
         raise UserError(f"--count {args.count} of each of --shard-size {args.shard_size} prompts "
                         f"are more than {RECORDS:,} records in a file: lower one")
-    source, target = (epath.Path(path).resolve() for path in (args.source, args.target))
+    source, target = map(buckets.absolute, (args.source, args.target))
     if source.is_dir() and source in (target, *target.parents):
         raise UserError(f"{args.target} lies in {args.source}, all of which is read: choose a "
                         "folder beside it")

@@ -169,10 +169,14 @@ PACKAGES = {  # by the backend that they bring
 
 
 def explained(error: BaseException) -> BaseException:
-    """A UserError in place of what JAX raises where a backend is not there or does not start, and
-    epath where gs:// lacks a package."""
+    """A UserError in place of what JAX raises where a backend is not there or does not start, what
+    a bucket answers, and epath where gs:// lacks a package."""
     if isinstance(error, ImportError) and "gcsfs" in str(error):
-        return UserError("gs:// takes another package: pip install 'etils[epath-gcs]'")
+        return UserError("gs:// takes more packages: pip install -e '.[gcs]' -c constraints.txt")
+    from twinflow_jax import buckets  # which has errors of its own
+
+    if answered := buckets.explained(error):
+        return answered
     if not isinstance(error, RuntimeError | AssertionError) or "jax" not in sys.modules:
         return error
     import jax

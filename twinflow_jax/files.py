@@ -10,7 +10,7 @@ import shutil
 
 from etils import epath
 
-from twinflow_jax import holders
+from twinflow_jax import buckets, holders
 from twinflow_jax.errors import UserError
 
 LONGEST = 255  # bytes of a file's name
@@ -39,8 +39,17 @@ def path(text: str) -> str:
     return expanded
 
 
+def cache() -> epath.Path:
+    """$TWINFLOW_CACHE, or the user's cache folder."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "twinflow_jax")
+    return epath.Path(path(os.environ.get("TWINFLOW_CACHE", default)))
+
+
 def write(path: epath.PathLike, data: bytes) -> None:
     """Writes a file so that it appears complete or not at all; makes its folder."""
+    if buckets.is_remote(path):
+        epath.Path(path).write_bytes(data)
+        return
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
 
@@ -48,8 +57,16 @@ def write(path: epath.PathLike, data: bytes) -> None:
 @contextlib.contextmanager
 def whole_file(path: epath.PathLike):
     """A hidden name to write to, in a file's folder, which is made; the file appears at the end,
-    complete, or not at all."""
+    complete, or not at all. In a bucket it is the file's own: an object appears when it is closed.
+    """
     path = epath.Path(path)
+    if buckets.is_remote(path):
+        try:
+            yield path
+        except BaseException:  # closed too early
+            path.unlink(missing_ok=True)
+            raise
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Cut, since names have a longest length. No process's id: another machine's may have it too.
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
@@ -82,7 +99,10 @@ def check_folder(flag: str, folder: str) -> None:
         path = epath.Path(folder)
         if path.exists() and not path.is_dir():
             raise UserError(f"{flag} {folder} is a file: choose a folder")
-        if "://" in folder:
+        if buckets.is_remote(path):
+            probe = path / f".{secrets.token_hex(8)}"
+            probe.write_text("")
+            probe.unlink()
             return
         # lexists: what is below a file or a folder that may not be read is not there.
         there = next(p for p in (path.resolve(), *path.resolve().parents) if os.path.lexists(p))
@@ -151,9 +171,9 @@ def whole_folder(target: epath.PathLike, needed: int):
         with holders.held(mark, target, keep=True):
             try:
                 _clear(target)
-                _check_room(target, needed)
+                check_room(target, needed)
                 yield
-                if "://" not in str(target):
+                if not buckets.is_remote(target):
                     os.sync()  # a machine that is switched off now finds it whole, or marked
             except BaseException:
                 with contextlib.suppress(OSError):  # what is left is still marked
@@ -176,11 +196,11 @@ def _clear(folder: epath.Path) -> None:
             entry.unlink()
 
 
-def _check_room(target: epath.Path, needed: int) -> None:
+def check_room(target: epath.PathLike, needed: int) -> None:
     """Raises UserError where a local disk has less room than that many bytes."""
-    if "://" in str(target):
+    if buckets.is_remote(target):
         return
-    parent = next(p for p in target.resolve().parents if p.exists())
+    parent = next(p for p in epath.Path(target).resolve().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(

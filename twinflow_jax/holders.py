@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from twinflow_jax import buckets
 from twinflow_jax.errors import UserError, end, report
 
 BEAT, LEASE, LOOK = 10.0, 120.0, 1.0  # seconds
@@ -136,7 +137,7 @@ def check_free(file: epath.Path, folder: epath.PathLike) -> Holder | None:
 
 def _age(file: epath.Path) -> tuple[float, float]:
     """Seconds since a file was touched, and when that was, by the clock of its storage."""
-    changed = lambda path: path.stat().mtime if _is_remote(path) else os.stat(path).st_mtime
+    changed = lambda path: path.stat().mtime if buckets.is_remote(path) else os.stat(path).st_mtime
     probe = file.parent / f".{secrets.token_hex(8)}"
     try:
         probe.write_text("")
@@ -156,7 +157,7 @@ def _take(file: epath.Path, me: Holder, folder: epath.PathLike) -> None:
         with alone(file):
             if taken := Holder.of(file) == dead:  # nobody took it meanwhile
                 file.write_text(me.to_json())
-    if _is_remote(file):  # no locks: who writes last has it
+    if buckets.is_remote(file):  # no locks: who writes last has it
         time.sleep(LOOK)
         _check_mine(file, me, folder)
 
@@ -174,16 +175,19 @@ def _beat(file: epath.Path, me: Holder, folder: epath.PathLike, over: threading.
     while not over.wait(BEAT):
         try:
             _check_mine(file, me, folder)
+            file.write_text(me.to_json()) if buckets.is_remote(file) else os.utime(file)
         except UserError as error:
             end(report(error))
-        with contextlib.suppress(OSError):  # a storage that is away for a moment
-            file.write_text(me.to_json()) if _is_remote(file) else os.utime(file)
+        except Exception as error:
+            if not isinstance(error, OSError) and not buckets.explained(error):
+                raise
+            # a storage that is away for a moment
 
 
 @contextlib.contextmanager
 def alone(file: epath.Path) -> Iterator[None]:
     """No other process inside with the same file, where its storage has locks."""
-    if _is_remote(file):
+    if buckets.is_remote(file):
         yield
         return
     while True:
@@ -200,7 +204,3 @@ def _is_there(opened, file: epath.Path) -> bool:
         return os.path.samestat(os.fstat(opened.fileno()), os.stat(file))
     except FileNotFoundError:
         return False
-
-
-def _is_remote(file: epath.Path) -> bool:
-    return "://" in str(file)

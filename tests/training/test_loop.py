@@ -90,7 +90,8 @@ def test_starts_from_another_run(small_config, tmp_path):
             tmp_path / "third",
         )
     with pytest.raises(UserError, match="name is 'mlp' there, 'dit' here;.* and [0-9]+ more"):
-        checks.check_start(str(tmp_path / "first"), models.dit.Config())
+        other = small_config(f"train.init_from={tmp_path / 'first'}")
+        checks.check_start(dataclasses.replace(other, model=models.dit.Config()))
     with pytest.raises(UserError, match="nothing is no run"):
         trained(small_config(f"train.init_from={tmp_path / 'nothing'}"), tmp_path / "third")
     assert not (tmp_path / "third").exists()

@@ -1,6 +1,8 @@
 """A checkpoint of a family's small networks with random weights, as if it had been imported."""
 
 import json
+import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from twinflow_jax.models import names
 
 
 def write_random(family: str, target: epath.PathLike, seed: int) -> imported.Imported:
-    """Writes it to a local folder, all or nothing; leaves alone what is there already."""
+    """Writes it to a folder, all or nothing; leaves alone what is there already."""
     target = epath.Path(target)
     if (target / imported.RECORD).exists() and not (target / files.UNFINISHED).exists():
         return imported.open_imported(target)
@@ -28,7 +30,10 @@ def write_random(family: str, target: epath.PathLike, seed: int) -> imported.Imp
                 store.write(store.create(place, leaf.shape, leaf.dtype), np.asarray(leaf))
         kept = target / "files"
         for encoder in text_to_image.encoders.values():
-            encoder.save_tiny_tokenizer(kept / encoder.tokenizer)
+            with tempfile.TemporaryDirectory() as local:
+                encoder.save_tiny_tokenizer(local)
+                for file in pathlib.Path(local).iterdir():
+                    files.write(kept / encoder.tokenizer / file.name, file.read_bytes())
         record = {
             "format": imported.FORMAT, "family": family, "source": f"random weights, seed {seed}",
             "files": sorted(

@@ -10,8 +10,8 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from twinflow_jax import buckets, files, holders, models, seeds
 from twinflow_jax import config as configs
-from twinflow_jax import files, holders, models, seeds
 from twinflow_jax.checkpoints import imported, store
 from twinflow_jax.checkpoints.imported import FORMAT
 from twinflow_jax.checkpoints.saver import Saver, stored
@@ -19,6 +19,7 @@ from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.errors import UserError, few
 from twinflow_jax.models import names
 
+COMMITTED = "commit_success.txt"  # orbax's, in a bucket: what has it is complete
 IN_USE = "in_use"  # a file that is in a run's folder for as long as it is trained
 
 # A run may go on with other values of these: they change what is reported and how the work is
@@ -52,12 +53,10 @@ def check_claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
     rows: a digest of what is trained on, where that may change. A record without checkpoints is of
     a start that came to nothing, and is replaced.
     Raises:
-      UserError: the folder holds another run, or files that are no run; or it is not local
-        (metrics.jsonl and TensorBoard are appended to, which object storage cannot do).
+      UserError: the folder holds another run, or files that are no run.
     """
-    if "://" in str(workdir):
-        raise UserError(f"{workdir}: a run's folder must be local for now; copy it out afterwards")
-    files.check_folder("--workdir", str(workdir))
+    if not buckets.is_remote(workdir):  # where claiming it tells soon enough
+        files.check_folder("--workdir", str(workdir))
     store.absolute(workdir)  # where checkpoints can be
     folder = epath.Path(workdir)
     record = folder / "config.json"
@@ -122,8 +121,10 @@ def read_run(folder: epath.PathLike) -> Run:
 def steps_of(run: epath.PathLike) -> list[int]:
     """The steps that a run has a complete checkpoint of, in order."""
     folder = epath.Path(run) / "checkpoints"
-    entries = folder.iterdir() if folder.exists() else ()
-    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
+    entries = [e for e in folder.iterdir() if e.name.isdecimal()] if folder.exists() else []
+    if buckets.is_remote(folder):
+        entries = [entry for entry in entries if (entry / COMMITTED).exists()]
+    return sorted(int(entry.name) for entry in entries)
 
 
 def load_weights(

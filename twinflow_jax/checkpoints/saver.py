@@ -11,14 +11,14 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from twinflow_jax import files
+from twinflow_jax import buckets, files
 from twinflow_jax.checkpoints import store
 from twinflow_jax.errors import UserError, reason
 from twinflow_jax.parallel import hosts
@@ -42,7 +42,7 @@ class Saver:
 
     def __init__(self, workdir: epath.PathLike, keep: int, writes: bool = True):
         folder = store.absolute(workdir) / "checkpoints"
-        self.folder = folder if "://" in str(folder) else Literal(folder)
+        self.folder = folder if buckets.is_remote(folder) else Literal(folder)
         if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
         logging.getLogger("absl").addFilter(_is_no_error)
@@ -63,16 +63,19 @@ class Saver:
         """Steps with a complete checkpoint, in order."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-    def save(self, step: int, parts: dict) -> None:
+    def save(
+        self, step: int, parts: dict, settle: Callable[[], None] = lambda: None
+    ) -> None:
         """Starts saving a step's parts; returns once their buffers may be donated.
 
+        settle: called before it counts as a checkpoint, on the first process.
         Raises:
           UserError: the save before this one failed, or this one could not start.
         """
         self.wait()
         if step in self.steps:
             return
-        self._pending = step
+        self._pending, self._settle = step, settle
         self._shapes = {
             name: Counter(map(np.shape, jax.tree.leaves(part))) for name, part in parts.items()
         }
@@ -107,6 +110,7 @@ class Saver:
             arrays = stored(self.folder / name / part).values()
             if Counter(tuple(array.shape) for array in arrays) != shapes:
                 raise ValueError(f"its {part} cannot be read back whole")
+        self._settle()
 
     def _report(self, error: Exception):
         step, self._pending = self._pending, None
@@ -144,7 +148,10 @@ class Saver:
                 continue
             if hosts.leads():
                 for torn in unreadable:  # out of the way of the step's next save
-                    (self.folder / str(torn)).rename(self.folder / f"unreadable_{torn}")
+                    aside = self.folder / f"unreadable_{torn}"
+                    if aside.exists():  # of the same step, torn before
+                        aside.rmtree()
+                    (self.folder / str(torn)).rename(aside)
             hosts.told(True)  # so that nobody looks before they are gone
             self._checkpointer.reload()
             return parts

@@ -19,6 +19,7 @@ import tensorstore as ts
 from etils import epath
 from tqdm import tqdm
 
+from twinflow_jax import buckets
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 
@@ -30,6 +31,7 @@ CONTEXT = ts.Context({"file_io_sync": False})
 
 # What tensorstore takes for a slash, orbax for the beginning of an address, or neither for text.
 MISREAD = re.compile(r"\\|gs:/|[\ud800-\udfff]")
+MISREAD_REMOTE = re.compile(r"[\\#?*\[\]\ud800-\udfff]")  # in a bucket, or for a pattern
 
 
 def absolute(folder: epath.PathLike) -> epath.Path:
@@ -38,8 +40,9 @@ def absolute(folder: epath.PathLike) -> epath.Path:
     Raises:
       UserError: tensorstore or orbax would write to another.
     """
-    path = epath.Path(folder).resolve()
-    if "://" not in str(path) and (found := MISREAD.search(f"{path}/")):
+    path = buckets.absolute(folder)
+    misread = MISREAD_REMOTE if buckets.is_remote(path) else MISREAD
+    if found := misread.search(f"{path}/"):
         raise UserError(
             f"arrays cannot be stored in a folder with {found[0]!r} in its path: rename "
             f"{str(path)!r}"

@@ -20,9 +20,12 @@ A split holds pictures of one size ("768x512": width x height in pixels), or pro
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
+import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +37,7 @@ from jaxtyping import Float
 from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from twinflow_jax import files
+from twinflow_jax import buckets, files
 from twinflow_jax.data import features
 from twinflow_jax.errors import UserError, reason
 
@@ -108,7 +111,7 @@ def write_shard(path: epath.PathLike, examples: Iterable[Example], manifest: Man
     path, written = epath.Path(path), manifest.features()
     serializer = ExampleSerializer(written.get_serialized_info())
     # ArrayRecord writes local files only. Hidden: TFDS and a listing pass over it.
-    folder = path.parent if "://" not in str(path) else epath.Path("/tmp")
+    folder = epath.Path(tempfile.gettempdir()) if buckets.is_remote(path) else path.parent
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:
         # Any record is read alone, and float16 and PNG hardly get smaller.
@@ -203,17 +206,34 @@ class Records:
     manifest: Manifest
     report: dict[str, Any]
 
+    def _here(self) -> epath.Path:
+        """The folder, or this machine's copy of one in a bucket: ArrayRecord reads local files."""
+        if not buckets.is_remote(self.folder):
+            return self.folder
+        told = f"{self.folder} {(self.folder / RECORD).read_text()}"
+        here = files.cache() / f"records-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        missing = [file for file in self.folder.iterdir() if not (here / file.name).exists()]
+        size = sum(file.stat().length for file in missing)
+        files.check_room(here, size)
+        if missing:
+            print(f"copying {self.folder}, {size / 1e9:.2f} GB, to {here}", file=sys.stderr)
+        for file in missing:
+            with files.whole_file(here / file.name) as temporary:
+                file.copy(temporary)
+        return here
+
     @functools.cached_property
     def _builder(self):
         features.check(self.folder)
+        here = self._here()
         try:
-            builder = tfds.builder_from_directory(self.folder)
+            builder = tfds.builder_from_directory(here)
         except Exception as error:  # TFDS raises many kinds
             raise UserError(
                 f"{self.folder} cannot be read as a TFDS dataset ({reason(error)}): copy it again "
                 "as it was written, or encode again"
             ) from error
-        there = {entry.name for entry in self.folder.iterdir()}
+        there = {entry.name for entry in here.iterdir()}
         files_ = (file.name for info in builder.info.splits.values() for file in info.filepaths)
         missing = [name for name in files_ if name not in there]
         if missing:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from twinflow_jax import buckets
 from twinflow_jax.drawing.conditions import Embeddings
 from twinflow_jax.drawing.pipeline import Pipeline
 from twinflow_jax.models.family import Prompts
@@ -92,7 +93,7 @@ def null(pipeline: Pipeline) -> Embeddings:
 @contextlib.contextmanager
 def local_copy(folder: epath.Path):
     """A folder as a local path: itself, or a copy of one on object storage."""
-    if "://" not in str(folder):
+    if not buckets.is_remote(folder):
         yield str(folder)
         return
     with tempfile.TemporaryDirectory() as copy:

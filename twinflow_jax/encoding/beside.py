@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from twinflow_jax import files
+from twinflow_jax import buckets, files
 from twinflow_jax.encoding.sources import (
     LOST,
     NO_CAPTION,
@@ -158,7 +158,7 @@ def visible(folder: epath.Path, prefix: str = "") -> Iterator[str]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            if "://" in str(entry) or not pathlib.Path(entry).is_symlink():
+            if buckets.is_remote(entry) or not pathlib.Path(entry).is_symlink():
                 yield from visible(entry, f"{prefix}{entry.name}/")
         else:
             yield prefix + entry.name

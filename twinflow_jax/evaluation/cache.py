@@ -2,20 +2,12 @@
 
 import contextlib
 import hashlib
-import os
-import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import safetensors.numpy
 
 from twinflow_jax import files
-
-
-def folder() -> pathlib.Path:
-    """$TWINFLOW_CACHE, or the user's cache folder."""
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "twinflow_jax")
-    return pathlib.Path(files.path(os.environ.get("TWINFLOW_CACHE", default)))
 
 
 def kept(
@@ -29,7 +21,7 @@ def kept(
     digest = hashlib.sha256()
     for part in key:
         digest.update(part)
-    file = folder() / f"{name}-{digest.hexdigest()[:16]}.safetensors"
+    file = files.cache() / f"{name}-{digest.hexdigest()[:16]}.safetensors"
     try:
         return safetensors.numpy.load_file(file)
     except (OSError, safetensors.SafetensorError):

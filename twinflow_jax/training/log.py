@@ -6,6 +6,7 @@ import jax
 from etils import epath
 from PIL import Image
 
+from twinflow_jax import buckets
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.parallel import hosts
@@ -16,14 +17,18 @@ class Log:
     """Metrics of a run, means over the steps between two writes (in this process: a mean
     whose steps a stop divides is over those since the resume).
 
-    Every process watches, the first one writes.
+    Every process watches, the first one writes: to `place`, if not to the folder itself.
     """
 
-    def __init__(self, workdir: epath.PathLike, run: Run, first_step: int):
+    def __init__(
+        self, workdir: epath.PathLike, run: Run, first_step: int,
+        place: epath.PathLike | None = None,
+    ):
         self._since: list[dict[str, float]] = []
         kinds = (JsonLines, *(LOGGERS[name] for name in run.train.loggers))
         self._loggers: list[Logger] = [
-            kind(epath.Path(workdir), run, first_step) for kind in kinds if hosts.leads()
+            kind(buckets.absolute(workdir), run, first_step, epath.Path(place or workdir))
+            for kind in kinds if hosts.leads()
         ]
 
     def __enter__(self) -> "Log":

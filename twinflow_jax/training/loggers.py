@@ -18,8 +18,9 @@ from twinflow_jax.errors import UserError, reason
 
 
 class Logger(Protocol):
-    """One of them, made on the first process as `(folder, run, first_step)`: of a run in a folder
-    that goes on after a step, behind which nothing that was logged before still counts."""
+    """One of them, made on the first process as `(folder, run, first_step, place)`: of a run in a
+    folder that goes on after a step, behind which nothing that was logged before still counts.
+    place: the folder to write to, another one for a run in a bucket (buckets.Mirror)."""
 
     def metrics(self, step: int, row: dict[str, float]) -> None:
         """Takes numbers by name."""
@@ -34,8 +35,8 @@ class Logger(Protocol):
 class JsonLines:
     """metrics.jsonl, in which each step stands once. Sheets lie in samples/ already."""
 
-    def __init__(self, folder: epath.Path, run: Run, first_step: int):
-        self._file = folder / "metrics.jsonl"
+    def __init__(self, folder: epath.Path, run: Run, first_step: int, place: epath.Path):
+        self._file = place / "metrics.jsonl"
         kept = [row for row in files.rows(self._file) if row["step"] <= first_step]
         files.write(self._file, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
@@ -53,10 +54,10 @@ class JsonLines:
 class TensorBoard:
     """Event files in tensorboard/."""
 
-    def __init__(self, folder: epath.Path, run: Run, first_step: int):
+    def __init__(self, folder: epath.Path, run: Run, first_step: int, place: epath.Path):
         self._hook = threading.excepthook
         threading.excepthook = _without_os_errors(self._hook)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._board = SummaryWriter(str(place / "tensorboard"), purge_step=first_step + 1)
 
     def metrics(self, step: int, row: dict[str, float]) -> None:
         for name, value in row.items():
@@ -77,13 +78,12 @@ class WeightsAndBiases:
     """A run of Weights & Biases, the same one after a resume; its own variables (WANDB_PROJECT,
     WANDB_MODE ...) say where. Steps that are done again are as they were, and it skips them."""
 
-    def __init__(self, folder: epath.Path, run: Run, first_step: int):
+    def __init__(self, folder: epath.Path, run: Run, first_step: int, place: epath.Path):
         self._wandb = importlib.import_module("wandb")
-        place = folder.resolve()
         try:
             self._run = self._wandb.init(
-                dir=str(place), name=place.name, resume="allow", config=run.fields(),
-                id=hashlib.sha256(str(place).encode()).hexdigest()[:16],
+                dir=str(place), name=folder.name, resume="allow", config=run.fields(),
+                id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
                 settings=self._wandb.Settings(console="off"),  # leaves the progress bar alone
             )
         except self._wandb.Error as error:

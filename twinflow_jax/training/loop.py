@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 
 import jax
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from twinflow_jax import checkpoints, data, files, parallel, seeds
+from twinflow_jax import buckets, checkpoints, data, files, parallel, seeds
 from twinflow_jax.checkpoints import store
 from twinflow_jax.config import Run, to_json
 from twinflow_jax.errors import UserError
@@ -55,7 +56,7 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
     source = inputs.open_data(run)
     shapes = inputs.shapes(source, run.model)
     checks.check_fit(run, source)
-    if not os.path.exists(os.path.join(workdir, "checkpoints")):
+    if not (epath.Path(workdir) / "checkpoints").exists():
         checks.check_start(run)
     try:
         with contextlib.ExitStack() as stack:
@@ -76,6 +77,8 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
             raise
         raise UserError(f"training does not fit the devices' memory: {checks.SMALLER}") from error
     except OSError as error:
+        if answered := buckets.explained(error):
+            raise answered from error
         advice = "make room there" if files.is_full(error) else "put that right"
         raise UserError(
             f"{error.filename or workdir} cannot be read or written ({error.strerror or error}): "
@@ -103,11 +106,13 @@ def loop(
             current = start(prepared, saver)
         first = int(current.step)
         preview = Preview(prepared, known, workdir)
-        log = stack.enter_context(Log(workdir, prepared.run, first))
+        mirror = buckets.Mirror(workdir, ("metrics.jsonl", "speed.jsonl"), hosts.leads())
+        stack.enter_context(contextlib.closing(mirror))
+        log = stack.enter_context(Log(workdir, prepared.run, first, mirror.folder))
         if hosts.told(preview.missing(first)):  # killed between a checkpoint and its pictures
             with clock.part("pictures"):
                 log.write_samples(first, *preview.make(state.sampling_params(current), first))
-        page.write(workdir, prepared.run, known.names)
+        page.write(workdir, prepared.run, known.names, mirror.folder)
         if first >= train.steps:
             print(f"{workdir} is complete: step {first} of {train.steps}", flush=True)
             return current
@@ -120,7 +125,7 @@ def loop(
         null = hosts.put(known.null, parallel.replicated(prepared.strategy.mesh))
         stopper = stack.enter_context(Stopper())
         watch = stack.enter_context(
-            contextlib.closing(Watch(workdir, count, first, clock))
+            contextlib.closing(Watch(mirror.folder, count, first, clock, workdir))
         )
         bar = stack.enter_context(
             tqdm(total=train.steps, initial=first, unit="step", disable=not progress,
@@ -152,9 +157,10 @@ def loop(
                 pending = None
             if report:
                 bar.set_postfix_str(f"{log.write(done)} {watch.report(done)}")
+                mirror.copy()
             if keep:
                 with clock.part("saving"):
-                    saver.save(done, state.to_parts(current))
+                    saver.save(done, state.to_parts(current), mirror.settle)
             if draw:
                 with clock.part("pictures"):
                     scores, sheet = preview.make(state.sampling_params(current), done)
@@ -162,7 +168,7 @@ def loop(
                 bar.write(preview.line(done, scores)) if progress else None
             if keep or draw:
                 with clock.part("pictures"):
-                    page.write(workdir, prepared.run, known.names)
+                    page.write(workdir, prepared.run, known.names, mirror.folder)
             if stop and not last:
                 saver.wait()
                 raise Interrupted(stop, done, saved=True)
@@ -177,7 +183,7 @@ def keep_compiled(workdir: str) -> None:
         return  # a CPU's are for one kind of processor only
     folder = pathlib.Path.home() / ".cache" / "twinflow_jax"
     if jax.process_count() > 1:
-        folder = pathlib.Path(workdir).resolve() / "compiled"
+        folder = buckets.absolute(workdir) / "compiled"
     compilation_cache.reset_cache()  # what has compiled before may have found none
     jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from twinflow_jax import files
+from twinflow_jax import buckets, files
 from twinflow_jax.config import Run, flatten
 from twinflow_jax.parallel import hosts
 
@@ -26,25 +26,31 @@ SPEED = {  # charts of speed.jsonl
 }
 
 
-def write(workdir: epath.PathLike, run: Run, names: Sequence[str]) -> None:
-    """Rewrites a run's page, on the first process. names: of a sheet's rows."""
+def write(
+    workdir: epath.PathLike, run: Run, names: Sequence[str], place: epath.PathLike | None = None
+) -> None:
+    """Rewrites a run's page, on the first process. names: of a sheet's rows. place: where the page
+    and the metrics lie, if not in the folder itself (buckets.Mirror)."""
     if not hosts.leads():
         return
-    data = json.dumps(contents(epath.Path(workdir), run, names), allow_nan=False)
+    place = epath.Path(place or workdir)
+    data = json.dumps(contents(epath.Path(workdir), run, names, place), allow_nan=False)
     # A "<" could end the script that holds it.
     page = TEMPLATE.read_text().replace("RUN_AS_JSON", data.replace("<", r"\u003c"))
-    files.write(epath.Path(workdir) / "index.html", page.encode())
+    files.write(place / "index.html", page.encode())
 
 
-def contents(folder: epath.Path, run: Run, names: Sequence[str]) -> dict[str, Any]:
+def contents(
+    folder: epath.Path, run: Run, names: Sequence[str], place: epath.Path
+) -> dict[str, Any]:
     """What the page shows, as JSON holds it."""
-    metrics = files.rows(folder / "metrics.jsonl")
-    speed = files.rows(folder / "speed.jsonl")
+    metrics = files.rows(place / "metrics.jsonl")
+    speed = files.rows(place / "speed.jsonl")
     steps = {row["step"]: row for row in speed}  # each as it was done last
     found = (re.fullmatch(r"step_(\d+)\.png", file.name) for file in folder.glob("samples/*.png"))
     sheets = sorted((int(match[1]), f"samples/{match[0]}") for match in found if match)
     return {
-        "name": folder.resolve().name, "network": run.model.name, "written": time.time(),
+        "name": buckets.absolute(folder).name, "network": run.model.name, "written": time.time(),
         "step": max((row["step"] for row in metrics), default=0), "steps": run.train.steps,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "speed": speed[-1] if speed else {}, "sheets": sheets, "rows": list(names),

@@ -44,11 +44,16 @@ class Watch:
     report, makes the first process leave an xprof trace of the next k steps in WORKDIR/traces/.
 
     rows: of a step. first: the step to go on from. clock: of this process, started with it; its
-    parts "data", "saving" and "pictures" lie between steps or in them.
+    parts "data", "saving" and "pictures" lie between steps or in them. asked: where requests are
+    looked for, where that is not the folder of the files.
     """
 
-    def __init__(self, workdir: epath.PathLike, rows: int, first: int, clock: Clock):
+    def __init__(
+        self, workdir: epath.PathLike, rows: int, first: int, clock: Clock,
+        asked: epath.PathLike | None = None,
+    ):
         self._folder, self._rows, self._clock = epath.Path(workdir), rows, clock
+        self._request = epath.Path(asked or workdir) / "trace"
         self._file = self._folder / "speed.jsonl"
         self._began, self._useful = self._before(first)
         self._steps, self._flops, self._since = 0, 0, time.perf_counter()
@@ -76,7 +81,7 @@ class Watch:
 
     def _look_for_requests(self) -> None:
         """Starts a trace on the first process, where one is asked for."""
-        request = self._folder / "trace"
+        request = self._request
         if self._trace_left or not hosts.leads() or not request.exists():
             return
         with contextlib.suppress(OSError, ValueError):
