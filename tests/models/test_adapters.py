@@ -63,19 +63,16 @@ def test_an_adapter_is_a_kernel_of_low_rank(name):
     fresh = names.unflatten(names.flatten(base) | {path: flat[path] for path in adapters})
     of_base, of_both = jax.jit(plain.apply), jax.jit(with_one.apply)
     before = of_base(base, *given)
-    np.testing.assert_allclose(of_both(fresh, *given), before, rtol=1e-5, atol=1e-5)
+    apart = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b)
+    assert apart(of_both(fresh, *given), before) < 1e-5
 
     rng = np.random.default_rng()
     for path in adapters:  # all at once, and each must count
         flat[path] = rng.standard_normal(flat[path].shape).astype(np.float32) * 0.3
     moved = names.unflatten(names.flatten(base) | {path: flat[path] for path in adapters})
     after = of_both(moved, *given)
-    np.testing.assert_allclose(after, of_base(merged(moved), *given), rtol=1e-3, atol=1e-3)
-    assert np.abs(after - before).max() > 1e-2
-    gradient = jax.jit(jax.grad(lambda params: jnp.square(of_both(params, *given)).sum()))(moved)
-    for path, leaf in names.flatten(gradient).items():
-        if is_adapter(path):
-            assert np.any(leaf), path
+    assert apart(after, of_base(merged(moved), *given)) < 1e-4
+    assert apart(after, before) > 1e-2
     for path, leaf in names.flatten(with_one.abstract_params()).items():
         axes = names.flatten(with_one.axes())[path]
         assert len(axes) in (0, leaf.ndim), path
