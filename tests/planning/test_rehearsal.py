@@ -10,8 +10,10 @@ import pytest
 
 from tests.test_verbs import call
 from twinflow_jax import config as configs
-from twinflow_jax import sample
+from twinflow_jax import models, sample
 from twinflow_jax.checkpoints.random import write_random
+from twinflow_jax.models import names
+from twinflow_jax.models.adapters import Adapter, is_adapter
 from twinflow_jax.planning import rehearsal
 from twinflow_jax.planning.topology import GIB
 from twinflow_jax.training.loop import train
@@ -102,3 +104,16 @@ def test_a_rehearsal_of_the_small_networks():
     assert done.returncode == 0, done.stderr
     for program in "objective step", "first state", "text encoding", "pictures 1 NFE", "decoding":
         assert program in done.stdout
+
+
+def test_runs_of_adapters_are_rehearsed_with_them():
+    def arguments(rank: int) -> int:
+        run = configs.parse("configs/sana06b_tpu.py:tiny", [f"adapter.rank={rank}"])
+        [found] = rehearsal.programs(run, jax.devices(), [run.model.sample_shape], ["sample"])
+        [one] = [program for program in found if program.name.startswith("denoising 1 NFE")]
+        return len(jax.tree.leaves(one.lower().args_info))
+
+    settings = configs.parse("configs/sana06b_tpu.py:tiny").model
+    model = models.build(settings, adapter=Adapter(rank=2))
+    adapters = [path for path in names.flatten(model.abstract_params()) if is_adapter(path)]
+    assert arguments(2) - arguments(0) == len(adapters) > 0

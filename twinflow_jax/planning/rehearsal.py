@@ -163,7 +163,8 @@ def programs(
             else:
                 dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
             pipeline = None if blank is None else Rehearsal(
-                blank, dtype, settings=run.model, progress=False, of_host=host, verb=verb
+                blank, dtype, settings=run.model, adapter=run.adapter, progress=False,
+                of_host=host, verb=verb,
             )
             if verb == "train":
                 yield _training(run, devices, shapes, pipeline)
