@@ -14,6 +14,7 @@ JAX_COMPILATION_CACHE_DIR.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import pathlib
 import random
@@ -22,9 +23,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 from tqdm import tqdm
+
+from twinflow_jax import config as configs
 
 Settings = dict[str, object]  # overrides of a config, by key
 OWN = {  # multiples of the config's own value
@@ -45,20 +47,23 @@ METHODS = ("TwinFlow", "RCGM")
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A config, how its runs are judged, and its own values of the keys in OWN."""
+    """A config, and how its runs are judged."""
 
     config: str
     judge: tuple[str, ...]
-    own: dict[str, float]
+
+    @functools.cached_property
+    def own(self) -> dict[str, float]:
+        """The config's own values, by key."""
+        return configs.flatten(configs.load(self.config).to_dict())
 
 
 STUDIES = {
-    "mnist": Study("configs/mnist.py", ("classes",), dict(zip(OWN, (0.25, 1.5e-3), strict=True))),
+    "mnist": Study("configs/mnist.py", ("classes",)),
     "emoji": Study(
         "configs/emoji.py",
         ("captions", "--records", "data/emoji32/held_out_concepts", "--train-records",
          "data/emoji32/train", "--features", "features.safetensors"),
-        dict(zip(OWN, (0.5, 1e-3), strict=True)),
     ),
 }
 
@@ -120,14 +125,11 @@ def do(run: Run, study: Study, out: pathlib.Path, more: list[str]) -> None:
     shutil.rmtree(work / "checkpoints", ignore_errors=True)
 
 
-def best(out: pathlib.Path, method: str, trials: int, seed: int) -> Iterator[int]:
-    """Trials that are done, the lowest Frechet distance at one evaluation first."""
-    def distance(trial: int) -> float:
-        scores = Run(method, trial, seed).scores(out)
-        return scores["1"]["frechet"] if scores else float("inf")
-
-    ranked = sorted(range(trials), key=distance)
-    return (trial for trial in ranked if distance(trial) < float("inf"))
+def ranking(out: pathlib.Path, method: str, trials: int, seed: int) -> dict[int, float]:
+    """Frechet distances at one evaluation of the trials that are done, the lowest first."""
+    found = {trial: Run(method, trial, seed).scores(out) for trial in range(trials)}
+    distances = {trial: scores["1"]["frechet"] for trial, scores in found.items() if scores}
+    return dict(sorted(distances.items(), key=lambda item: item[1]))
 
 
 def table(study: Study, out: pathlib.Path, chosen: list[tuple[str, int]], seeds: list[int]) -> str:
@@ -174,20 +176,19 @@ def main() -> None:
 
     trials = range(args.trials)
     finish([Run(m, trial, seeds[0]) for trial in trials for m in METHODS], "search", args.seconds)
-    ranked = {method: list(best(args.out, method, args.trials, seeds[0])) for method in METHODS}
+    ranked = {method: ranking(args.out, method, args.trials, seeds[0]) for method in METHODS}
     if missing := [method for method in METHODS if not ranked[method]]:
         raise SystemExit(
             f"no run of {', '.join(missing)} came to its end: see {args.out}/*/*/*/log"
         )
     chosen = [
         (method, trial) for method in METHODS
-        for trial in dict.fromkeys([*ranked[method][: args.finalists], 0])
+        for trial in dict.fromkeys([*list(ranked[method])[: args.finalists], 0])
     ]
     finish([Run(*pair, seed) for seed in seeds[1:] for pair in chosen], "seeds", float("inf"))
     for method in METHODS:
         print(method, "trials by Frechet distance at 1 NFE:", ", ".join(
-            f"{t}: {Run(method, t, seeds[0]).scores(args.out)['1']['frechet']:.1f}"
-            for t in ranked[method]
+            f"{trial}: {distance:.1f}" for trial, distance in ranked[method].items()
         ))
     print(table(study, args.out, chosen, seeds))
 

@@ -198,7 +198,8 @@ def test_settings_that_begin_at_the_same_moment_are_those_of_one(tmp_path):
         thread.join()
     [(winner, finished)] = found
     assert not finished
-    assert json.loads((tmp_path / "records/work/settings.json").read_text()) == {"size": winner}
+    record = tmp_path / "records" / workspace.WORK / workspace.SETTINGS
+    assert json.loads(record.read_text()) == {"size": winner}
 
 
 def test_a_try_that_came_to_nothing_leaves_the_folder_to_another(

@@ -6,6 +6,7 @@ than a layer, and in parts along its input dimension, so that each device reads 
 
 import concurrent.futures
 import contextlib
+import hashlib
 import math
 import re
 import urllib.parse
@@ -148,6 +149,11 @@ def sampled(arrays: Mapping[str, Any]) -> bytes:
         row = read(row) if isinstance(row, ts.TensorStore) else np.asarray(row)
         found += row.astype(ml_dtypes.bfloat16).tobytes()
     return found
+
+
+def fingerprint(arrays: Mapping[str, Any]) -> str:
+    """Of weights, as `sampled`: another one for others."""
+    return hashlib.sha256(sampled(arrays)).hexdigest()[:12]
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

@@ -37,14 +37,13 @@ class Dataset:
     captions: tuple[str, ...]
 
     def __post_init__(self):
-        x, label = (np.concatenate([getattr(s, of) for s in (self.train, self.test)])
-                    for of in ("x", "label"))
-        if x.dtype != np.float32 or not (x.min() >= -1 and x.max() <= 1):
-            raise ValueError(f"{self.name}: images are {x.dtype} in [{x.min()}, {x.max()}], not "
-                             "float32 in [-1, 1]")
-        if label.dtype != np.int32 or label.min() < 0 or label.max() >= self.num_classes:
-            raise ValueError(f"{self.name}: labels are {label.dtype} in [{label.min()}, "
-                             f"{label.max()}], not int32 below {self.num_classes}")
+        for x, label in ((part.x, part.label) for part in (self.train, self.test)):
+            if x.dtype != np.float32 or not (x.min() >= -1 and x.max() <= 1):
+                raise ValueError(f"{self.name}: images are {x.dtype} in [{x.min()}, {x.max()}], "
+                                 "not float32 in [-1, 1]")
+            if label.dtype != np.int32 or label.min() < 0 or label.max() >= self.num_classes:
+                raise ValueError(f"{self.name}: labels are {label.dtype} in [{label.min()}, "
+                                 f"{label.max()}], not int32 below {self.num_classes}")
         if len(self.captions) != self.num_classes:
             raise ValueError(f"{self.name}: {len(self.captions)} captions for {self.num_classes} "
                              "classes")

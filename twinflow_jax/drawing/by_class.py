@@ -1,7 +1,6 @@
 """The verb `sample` for class-conditional runs."""
 
 import argparse
-import hashlib
 import json
 
 import numpy as np
@@ -23,7 +22,7 @@ def sample(args: argparse.Namespace) -> int:
     classes = parse_classes(args.classes, run.model.num_classes)
     album.check(len(classes) * count, *model.sample_shape[:2], args.sheet)
     labels = np.repeat(classes, count)
-    weights = hashlib.sha256(store.sampled(names.flatten(params))).hexdigest()[:12]
+    weights = store.fingerprint(names.flatten(params))
     text = album.settings(
         checkpoint=args.checkpoint, seed=args.seed, at_step=step, raw=args.raw, weights=weights,
         **grid.told(),

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from twinflow_jax import arguments, files, images
-from twinflow_jax.checkpoints import tensors
+from twinflow_jax.checkpoints import store, tensors
 from twinflow_jax.config import Run
 from twinflow_jax.drawing import album, codec, denoising, pictures, text
 from twinflow_jax.drawing.conditions import Embeddings, same_length
@@ -59,7 +59,8 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     owners, numbers = np.divmod(np.arange(len(prompts) * count), count)
     told = album.settings(
         checkpoint=args.checkpoint, seed=args.seed, raw=args.raw, dtype=pipeline.dtype,
-        at_step=pipeline.step, size=shape, weights=pipeline.fingerprint("transformer"),
+        at_step=pipeline.step, size=shape,
+        weights=store.fingerprint(pipeline.arrays("transformer")),
         autoencoder=pipeline.checkpoint.identity("vae"), tile=tile,
         without=null.fingerprint(0) if null else None, **way.settings,
     )

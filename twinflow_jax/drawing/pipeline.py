@@ -6,7 +6,6 @@ decides how much memory drawing takes; or it stays, for somebody who draws again
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -80,10 +79,6 @@ class Pipeline:
         """A network's stored weights."""
         trained = name == "transformer" and self.trained is not None
         return self.trained if trained else self.checkpoint.arrays(name)
-
-    def fingerprint(self, name: str) -> str:
-        """Of a network's weights: another one for others."""
-        return hashlib.sha256(store.sampled(self.arrays(name))).hexdigest()[:12]
 
     def config(self, name: str):
         """Our config of a network, computing in this pipeline's dtype."""

@@ -126,8 +126,9 @@ def build(
         leaves = lambda *given: flatten(nn.meta.unbox(jax.eval_shape(
             functools.partial(boxed, adapted=given), jax.random.key(0)
         )))
+        projections = family.projections(settings) or adapters.paths_of(leaves())
         names = {
-            path: name for path, name in family.projections(settings, leaves()).items()
+            path: name for path, name in projections.items()
             if re.fullmatch(adapter.frozen, f"{path}/kernel")
         }
         paths = tuple(adapters.chosen(adapter.targets, names, family.adapted))

@@ -77,8 +77,10 @@ def low_rank(
     """
     if module.is_initializing():
         rank = _chosen.get({}).get("/".join(module.path), 0)
-    elif rank := module.has_variable("params", "lora_a"):
+    elif module.has_variable("params", "lora_a"):
         rank = module.get_variable("params", "lora_a").shape[-1]
+    else:
+        rank = 0
     if not rank:
         return None
     layers, shape, axes = shape[:stacked], shape[stacked:], axes[stacked:]
@@ -103,23 +105,27 @@ def adapted(
     return y if more is None else y + more.reshape(y.shape)
 
 
-def names_of(table: NameTable, leaves: Collection[str]) -> dict[str, str]:
-    """Projections by path: the published name of each, "{}" standing for the layer; its own path
-    where nothing publishes the network. leaves: paths of the parameters."""
-    rules = {rule.path: rule.key for rule in table.rules if rule.layout in ("linear", "pointwise")}
-    if not table.rules:
-        rules = {path: path.removesuffix("/kernel") + ".weight" for path in leaves}
+def names_of(table: NameTable) -> dict[str, str]:
+    """Projections by path: the published name of each, "{}" standing for the layer."""
     return {
-        path.removesuffix("/kernel"): key.removesuffix(".weight")
-        for path, key in rules.items() if path.endswith("/kernel")
+        rule.path.removesuffix("/kernel"): rule.key.removesuffix(".weight")
+        for rule in table.rules
+        if rule.layout in ("linear", "pointwise") and rule.path.endswith("/kernel")
     }
+
+
+def paths_of(leaves: Collection[str]) -> dict[str, str]:
+    """Projections of a network that nothing publishes, each named by its path. leaves: paths of
+    its parameters."""
+    kernels = (path.removesuffix("/kernel") for path in leaves if path.endswith("/kernel"))
+    return {path: path for path in kernels}
 
 
 def chosen(
     targets: tuple[str, ...], names: Mapping[str, str], presets: Mapping[str, tuple[str, ...]]
 ) -> list[str]:
     """The paths of the projections that targets stand for, as peft reads them: a name, or its end
-    after a dot. names: from `names_of`.
+    after a dot. names: by path, from `names_of` or `paths_of`.
 
     Raises:
       UserError: targets that match nothing, all of them, each with names that are like it.

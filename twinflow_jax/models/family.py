@@ -6,7 +6,7 @@ text, a TextToImage: the published networks with their name tables, prompts and 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -257,11 +257,11 @@ class Family:
     fixed: tuple[str, ...] = ()
     adapted: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
-    def projections(self, config: Settings, leaves: Collection[str]) -> dict[str, str]:
-        """Names of projections by path, as `adapters.names_of`. leaves: paths of parameters."""
-        networks = self.text_to_image.networks if self.text_to_image else {}
-        table = networks["transformer"].table(config) if networks else NameTable(())
-        return adapters.names_of(table, leaves)
+    def projections(self, config: Settings) -> dict[str, str]:
+        """Published names of projections by path; none where nothing publishes the network."""
+        if self.text_to_image is None:
+            return {}
+        return adapters.names_of(self.text_to_image.networks["transformer"].table(config))
 
 
 def check_family(name: str, family: Family) -> list[str]:

@@ -240,8 +240,12 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     if train.init_from:
         arrays, leaves = checkpoints.open_start(train.init_from), names.flatten(abstract.params)
         fresh = [path for path in leaves if path not in arrays and is_adapter(path)]
-        initial = lambda: names.flatten(model.init(seeds.initial(train.seed)))
-        made = jax.jit(lambda: {path: initial()[path] for path in fresh})()
+
+        def drawn():
+            initial = names.flatten(model.init(seeds.initial(train.seed)))
+            return {path: initial[path] for path in fresh}
+
+        made = jax.jit(drawn)() if fresh else {}
         there = names.unflatten({k: leaf for k, leaf in leaves.items() if k not in made})
         loaded = store.load(arrays, there, f"{train.init_from}: transformer")
         whole = names.unflatten(names.flatten(loaded) | made)
