@@ -84,7 +84,8 @@ def test_the_released_lists_have_as_many_parameters_as_peft_counts():
         (qwen_image.transformer.Config(second_embedder=False), 722, 425_279_488),
         (sana.transformer.Config(), 227, 33_783_808),
     ):
-        adapter = Adapter(rank=64, targets=("released",), whole=SECOND)
+        whole = SECOND if config.second_embedder else ()
+        adapter = Adapter(rank=64, targets=("released",), whole=whole)
         leaves = names.flatten(models.build(config, adapter=adapter).abstract_params())
         made = {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
         assert sum(leaf.size for leaf in made.values()) == count
@@ -120,6 +121,13 @@ def test_targets_that_are_no_projections_are_named_together(targets, says):
     config = models.config_of(name).of({"name": name, **SMALL[name]})
     with pytest.raises(UserError, match=says):
         models.build(config, adapter=Adapter(rank=2, targets=targets))
+
+
+@pytest.mark.parametrize("whole, says", [("(", "no pattern"), ("third/.*", "no weights: third")])
+def test_patterns_that_stand_for_nothing_are_refused(whole, says):
+    config = mlp.Config(sample_shape=(3,), width=8, depth=1)
+    with pytest.raises(UserError, match=says):
+        models.build(config, adapter=Adapter(rank=2, whole=(whole,)))
 
 
 def test_a_network_without_adapters_is_as_it_was():

@@ -132,7 +132,7 @@ def build(
             if re.fullmatch(adapter.frozen, f"{path}/kernel")
         }
         paths = tuple(adapters.chosen(adapter.targets, names, family.adapted))
-        adapters.check_made(paths, leaves(*paths))
+        adapters.check_made(adapter, paths, leaves(*paths))
         boxed, fixed = functools.partial(boxed, adapted=paths), (adapter.frozen,)
 
     def apply(params, x_t, t, r, cond):

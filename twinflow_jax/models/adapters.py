@@ -48,6 +48,14 @@ class Adapter(keys.Part):
         (), "weights that train whole beside them: patterns of our paths"
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        for pattern in self.whole:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"adapter.whole has {pattern!r}, no pattern ({error})") from error
+
     @property
     def frozen(self) -> str:
         """A pattern of the paths that do not train."""
@@ -150,11 +158,17 @@ def chosen(
     return sorted(set(found))
 
 
-def check_made(paths: Collection[str], leaves: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Refuses projections that cannot have an adapter. leaves: of a network initialised with them.
+def check_made(
+    adapter: Adapter, paths: Collection[str], leaves: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+    """Refuses projections that cannot have an adapter, and patterns of weights that are not there.
 
+    leaves: of a network initialised with adapters at these paths.
     Raises:
       UserError: names them.
     """
+    matches = lambda pattern: any(re.fullmatch(pattern, path) for path in leaves)
+    if unmatched := [pattern for pattern in adapter.whole if not matches(pattern)]:
+        raise UserError(f"adapter.whole has patterns of no weights: {few(unmatched)}")
     if missing := [path for path in paths if f"{path}/lora_a" not in leaves]:
         raise UserError(f"adapter.targets has projections that take no adapter: {few(missing)}")
