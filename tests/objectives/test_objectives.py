@@ -31,7 +31,8 @@ def example(objective, rows: int, seed: int = 0):
     keys = jax.random.split(jax.random.key(seed), 3)
     label = jax.random.randint(keys[0], (rows,), 0, 3)
     x = jax.random.uniform(keys[1], (rows, *SHAPE), minval=-1.0)
-    batch = Batch(x, MODEL.cond(label), MODEL.cond(np.full(rows, MODEL.config.num_classes)))
+    null = MODEL.cond(np.full(rows, MODEL.config.num_classes))
+    batch = Batch(x, MODEL.cond(label), null, jnp.full(rows, 100))
     return batch, objective.draw(keys[2], rows, SHAPE)
 
 
@@ -67,6 +68,14 @@ def evaluate(objective, batch, draws, micro_steps: int = 1):
         ("tutorial", {"twin": False}, 5.0),
         ("paper", {}, 10 / 3),
         ("paper", {"twin_share": 0.0}, 3.0),
+        ("consistency_training", {}, 2.0),
+        ("consistency_distillation", {"guidance": 1.0}, 4.0),
+        ("scm", {}, 1.0),
+        ("meanflow", {"guidance": 0.5}, 3.0),
+        ("meanflow_difference", {}, 2.0),
+        ("improved_meanflow", {}, 1.5),
+        ("alphaflow", {}, 1.5),
+        ("shortcut", {}, 1.25),
     ],
 )
 def test_rows_that_the_network_sees(preset, fields, rows_per_batch):

@@ -13,11 +13,17 @@ from twinflow_jax.models import axes
 from twinflow_jax.models.context import setting
 
 _platform = contextvars.ContextVar("platform", default=None)
+_plain = contextvars.ContextVar("attention without kernels", default=False)
 
 
 def compiled_for(platform: str):
     """What is traced inside is for that platform ("tpu", "gpu", "cpu"), not for this machine."""
     return setting(_platform, platform)
+
+
+def plain():
+    """What is traced inside has no kernels: those have a gradient, but no derivative forwards."""
+    return setting(_plain, True)
 
 
 def attention(
@@ -41,7 +47,8 @@ def attention(
             raise ValueError("softcap bounds scores without a bias")
         return _softcapped(query, key, value, lengths, causal, softcap, scale)
     alike = key.shape[2] == query.shape[2] and not causal and bias is None
-    if platform == "tpu" and width % 128 == 0 and alike:
+    kernels = not _plain.get()
+    if platform == "tpu" and width % 128 == 0 and alike and kernels:
         if lengths is None:
             lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32)
         whole = ("rows", None, "heads", None)
@@ -52,7 +59,7 @@ def attention(
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     # What every cuDNN kernel takes.
     fits = half and width <= 128 and width % 8 == 0 and bias is None
-    flash = "cudnn" if fits and platform == "gpu" else "xla"
+    flash = "cudnn" if fits and platform == "gpu" and kernels else "xla"
     return jax.nn.dot_product_attention(
         query, key, value, bias, scale=scale, key_value_seq_lengths=lengths, is_causal=causal,
         implementation=flash,

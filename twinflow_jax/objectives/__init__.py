@@ -1,7 +1,8 @@
 """What is minimised. Pure functions of `apply(params, x_t, t, r, cond) -> velocity`.
 
 The forms, one module each (`form.Form` says what one is):
-`twinflow` (as released: roles), `tutorial` (five full-batch losses) and `paper` (equations).
+`twinflow` (as released: roles), `tutorial` (five full-batch losses), `paper` (equations) and
+`flow_map` (the rivals that learn jumps: consistency models, MeanFlow and their kind).
 A preset is a name for one Config; `build` binds a Config to its form.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 
 from twinflow_jax.arrays import Apply, Scalar
 from twinflow_jax.errors import UserError
-from twinflow_jax.objectives import paper, tutorial, twinflow
+from twinflow_jax.objectives import flow_map, paper, tutorial, twinflow
 from twinflow_jax.objectives.batch import Batch
 from twinflow_jax.objectives.config import Shared
 from twinflow_jax.objectives.draws import Counts, Draws, cut
@@ -21,6 +22,7 @@ FORMS: dict[str, Form] = {
     "twinflow": twinflow,
     "tutorial": tutorial,
     "paper": paper,
+    "flow_map": flow_map,
 }
 
 PRESETS = {
@@ -34,6 +36,56 @@ PRESETS = {
     ),
     "image_free": twinflow.Config(
         image_free=True, teacher_decay=1.0, guidance=4.0, rectify_weight=0.75
+    ),
+    # The paper's rivals (its Table 3), each with the published settings and what differs here.
+    # Consistency training, 2303.01469 sections 3 and 5; iCT 2310.14189: no average of the network
+    # for the second jump, steps that shrink. Here they shrink smoothly, not by doubling, rows weigh
+    # the same, and errors are clipped in place of the pseudo-Huber distance.
+    "consistency_training": flow_map.Config(
+        diagonal=0.0, target_time="zero", derivative="substeps", step=0.1, last_step=1 / 128,
+        anneal_steps=5000, normaliser="clip",
+    ),
+    # Consistency distillation, 2303.01469 section 4: the first piece by a frozen teacher, one Euler
+    # step. The second jump is the student's own, not its average's.
+    "consistency_distillation": flow_map.Config(
+        diagonal=0.0, target_time="zero", derivative="substeps", step=1 / 64, velocity="teacher",
+        teacher_decay=1.0, normaliser="clip",
+    ),
+    # sCM, 2410.11081 section 4: tangent normalised with c = .1 and warmed up over 10,000 steps,
+    # lognormal times (-1, 1.4). Here on the linear path, with the root mean square in place of the
+    # norm, warmed up over 1,000, and without the learned weighting.
+    "scm": flow_map.Config(
+        diagonal=0.0, target_time="zero", logit_normal=(-1.0, 1.4), normaliser="unit", limit=0.1,
+        warmup=1000,
+    ),
+    # MeanFlow, 2505.13447 section 4: r = t on 75 % of the rows, logit-normal times (-.4, 1), p = 1,
+    # c = .01. Here half of the rows, as improved MeanFlow; its kappa is our guidance.
+    "meanflow": flow_map.Config(
+        logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=1.0
+    ),
+    # The same as TwinFlow's paper had to train it at scale: by differences (epsilon not published).
+    "meanflow_difference": flow_map.Config(
+        logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=1.0,
+        derivative="difference", step=0.005,
+    ),
+    # Improved MeanFlow, 2512.02012 section 3: the derivative along the network's own velocity. Here
+    # that is F(x, t, t), not another head's, and guidance is no condition.
+    "improved_meanflow": flow_map.Config(
+        logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=1.0, along="own"
+    ),
+    # alpha-Flow, 2510.20771 section 4: alpha falls as a sigmoid (gamma 25) from 1 to 0. Here to
+    # .005, where theirs turns to the exact derivative, and rows do not weigh alpha.
+    "alphaflow": flow_map.Config(
+        logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=1.0,
+        derivative="substeps", piece="ratio", step=1.0, last_step=0.005, anneal="sigmoid",
+        anneal_steps=10_000,
+    ),
+    # Shortcut models, 2410.12557 section 3: an eighth of the rows, steps 1 to 1/128, two half jumps
+    # of the average (.999). Here times are any where r = t, errors are per unit of alpha (twice as
+    # large), and nothing is clipped.
+    "shortcut": flow_map.Config(
+        diagonal=0.875, target_time="grid", derivative="substeps", piece="ratio", step=0.5,
+        velocity="jump", teacher_decay=0.999,
     ),
 }
 

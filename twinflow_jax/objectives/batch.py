@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from jaxtyping import Array, Int
+
 from twinflow_jax.arrays import Samples
 
 
@@ -9,9 +11,11 @@ class Batch(NamedTuple):
     """One batch, rows in the order of the objective's roles.
 
     x: data or latents (B, ...), channels last. cond, null_cond: pytrees of arrays with leading
-    B, the condition and what stands for its absence in classifier-free guidance.
+    B, the condition and what stands for its absence in classifier-free guidance. done: optimizer
+    steps so far, the same for every row, where the form's Config counts them.
     """
 
     x: Samples
     cond: Any
     null_cond: Any
+    done: Int[Array, "B"] | None = None

@@ -20,6 +20,8 @@ class Shared(keys.Part):
 
     section: ClassVar[str] = "objective"
     guidance = 0.0  # a key only of the forms that have it
+    counts_steps = False  # whether its loss changes with the steps done (Batch.done)
+    derivative = ""  # "jvp": of a form that takes the network's exact derivative
 
     form: str = option("", "the form of the loss, a name in objectives.FORMS")
     teacher_decay: float = option(

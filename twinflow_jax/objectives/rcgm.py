@@ -41,16 +41,17 @@ def integrate(apply: Apply, params, x: Samples, times: list[Times], cond) -> Sam
 
 
 def error(
-    v_pred: Velocities, jumps: Samples, v: Velocities, t: Times, r: Times, dt: float
+    v_pred: Velocities, jumps: Samples, v: Velocities, t: Times, r: Times, dt: float | Times
 ) -> Velocities:
-    """How far the network's jump is from `dt v + jumps`, per unit of dt.
+    """How far the network's jump is from `dt v + jumps`, per unit of dt, one for all rows or each.
 
     `((t - r) v_pred - jumps) / dt - v` where t - r >= dt; elsewhere the sub-steps span
     nothing and it is the flow-matching error `v_pred - v`. The released code divides by t - r
     on those rows, which is 0/0 at t = r; here nothing divides by a drawn time.
     """
     inside = path.expand(t < r + dt, v)
-    far = (path.expand(t - r, v) * v_pred - jumps) / dt
+    unit = dt if isinstance(dt, float) else path.expand(dt, v)
+    far = (path.expand(t - r, v) * v_pred - jumps) / unit
     return jnp.where(inside, v_pred, far) - v
 
 

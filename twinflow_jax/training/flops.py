@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.interpreters import ad
 
 from twinflow_jax.models import Model, remat
 from twinflow_jax.models.attention import compiled_for
@@ -27,10 +28,12 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One evaluation of the network in a step. rows: of it; trained: whether it has a gradient."""
+    """One evaluation of the network in a step. rows: of it; trained: whether it has a gradient;
+    derived: whether its exact derivative is taken along."""
 
     rows: int
     trained: bool
+    derived: bool = False
 
 
 def forward(
@@ -56,15 +59,17 @@ def calls(
     student, other = {"weight": np.zeros(())}, {"weight": np.zeros(())}
 
     def apply(params, x_t, t, r, cond):
-        found.append(Call(x_t.shape[0], params is student))
+        derived = isinstance(x_t, ad.JVPTracer)
+        found.append(Call(x_t.shape[0], params is student, derived))
         return jnp.zeros_like(x_t)
 
     draws = jax.eval_shape(lambda key: objective.draw(key, rows, sample_shape), jax.random.key(0))
     x = jax.ShapeDtypeStruct((rows, *sample_shape), jnp.float32)
+    done = np.zeros(rows, np.int32)
     teacher = other if objective.config.teacher_decay else student
 
     def loss(x, draws):
-        for batch, part in micro_batches(objective, Batch(x, {}, {}), draws, micro_steps):
+        for batch, part in micro_batches(objective, Batch(x, {}, {}, done), draws, micro_steps):
             objective.loss(apply, student, teacher, batch, part)
         return x
 
@@ -73,11 +78,14 @@ def calls(
 
 
 def worth(one: Forward, evaluations: list[Call]) -> int:
-    """Model FLOPs of a step: each row's forward, and twice that where it has a gradient. Nothing
+    """Model FLOPs of a step: each row's forward, twice that where it has a gradient, and once more
+    for a derivative. Nothing
     that is computed again counts, attention's scores in its backward pass included, and no rows
     that fill up a mesh."""
     row = one.matmul + one.attention
-    return sum(call.rows * row * (3 if call.trained else 1) for call in evaluations)
+    return sum(
+        call.rows * row * (1 + 2 * call.trained + call.derived) for call in evaluations
+    )
 
 
 def step(
@@ -92,6 +100,8 @@ def step(
         rows = math.ceil(call.rows / row_parts) * row_parts
         matmul += rows * one.matmul * (3 + again.matmul if call.trained else 1)
         attention += rows * one.attention * (3.5 + again.attention if call.trained else 1)
+        matmul += rows * one.matmul * call.derived
+        attention += rows * one.attention * call.derived
     return Forward(int(matmul), int(attention))
 
 

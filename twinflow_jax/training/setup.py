@@ -1,5 +1,6 @@
 """From a run's description to its parts on the devices: one composition for training and plans."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from twinflow_jax import models, objectives, parallel, seeds
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import attention
 from twinflow_jax.training import flops, optimizers, state, step
 
 
@@ -90,7 +92,8 @@ class Setup:
         """A phase's step for samples of a shape, traced for this mesh."""
         check_tokens(self.model, self.strategy.mesh, shape or self.model.sample_shape)
         arguments = self.abstract_state(), self.abstract_batch(shape)
-        with self.strategy.applied():
+        exact = self.learned[phase].config.derivative == "jvp"
+        with self.strategy.applied(), attention.plain() if exact else contextlib.nullcontext():
             return self.phases[phase].trace(*arguments).lower(**options)
 
 

@@ -127,13 +127,15 @@ def make_step(
                 empty, cond,
             )
 
+        counted = objective.config.counts_steps
+        steps = jnp.full((rows,), state.step) if counted else None
         decay = objective.config.teacher_decay
         teacher, learned = state.teacher, trained(state.params, state.fixed)
         if teacher is not None and decay < 1:
             teacher = ema.update(teacher, learned, decay)
         theirs = None if teacher is None else whole(teacher.params, state.params)
         (loss, terms), gradient = loss_and_gradient(
-            objective, apply, state.params, theirs, Batch(x, cond, null), draws,
+            objective, apply, state.params, theirs, Batch(x, cond, null, steps), draws,
             train.micro_steps, strategy, state.fixed,
         )
         weights = jax.tree.map(lambda a: a.astype(jnp.float32), learned)
