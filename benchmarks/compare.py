@@ -1,14 +1,17 @@
-"""TwinFlow against RCGM with the same search for both, then on several seeds.
+"""Objectives against each other: the same start, network, data, budget, search and judge.
 
-    python benchmarks/compare.py mnist --out runs/compare
+    python benchmarks/compare.py digits --out runs/compare_digits
+    python benchmarks/compare.py mnist --out runs/compare --methods twinflow,rcgm --trials 16
     python benchmarks/compare.py emoji --out runs/compare_emoji   # after configs/emoji.py's :flow
 
-Each method gets --trials random settings of its own keys (the first is the config's own), trained
-with the first seed by the config's network, data, steps and start. The --finalists best of each by
-Frechet distance at one evaluation are trained with the other seeds too, and stand in the table.
-Scores are those of `twinflow evaluate` at 1, 2 and 4 evaluations. What is done stays in --out: the
-same command goes on. On one GPU give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a
-JAX_COMPILATION_CACHE_DIR.
+For each seed a network learns velocities first; every method goes on from there, for as many
+forward-equivalents as TwinFlow makes in the study's steps (a pass with gradient is three, an exact
+derivative one). With --trials N each method gets N random settings, all with the first seed: the
+rate times .5, 1 or 2, the guidance times 0 to 1.5, and keys of its own; trial 0 is its preset with
+the study's rate and guidance. The --finalists best by Frechet distance at one evaluation, and
+trial 0, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png. Scores
+are those of `twinflow evaluate`. What is done stays in --out: the same command goes on. On one GPU
+give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a JAX_COMPILATION_CACHE_DIR.
 """
 
 import argparse
@@ -24,97 +27,165 @@ import subprocess
 import sys
 import time
 
+import jax
+import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 from twinflow_jax import config as configs
+from twinflow_jax import images, objectives
+from twinflow_jax.evaluation import report
+from twinflow_jax.training import flops, setup
 
 Settings = dict[str, object]  # overrides of a config, by key
-OWN = {  # multiples of the config's own value
-    "objective.guidance": (0.0, 0.5, 0.75, 1.0, 1.25, 1.5),
-    "optimizer.learning_rate": (0.5, 1.0, 2.0),
+EVALUATIONS = ("1", "2", "4")
+ALL = {
+    "optimizer.learning_rate": (0.5, 1.0, 2.0),  # times the study's own
+    "objective.guidance": (0.0, 0.5, 1.0, 1.5),
 }
-BOTH = {
-    "objective.order": (1, 2),
-    "objective.dt": (0.01, 0.03, 0.1),
-    "objective.teacher_decay": (0.0, 0.99, 0.999),
-    "objective.sample_weight": (True, False),
+JUMPS = {
+    "objective.diagonal": (0.25, 0.5, 0.75),
+    "objective.logit_normal": ((), (-0.4, 1.0), (0.4, 1.0)),
 }
-ONE_STEP, TWIN = (0.05, 0.1, 0.2, 0.3), (0.05, 0.1, 0.2, 0.3)  # shares of the batch
-RECTIFY = {"objective.rectify_weight": (0.1, 0.25, 0.5, 1.0, 2.0),
-           "objective.rectify_clip": (0.0, 1.0, 4.0)}
-METHODS = ("TwinFlow", "RCGM")
+OWN: dict[str, dict[str, tuple]] = {  # what a method's search draws beside
+    "twinflow": {
+        "objective.order": (1, 2), "objective.teacher_decay": (0.0, 0.99, 0.999),
+        "objective.sample_weight": (True, False),
+        "objective.ratios": ((1.0, 1.0, 1.0, 1.0), (0.1, 0.4, 0.4, 0.1), (0.2, 0.3, 0.3, 0.2),
+                             (0.4, 0.2, 0.2, 0.2), (0.2, 0.2, 0.2, 0.4)),
+        "objective.rectify_weight": (0.25, 0.5, 1.0, 2.0, 4.0),
+    },
+    "rcgm": {
+        "objective.order": (1, 2), "objective.teacher_decay": (0.0, 0.99, 0.999),
+        "objective.sample_weight": (True, False),
+        "objective.ratios": ((1.0, 1.0, 1.0, 0.0), (0.1, 0.45, 0.45, 0.0), (0.5, 0.25, 0.25, 0.0),
+                             (0.2, 0.2, 0.6, 0.0), (0.2, 0.6, 0.2, 0.0)),
+        "objective.dt": (0.01, 0.03, 0.1),
+    },
+    "flow_matching": {"objective.sample_weight": (True, False)},
+    "consistency_training": {"objective.last_step": (1 / 256, 1 / 128, 1 / 32),
+                             "objective.limit": (0.3, 1.0, 4.0)},
+    "consistency_distillation": {"objective.step": (1 / 128, 1 / 64, 1 / 16),
+                                 "objective.limit": (0.3, 1.0, 4.0)},
+    "scm": {"objective.limit": (0.03, 0.1, 1.0),
+            "objective.logit_normal": ((), (-1.0, 1.4), (0.0, 1.4))},
+    "shortcut": {"objective.diagonal": (0.5, 0.75, 0.875)},
+} | {
+    name: JUMPS | {"objective.exponent": (0.5, 1.0)}
+    for name in ("meanflow", "meanflow_difference", "improved_meanflow", "alphaflow")
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A config, and how its runs are judged."""
+    """What all methods share. start: steps that learn velocities first, or a run that did. steps:
+    TwinFlow's, after them. twinflow: its objective."""
 
     config: str
     judge: tuple[str, ...]
+    start: int | str
+    steps: int
+    twinflow: dict[str, object]
+    accuracy: str = "accuracy"
 
     @functools.cached_property
-    def own(self) -> dict[str, float]:
+    def own(self) -> dict[str, object]:
         """The config's own values, by key."""
         return configs.flatten(configs.load(self.config).to_dict())
 
 
 STUDIES = {
-    "mnist": Study("configs/mnist.py", ("classes",)),
+    "digits": Study("configs/digits.py", ("classes",), 1000, 2000,
+                    objectives.preset("released", distance="l2", guidance=0.0)),
+    "mnist": Study("configs/mnist.py", ("classes",), 2000, 8000,
+                   objectives.preset("released", distance="l2", guidance=0.25)),
     "emoji": Study(
         "configs/emoji.py",
         ("captions", "--records", "data/emoji32/held_out_concepts", "--train-records",
          "data/emoji32/train", "--features", "features.safetensors"),
+        "runs/emoji_flow", 1500, objectives.preset("released", distance="l2", guidance=0.5),
+        "retrieval",
     ),
 }
 
 
+def objective(study: Study, method: str) -> dict[str, object]:
+    """A method's own settings, with the study's guidance."""
+    guidance = study.twinflow["guidance"]
+    if method == "twinflow":
+        return study.twinflow
+    if method == "rcgm":
+        return study.twinflow | {"ratios": (1.0, 1.0, 1.0, 0.0), "rectify_weight": 0.0}
+    if method == "flow_matching":  # guided as the others are
+        return objectives.preset(method, guidance=guidance, teacher_decay=0.99)
+    return objectives.preset(method, guidance=guidance)
+
+
 def settings(study: Study, method: str, trial: int) -> Settings:
-    """Of one trial: the same for everybody, trial 0 being the config's own."""
-    plain = {} if method == "TwinFlow" else {
-        "objective.ratios": (1.0, 1.0, 1.0, 0.0), "objective.rectify_weight": 0.0
-    }
+    """Of one trial: the same for everybody, trial 0 being the preset's own."""
+    chosen = {f"objective.{key}": value for key, value in objective(study, method).items()}
     if trial == 0:
-        return plain
+        return chosen
     rng = random.Random(f"{method} {trial}")
-    drawn = {key: study.own[key] * rng.choice(by) for key, by in OWN.items()}
-    drawn |= {key: rng.choice(values) for key, values in BOTH.items()}
-    one = rng.choice(ONE_STEP)
-    twin = rng.choice(TWIN) if method == "TwinFlow" else 0.0
-    rest = rng.choice((0.3, 0.5, 0.7))  # of what is left, to the multi_step rows
-    left = 1 - one - twin
-    ratios = tuple(round(share, 3) for share in (one, rest * left, (1 - rest) * left, twin))
-    if method == "TwinFlow":
-        drawn |= {key: rng.choice(values) for key, values in RECTIFY.items()}
-    return plain | drawn | {"objective.ratios": ratios}
+    base = study.own | chosen
+    drawn = {key: base[key] * rng.choice(by) for key, by in ALL.items()}
+    return chosen | drawn | {key: rng.choice(values) for key, values in OWN[method].items()}
+
+
+def cost(study: Study, method: str) -> float:
+    """Forward-equivalents of a step, of its batch."""
+    rows = study.own["data.batch_size"]
+    one = flops.Forward(1, 0)
+    built = objectives.build(objective(study, method))
+    return flops.worth(one, flops.calls(built, rows, (2,))) / rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
+    """One training. method: "start" for the velocities that the others start from."""
+
     method: str
     trial: int
     seed: int
 
     def folder(self, out: pathlib.Path) -> pathlib.Path:
-        return out / self.method / f"{self.trial:02d}" / str(self.seed)
+        return (out / self.method / f"{self.trial:02d}" / str(self.seed)).resolve()
 
     def scores(self, out: pathlib.Path) -> dict[str, dict[str, float]] | None:
         """By evaluations; None where it did not come to its end."""
         file = self.folder(out) / "scores.json"
         return json.loads(file.read_text()) if file.exists() else None
 
+    def overrides(self, study: Study, out: pathlib.Path) -> Settings:
+        """Of the study's config."""
+        if self.method == "start":
+            return {"train.steps": study.start, "train.flow_matching_steps": study.start}
+        start = study.start
+        if isinstance(start, int):
+            start = str(Run("start", 0, self.seed).folder(out) / "run")
+        steps = round(study.steps * cost(study, "twinflow") / cost(study, self.method))
+        return settings(study, self.method, self.trial) | {
+            "train.steps": steps, "train.flow_matching_steps": 0, "train.init_from": start,
+        }
 
-def do(run: Run, study: Study, out: pathlib.Path, more: list[str]) -> None:
+    def changes(self, study: Study, out: pathlib.Path) -> list[str]:
+        """Of the study's config, as `key=value`."""
+        chosen = self.overrides(study, out) | {
+            "train.seed": self.seed, "train.checkpoint_every": 10**6, "train.sample_every": 10**6,
+            "sample.score_count": 0, "train.loggers": (),
+        }
+        return [f"{key}={value}" for key, value in chosen.items()]
+
+
+def do(run: Run, study: Study, out: pathlib.Path) -> None:
     """Trains and scores one run; the log of both is in its folder."""
     folder = run.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = settings(study, run.method, run.trial)
-    overrides = [f"--config.{key}={value}" for key, value in chosen.items()]
     work, table = folder / "run", folder / "table.json"
     verb = [sys.executable, "-m"]
     with open(folder / "log", "w") as log:
         for command in (
             [*verb, "twinflow_jax.train", "--config", study.config, "--workdir", str(work),
-             f"--config.train.seed={run.seed}", *overrides, *more],
+             *(f"--config.{change}" for change in run.changes(study, out))],
             [*verb, "twinflow_jax.evaluate", *study.judge, "--checkpoint", str(work),
              "--json", str(table)],
         ):
@@ -122,7 +193,8 @@ def do(run: Run, study: Study, out: pathlib.Path, more: list[str]) -> None:
                 return  # the same command tries again
     scores = {str(row["nfe"]): row for row in json.loads(table.read_text())["scores"]}
     (folder / "scores.json").write_text(json.dumps(scores, indent=1))
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    if run.method != "start":
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)
 
 
 def ranking(out: pathlib.Path, method: str, trials: int, seed: int) -> dict[int, float]:
@@ -132,23 +204,85 @@ def ranking(out: pathlib.Path, method: str, trials: int, seed: int) -> dict[int,
     return dict(sorted(distances.items(), key=lambda item: item[1]))
 
 
-def table(study: Study, out: pathlib.Path, chosen: list[tuple[str, int]], seeds: list[int]) -> str:
-    """Mean and range over seeds of each score, a row for each setting and evaluations."""
-    lines = []
+def measured(study: Study, run: Run, out: pathlib.Path) -> tuple[int, float, float]:
+    """(steps, seconds of them, bytes that the compiled step holds) of a run that is done."""
+    line = (run.folder(out) / "run" / "speed.jsonl").read_text().splitlines()[-1]
+    speed = json.loads(line)
+    parsed = configs.parse(study.config, run.changes(study, out))
+    prepared = setup.prepare(parsed, jax.devices()[:1])
+    memory = prepared.lower("objective").compile().memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return speed["step"], speed["useful_seconds"], held
+
+
+def collect(
+    study: Study, out: pathlib.Path, chosen: list[tuple[str, int]], seeds: list[int]
+) -> list[dict]:
+    """A row for each setting: scores by evaluations and name, each a list over seeds."""
+    rows = []
     for method, trial in chosen:
-        runs = [Run(method, trial, seed).scores(out) for seed in seeds]
-        runs = [scores for scores in runs if scores]
-        lines.append(f"{method} {trial} ({len(runs)} seeds): {settings(study, method, trial)}")
-        for nfe in ("1", "2", "4"):
-            values = {
-                name: [scores[nfe][name] for scores in runs]
-                for name, value in runs[0][nfe].items() if isinstance(value, float)
-            }
-            lines.append(f"  {nfe} NFE  " + "  ".join(
-                f"{name} {statistics.mean(v):.4g} [{min(v):.4g}, {max(v):.4g}]"
-                for name, v in values.items()
-            ))
-    return "\n".join(lines)
+        done = [run for seed in seeds if (run := Run(method, trial, seed)).scores(out)]
+        if not done:
+            continue
+        scores = [run.scores(out) for run in done]
+        values = {
+            nfe: {name: [one[nfe][name] for one in scores]
+                  for name, value in scores[0][nfe].items() if isinstance(value, float)}
+            for nfe in EVALUATIONS
+        }
+        steps, seconds, held = measured(study, done[0], out)
+        rows.append({
+            "method": method, "trial": trial, "seeds": len(done), "scores": values,
+            "steps": steps, "cost": cost(study, method), "seconds": seconds, "bytes": held,
+            "settings": {k: v for k, v in settings(study, method, trial).items()
+                         if v != settings(study, method, 0)[k]},
+        })
+    return sorted(rows, key=lambda row: statistics.mean(row["scores"]["1"]["frechet"]))
+
+
+def table(study: Study, rows: list[dict]) -> str:
+    """Markdown: mean and range over seeds."""
+    def told(values: list[float], digits: int) -> str:
+        mean = f"{statistics.mean(values):.{digits}f}"
+        ends = f"{min(values):.{digits}f}-{max(values):.{digits}f}"
+        return f"{mean} ({ends})" if len(values) > 1 else mean
+
+    scores = [(study.accuracy, 3), ("frechet", 1), ("diversity", 2)]
+    lines = [
+        "| method | seeds | forwards x steps | s | MB | "
+        + " | ".join(f"{name}, {nfe} NFE" for nfe in EVALUATIONS for name, _ in scores) + " |",
+        "|" + "---|" * (5 + len(scores) * len(EVALUATIONS)),
+    ]
+    for row in rows:
+        name = row["method"] + (f" trial {row['trial']}" if row["trial"] else "")
+        cells = [
+            told(row["scores"][nfe][score], digits)
+            for nfe in EVALUATIONS for score, digits in scores
+        ]
+        lines.append(
+            f"| {name} | {row['seeds']} | {row['cost']:.2f} x {row['steps']} | "
+            f"{row['seconds']:.0f} | {row['bytes'] / 1e6:.0f} | " + " | ".join(cells) + " |"
+        )
+    lines += [""] + [
+        f"{row['method']} trial {row['trial']}: {row['settings']}" for row in rows if row["trial"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(study: Study, rows: list[dict]):
+    """Frechet distance at each number of evaluations, a bar for each method and a dot a seed."""
+    figure, axes = plt.subplots(1, len(EVALUATIONS), figsize=(11, 0.4 * len(rows) + 1),
+                                layout="constrained", sharey=True)
+    names = [row["method"] + (f" {row['trial']}" if row["trial"] else "") for row in rows][::-1]
+    for axis, nfe in zip(axes, EVALUATIONS, strict=True):
+        values = [row["scores"][nfe]["frechet"] for row in rows][::-1]
+        ours = [row["method"] == "twinflow" for row in rows][::-1]
+        axis.barh(names, [statistics.mean(v) for v in values],
+                  color=["tab:orange" if mine else "tab:blue" for mine in ours], alpha=0.7)
+        for place, of_seeds in enumerate(values):
+            axis.plot(of_seeds, [place] * len(of_seeds), "k.", markersize=4)
+        axis.set(title=f"{nfe} NFE", xlabel="Frechet distance", xscale="log")
+    return report.to_image(figure)
 
 
 def main() -> None:
@@ -157,40 +291,46 @@ def main() -> None:
     )
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--finalists", type=int, default=2)
+    parser.add_argument("--methods", default=",".join(OWN))
+    parser.add_argument("--trials", type=int, default=1)
+    parser.add_argument("--finalists", type=int, default=1)
     parser.add_argument("--seeds", default="42,43,44")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--seconds", type=float, default=float("inf"),
-                        help="no trial of the search begins later")
-    args, more = parser.parse_known_args()
+                        help="no run begins later")
+    args = parser.parse_args()
     study, seeds, began = STUDIES[args.study], [int(s) for s in args.seeds.split(",")], time.time()
+    methods = args.methods.split(",")
+    if unknown := [method for method in methods if method not in OWN]:
+        parser.error(f"--methods has {', '.join(unknown)}; choose from {', '.join(OWN)}")
 
-    def finish(runs: list[Run], what: str, seconds: float) -> None:
+    def finish(runs: list[Run], what: str) -> None:
         def one(run: Run) -> None:
-            if run.scores(args.out) is None and time.time() - began < seconds:
-                do(run, study, args.out, more)
+            if run.scores(args.out) is None and time.time() - began < args.seconds:
+                do(run, study, args.out)
 
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             list(tqdm(pool.map(one, runs), total=len(runs), desc=what, unit="run"))
 
+    if isinstance(study.start, int):
+        finish([Run("start", 0, seed) for seed in seeds], "start")
     trials = range(args.trials)
-    finish([Run(m, trial, seeds[0]) for trial in trials for m in METHODS], "search", args.seconds)
-    ranked = {method: ranking(args.out, method, args.trials, seeds[0]) for method in METHODS}
-    if missing := [method for method in METHODS if not ranked[method]]:
+    finish([Run(method, trial, seeds[0]) for trial in trials for method in methods], "search")
+    ranked = {method: ranking(args.out, method, args.trials, seeds[0]) for method in methods}
+    if missing := [method for method in methods if not ranked[method]]:
         raise SystemExit(
             f"no run of {', '.join(missing)} came to its end: see {args.out}/*/*/*/log"
         )
     chosen = [
-        (method, trial) for method in METHODS
+        (method, trial) for method in methods
         for trial in dict.fromkeys([*list(ranked[method])[: args.finalists], 0])
     ]
-    finish([Run(*pair, seed) for seed in seeds[1:] for pair in chosen], "seeds", float("inf"))
-    for method in METHODS:
-        print(method, "trials by Frechet distance at 1 NFE:", ", ".join(
-            f"{trial}: {distance:.1f}" for trial, distance in ranked[method].items()
-        ))
-    print(table(study, args.out, chosen, seeds))
+    finish([Run(*pair, seed) for seed in seeds[1:] for pair in chosen], "seeds")
+    rows = collect(study, args.out, chosen, seeds)
+    (args.out / "rows.json").write_text(json.dumps(rows, indent=1))
+    (args.out / "table.md").write_text(table(study, rows))
+    images.save(args.out / "table.png", plot(study, rows))
+    print(table(study, rows))
 
 
 if __name__ == "__main__":
