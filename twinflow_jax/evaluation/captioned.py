@@ -18,7 +18,7 @@ from twinflow_jax.evaluation import features, metrics, projections
 
 DIMENSIONS = 64  # of features in Frechet distances: the covariance of 1,000 samples has full rank
 SMALL = 32  # pixels a side of the copies that nearest pictures are looked for in
-shrink = jax.jit(features.scaled, static_argnums=1)
+shrink = jax.jit(functools.partial(features.scaled, side=SMALL))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Pictures:
         cls, network: Callable, batches: Iterable[Float[np.ndarray, "_ H W 3"]]
     ) -> "Pictures":
         """Of batches of pictures in [-1, 1]. network: features.Network, or what stands for it."""
-        parts = [(network(x), np.asarray(shrink(x, SMALL))) for x in batches]
+        parts = [(network(x), features.batched(shrink, x)) for x in batches]
         return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def spread(self, count: int) -> "Pictures":

@@ -6,6 +6,7 @@ Its weights come from a file that twinflow features writes.
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,15 @@ from twinflow_jax.models import efficientnet, names
 
 SIDE = 128  # pixels that images are scaled to; at 224 it takes three times as long
 BATCH = 32
+
+
+def batched(program: Callable, x: HostImages) -> np.ndarray:
+    """What a program gives for images, BATCH of them at once."""
+    parts = []
+    for start in range(0, len(x), BATCH):
+        rows = np.arange(start, start + BATCH) % len(x)  # the last batch wraps: one shape
+        parts.append(np.asarray(program(np.asarray(x[rows], np.float32))))
+    return np.concatenate(parts)[: len(x)]
 
 
 def scaled(x: Images, side: int) -> Float[Array, "B {side} {side} 3"]:
@@ -43,11 +53,7 @@ class Network:
 
     def __call__(self, x: HostImages) -> Features:
         """Features of images in [-1, 1], in float64."""
-        parts = []
-        for start in range(0, len(x), BATCH):
-            rows = np.arange(start, start + BATCH) % len(x)  # the last batch wraps: one shape
-            parts.append(np.asarray(self.program(self.params, np.asarray(x[rows], np.float32))))
-        return np.concatenate(parts)[: len(x)].astype(np.float64)
+        return batched(functools.partial(self.program, self.params), x).astype(np.float64)
 
     def remembered(self, x: HostImages) -> Features:
         """The same, kept for the next time: of real images, which are seen again and again."""

@@ -321,7 +321,7 @@ def _evaluating(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
         ), held, "smaller pictures")
         for name, function, arguments in (
             ("features", network.program, (params, seen(features.BATCH))),
-            ("small copies", captioned.shrink, (seen(held_out.CHUNK), captioned.SMALL)),
+            ("small copies", captioned.shrink, (seen(features.BATCH),)),
         )
     )
 
