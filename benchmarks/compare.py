@@ -5,7 +5,7 @@
     python benchmarks/compare.py emoji --out runs/compare_emoji   # after configs/emoji.py's :flow
 
 For each seed a network learns velocities first; every method goes on from there, for as many
-forward-equivalents as TwinFlow makes in the study's steps (a pass with gradient is three, an exact
+forward-equivalents as the study's first makes in its steps (a pass with gradient is three, an exact
 derivative one). With --trials N each method gets N random settings, all with the first seed: the
 rate times .5, 1 or 2, the guidance times 0 to 1.5, and keys of its own; trial 0 is its preset with
 the study's rate and guidance. The --finalists best by Frechet distance at one evaluation, and
@@ -38,105 +38,117 @@ from twinflow_jax.training import flops, setup
 
 Settings = dict[str, object]  # overrides of a config, by key
 EVALUATIONS = ("1", "2", "4")
-ALL = {
-    "optimizer.learning_rate": (0.5, 1.0, 2.0),  # times the study's own
-    "objective.guidance": (0.0, 0.5, 1.0, 1.5),
-}
-JUMPS = {
-    "objective.diagonal": (0.25, 0.5, 0.75),
-    "objective.logit_normal": ((), (-0.4, 1.0), (0.4, 1.0)),
-}
-OWN: dict[str, dict[str, tuple]] = {  # what a method's search draws beside
-    "twinflow": {
-        "objective.order": (1, 2), "objective.teacher_decay": (0.0, 0.99, 0.999),
-        "objective.sample_weight": (True, False),
-        "objective.ratios": ((1.0, 1.0, 1.0, 1.0), (0.1, 0.4, 0.4, 0.1), (0.2, 0.3, 0.3, 0.2),
-                             (0.4, 0.2, 0.2, 0.2), (0.2, 0.2, 0.2, 0.4)),
-        "objective.rectify_weight": (0.25, 0.5, 1.0, 2.0, 4.0),
-    },
-    "rcgm": {
-        "objective.order": (1, 2), "objective.teacher_decay": (0.0, 0.99, 0.999),
-        "objective.sample_weight": (True, False),
-        "objective.ratios": ((1.0, 1.0, 1.0, 0.0), (0.1, 0.45, 0.45, 0.0), (0.5, 0.25, 0.25, 0.0),
-                             (0.2, 0.2, 0.6, 0.0), (0.2, 0.6, 0.2, 0.0)),
-        "objective.dt": (0.01, 0.03, 0.1),
-    },
-    "flow_matching": {"objective.sample_weight": (True, False)},
-    "consistency_training": {"objective.last_step": (1 / 256, 1 / 128, 1 / 32),
-                             "objective.limit": (0.3, 1.0, 4.0)},
-    "consistency_distillation": {"objective.step": (1 / 128, 1 / 64, 1 / 16),
-                                 "objective.limit": (0.3, 1.0, 4.0)},
-    "scm": {"objective.limit": (0.03, 0.1, 1.0),
-            "objective.logit_normal": ((), (-1.0, 1.4), (0.0, 1.4))},
-    "shortcut": {"objective.diagonal": (0.5, 0.75, 0.875)},
-} | {
-    name: JUMPS | {"objective.exponent": (0.5, 1.0)}
-    for name in ("meanflow", "meanflow_difference", "improved_meanflow", "alphaflow")
-}
+GUIDANCE, RATES = (0.0, 0.5, 1.0, 1.5), (0.5, 1.0, 2.0)  # times the study's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Overrides of a study's config, and what a search draws in their place, by key."""
+
+    own: Settings
+    search: dict[str, tuple] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
     """What all methods share. start: steps that learn velocities first, or a run that did. steps:
-    TwinFlow's, after them. twinflow: its objective."""
+    of the first method, after them; the others make as many forwards. guided: whether a search
+    varies the guidance."""
 
     config: str
     judge: tuple[str, ...]
     start: int | str
     steps: int
-    twinflow: dict[str, object]
+    methods: dict[str, Method]
     accuracy: str = "accuracy"
+    guided: bool = True
 
     @functools.cached_property
-    def own(self) -> dict[str, object]:
+    def own(self) -> Settings:
         """The config's own values, by key."""
         return configs.flatten(configs.load(self.config).to_dict())
 
 
+def method(preset: dict[str, object], **search: tuple) -> Method:
+    """Of an objective's fields, and of those that a search draws."""
+    keyed = lambda fields: {f"objective.{key}": value for key, value in fields.items()}
+    return Method(keyed(preset), keyed(search))
+
+
+def rivals(guidance: float) -> dict[str, Method]:
+    """Every objective, TwinFlow first."""
+    twinflow = objectives.preset("released", distance="l2", guidance=guidance)
+    released = {
+        "order": (1, 2), "teacher_decay": (0.0, 0.99, 0.999), "sample_weight": (True, False),
+    }
+    preset = functools.partial(objectives.preset, guidance=guidance)
+    jumps = {
+        "diagonal": (0.25, 0.5, 0.75), "logit_normal": ((), (-0.4, 1.0), (0.4, 1.0)),
+        "exponent": (0.5, 1.0),
+    }
+    return {
+        "twinflow": method(
+            twinflow, **released, rectify_weight=(0.25, 0.5, 1.0, 2.0, 4.0),
+            ratios=((1.0, 1.0, 1.0, 1.0), (0.1, 0.4, 0.4, 0.1), (0.2, 0.3, 0.3, 0.2),
+                    (0.4, 0.2, 0.2, 0.2), (0.2, 0.2, 0.2, 0.4)),
+        ),
+        "rcgm": method(
+            twinflow | {"ratios": (1.0, 1.0, 1.0, 0.0), "rectify_weight": 0.0}, **released,
+            dt=(0.01, 0.03, 0.1),
+            ratios=((1.0, 1.0, 1.0, 0.0), (0.1, 0.45, 0.45, 0.0), (0.5, 0.25, 0.25, 0.0),
+                    (0.2, 0.2, 0.6, 0.0), (0.2, 0.6, 0.2, 0.0)),
+        ),
+        "flow_matching": method(
+            preset("flow_matching", teacher_decay=0.99), sample_weight=(True, False)
+        ),
+        "consistency_training": method(
+            preset("consistency_training"), last_step=(1 / 256, 1 / 128, 1 / 32),
+            limit=(0.3, 1.0, 4.0),
+        ),
+        "consistency_distillation": method(
+            preset("consistency_distillation"), step=(1 / 128, 1 / 64, 1 / 16),
+            limit=(0.3, 1.0, 4.0),
+        ),
+        "scm": method(
+            preset("scm"), limit=(0.03, 0.1, 1.0), logit_normal=((), (-1.0, 1.4), (0.0, 1.4))
+        ),
+        "shortcut": method(preset("shortcut"), diagonal=(0.5, 0.75, 0.875)),
+    } | {
+        name: method(preset(name), **jumps)
+        for name in ("meanflow", "meanflow_difference", "improved_meanflow", "alphaflow")
+    }
+
+
 STUDIES = {
-    "digits": Study("configs/digits.py", ("classes",), 1000, 2000,
-                    objectives.preset("released", distance="l2", guidance=0.0)),
-    "mnist": Study("configs/mnist.py", ("classes",), 2000, 8000,
-                   objectives.preset("released", distance="l2", guidance=0.25)),
+    "digits": Study("configs/digits.py", ("classes",), 1000, 2000, rivals(0.0), guided=False),
+    "mnist": Study("configs/mnist.py", ("classes",), 2000, 8000, rivals(0.25)),
     "emoji": Study(
         "configs/emoji.py",
         ("captions", "--records", "data/emoji32/held_out_concepts", "--train-records",
          "data/emoji32/train", "--features", "features.safetensors"),
-        "runs/emoji_flow", 1500, objectives.preset("released", distance="l2", guidance=0.5),
-        "retrieval",
+        "runs/emoji_flow", 1500, rivals(0.5), "retrieval",
     ),
 }
 
 
-def objective(study: Study, method: str) -> dict[str, object]:
-    """A method's own settings, with the study's guidance."""
-    guidance = study.twinflow["guidance"]
-    if method == "twinflow":
-        return study.twinflow
-    if method == "rcgm":
-        return study.twinflow | {"ratios": (1.0, 1.0, 1.0, 0.0), "rectify_weight": 0.0}
-    if method == "flow_matching":  # guided as the others are
-        return objectives.preset(method, guidance=guidance, teacher_decay=0.99)
-    return objectives.preset(method, guidance=guidance)
-
-
-def settings(study: Study, method: str, trial: int) -> Settings:
-    """Of one trial: the same for everybody, trial 0 being the preset's own."""
-    chosen = {f"objective.{key}": value for key, value in objective(study, method).items()}
+def settings(study: Study, name: str, trial: int) -> Settings:
+    """Of one trial: the same for everybody, trial 0 being the method's own."""
+    chosen = study.methods[name]
     if trial == 0:
-        return chosen
-    rng = random.Random(f"{method} {trial}")
-    base = study.own | chosen
-    drawn = {key: base[key] * rng.choice(by) for key, by in ALL.items()}
-    return chosen | drawn | {key: rng.choice(values) for key, values in OWN[method].items()}
+        return chosen.own
+    rng, base = random.Random(f"{name} {trial}"), study.own | chosen.own
+    drawn = {"optimizer.learning_rate": base["optimizer.learning_rate"] * rng.choice(RATES)}
+    if study.guided:
+        drawn["objective.guidance"] = base["objective.guidance"] * rng.choice(GUIDANCE)
+    return chosen.own | drawn | {k: rng.choice(v) for k, v in chosen.search.items()}
 
 
-def cost(study: Study, method: str) -> float:
+def cost(study: Study, name: str) -> float:
     """Forward-equivalents of a step, of its batch."""
-    rows = study.own["data.batch_size"]
-    one = flops.Forward(1, 0)
-    built = objectives.build(objective(study, method))
-    return flops.worth(one, flops.calls(built, rows, (2,))) / rows
+    changes = study.methods[name].own | {"train.init_from": "start"}
+    run = configs.parse(study.config, [f"{key}={value}" for key, value in changes.items()])
+    rows = run.data.batch_size
+    return flops.worth(flops.Forward(1, 0), flops.calls(run.bound_objective, rows, (2,))) / rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +174,8 @@ class Run:
         start = study.start
         if isinstance(start, int):
             start = str(Run("start", 0, self.seed).folder(out) / "run")
-        steps = round(study.steps * cost(study, "twinflow") / cost(study, self.method))
+        budget = study.steps * cost(study, next(iter(study.methods)))
+        steps = round(budget / cost(study, self.method))
         return settings(study, self.method, self.trial) | {
             "train.steps": steps, "train.flow_matching_steps": 0, "train.init_from": start,
         }
@@ -235,7 +248,7 @@ def collect(
             "method": method, "trial": trial, "seeds": len(done), "scores": values,
             "steps": steps, "cost": cost(study, method), "seconds": seconds, "bytes": held,
             "settings": {k: v for k, v in settings(study, method, trial).items()
-                         if v != settings(study, method, 0)[k]},
+                         if v != settings(study, method, 0).get(k)},
         })
     return sorted(rows, key=lambda row: statistics.mean(row["scores"]["1"]["frechet"]))
 
@@ -291,7 +304,7 @@ def main() -> None:
     )
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--methods", default=",".join(OWN))
+    parser.add_argument("--methods", help="some of the study's, with commas between")
     parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("--finalists", type=int, default=1)
     parser.add_argument("--seeds", default="42,43,44")
@@ -300,9 +313,9 @@ def main() -> None:
                         help="no run begins later")
     args = parser.parse_args()
     study, seeds, began = STUDIES[args.study], [int(s) for s in args.seeds.split(",")], time.time()
-    methods = args.methods.split(",")
-    if unknown := [method for method in methods if method not in OWN]:
-        parser.error(f"--methods has {', '.join(unknown)}; choose from {', '.join(OWN)}")
+    methods = args.methods.split(",") if args.methods else list(study.methods)
+    if unknown := [name for name in methods if name not in study.methods]:
+        parser.error(f"--methods has {', '.join(unknown)}; choose from {', '.join(study.methods)}")
 
     def finish(runs: list[Run], what: str) -> None:
         def one(run: Run) -> None:
