@@ -176,7 +176,10 @@ class Run:
             start = str(Run("start", 0, self.seed).folder(out) / "run")
         budget = study.steps * cost(study, next(iter(study.methods)))
         steps = round(budget / cost(study, self.method))
-        return settings(study, self.method, self.trial) | {
+        chosen = settings(study, self.method, self.trial)
+        # Schedules are of the whole training, whose length is the budget's.
+        parts = {"objective.anneal_steps": steps, "objective.warmup": steps // 10}
+        return chosen | {key: span for key, span in parts.items() if chosen.get(key)} | {
             "train.steps": steps, "train.flow_matching_steps": 0, "train.init_from": start,
         }
 
