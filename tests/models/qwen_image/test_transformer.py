@@ -39,7 +39,7 @@ def oracle(config: Config) -> torch.nn.Module:
         axes_dims_rope=config.rope_axes, zero_cond_t=config.zero_cond_t,
     )
     if config.time_conditioning == "half_r":
-        see = lambda _, args: (args[0] - module.r / 2, *args[1:])
+        see = functools.partial(_see_half_r, module)
         module.time_text_embed.register_forward_pre_hook(see)
     else:
         second = "time_text_embed" + {"second_embedder": "_2", "gated": "_gated"}[
@@ -55,6 +55,11 @@ def oracle(config: Config) -> torch.nn.Module:
             else:
                 p.normal_(1.0 if key.endswith("weight") else 0.0, 0.3)
     return module
+
+
+def _see_half_r(module, _, args):
+    """E1(t - r/2), by TwinFlow's LoRA code."""
+    return args[0] - module.r / 2, *args[1:]
 
 
 def _add_second(module, name, _, args, out):
