@@ -14,7 +14,7 @@ Variants, as `configs/qwen20b_lora_tpu.py:NAME`; the network sees r as t - r/2, 
     python -m twinflow_jax.train --config configs/qwen20b_lora_tpu.py:tiny --workdir runs/tiny
 
 Hardware: the base in bfloat16 takes 41 GB over all chips, adapters with moments and averages 8.5.
-A step runs in parts of 8 images (16), each of one role: v5e:2x4 has a row a chip.
+A step runs in parts of 8 images (paper: 16), each of one role: on v5e:2x4 one row a chip.
 """
 
 import pathlib
@@ -27,8 +27,9 @@ FULL = pathlib.Path(__file__).with_name("qwen20b_tpu.py")
 
 
 def get_config(variant: str = "order2") -> ml_collections.ConfigDict:
-    config = variants.lora(FULL, variant, paper=paper)
+    config = variants.lora(FULL, variant, paper=lambda: variants.lora(FULL, "order2"))
     if variant != "tiny":
         roles = sum(ratio > 0 for ratio in config.objective.ratios)
-        config.train.micro_steps, config.data.batch_size = roles, 8 * roles
+        config.train.micro_steps = roles
+        config.data.batch_size = 64 if variant == "paper" else 8 * roles
     return config

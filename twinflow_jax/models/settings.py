@@ -57,8 +57,8 @@ class LayeredSettings(Settings):
         choices=tuple(remat.POLICIES),
     )
     time_conditioning: str = option(
-        "second_embedder", "how the target time r is seen: E1(t) + (t - r) E2(r) (of the dits: "
-        "E1(t) + E2(t - r)); half_r: E1(t - r / 2); gated: E1(t) + r E2(r), E2 zero at first",
+        "second_embedder", "how the target time r is seen: E1(t) + (t - r) E2(r), in the dits "
+        "E1(t) + E2(t - r); half_r: E1(t - r / 2); gated: E1(t) + r E2(r), E2 zero at first",
         choices=tuple(conditioning.TIMES),
     )
 
