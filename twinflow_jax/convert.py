@@ -10,6 +10,7 @@ inclusionAI/TwinFlow/FOLDER. Paths may be local or gs://.
 """
 
 import argparse
+import dataclasses
 
 from etils import epath
 
@@ -92,7 +93,7 @@ def run_export(args) -> int:
     readme = README.format(
         library="transformers" if set(checkpoint.parts) <= {*family.encoders} else "diffusers",
         name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
-        note=family.export_note if knows_r else "",
+        note=family.note(checkpoint.config("transformer").times) if knows_r else "",
     ).strip() + "\n"
     exporting.export_folder(checkpoint, args.target, args.dtype, trained, readme)
     print(f"{args.source} is in {args.target}")
@@ -131,7 +132,10 @@ def open_weights(args):
         raise UserError(f"{args.source} trained adapters, which cannot be exported yet")
     base = args.pipeline or checkpoints.pipeline_of(args.source, run)
     which = "raw" if args.raw else "average"
-    return imported.open_imported(base), arrays, f", trained for {step} steps ({which} weights)"
+    checkpoint = dataclasses.replace(
+        imported.open_imported(base), time_conditioning=run.model.time_conditioning
+    )
+    return checkpoint, arrays, f", trained for {step} steps ({which} weights)"
 
 
 if __name__ == "__main__":

@@ -44,10 +44,12 @@ def layout(network: Network, config) -> tuple[names.NameTable, dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """A complete imported checkpoint."""
+    """A complete imported checkpoint. time_conditioning: of the transformer, where a run's is to
+    take its place."""
 
     folder: epath.Path
     record: dict[str, Any]
+    time_conditioning: str = "second_embedder"
 
     @property
     def family(self) -> str:
@@ -106,7 +108,10 @@ class Imported:
         network = self.network(name)
         if not network.published:
             return network.config()
-        return network.config.from_published(self.recorded(name)["published"])
+        config = network.config.from_published(self.recorded(name)["published"])
+        if name != "transformer":
+            return config
+        return dataclasses.replace(config, time_conditioning=self.time_conditioning)
 
     @property
     def knows_r(self) -> bool:

@@ -123,6 +123,10 @@ class Config(Shared):
             )
 
     @property
+    def any_jumps(self) -> bool:
+        return self.diagonal < 1 and self.target_time != "zero"
+
+    @property
     def counts_steps(self) -> bool:
         return bool(self.anneal_steps or self.warmup)
 
