@@ -233,8 +233,8 @@ class Run:
             problems.append(
                 "objective.order is 1 with jumps of any length, but model.time_conditioning "
                 "'half_r' sees t - r / 2 alone, the same for many of them: take no any_step rows "
-                "(objective.ratios=(1,1,0,1); of flow_map: target_time=zero), objective.order=2, or "
-                "another time_conditioning"
+                "(objective.ratios=(1,1,0,1); of flow_map: target_time=zero), objective.order=2, "
+                "or another time_conditioning"
             )
         conditional = self.pipeline or self.model.num_classes
         untrained = train.unconditional == "empty" and not (
