@@ -28,7 +28,7 @@ from twinflow_jax.models.context import setting
 from twinflow_jax.models.names import NameTable
 
 LEAVES = r"(.*/)?lora_[ab]"  # paths of adapters
-OUTPUT = "adapter"  # the logical axis of what `b` gives
+SPLIT = "adapter"  # the logical axis of what `a` takes and `b` gives, whatever the kernel's are
 
 _chosen = contextvars.ContextVar("adapted projections")
 
@@ -74,14 +74,14 @@ def added(paths: Mapping[str, int]):
 
 
 def low_rank(
-    module: nn.Module, x: Float[Array, "..."], shape: tuple[int, ...],
-    axes: tuple[str | None, ...], dtype: Any, contracted: int = 1, stacked: bool = False,
+    module: nn.Module, x: Float[Array, "..."], shape: tuple[int, ...], dtype: Any,
+    contracted: int = 1, stacked: bool = False,
 ) -> Float[Array, "... out"] | None:
     """What a projection's adapter adds to its output, the axes of which are one here; None where
     it has no adapter.
 
-    shape, axes: of its kernel, whose first `contracted` axes are the last of x. stacked: whether
-    the kernel has one more before them, of layers, and so has what is returned.
+    shape: of its kernel, whose first `contracted` axes are the last of x. stacked: whether the
+    kernel has one more before them, of layers, and so has what is returned.
     """
     if module.is_initializing():
         rank = _chosen.get({}).get("/".join(module.path), 0)
@@ -91,13 +91,13 @@ def low_rank(
         rank = 0
     if not rank:
         return None
-    layers, shape, axes = shape[:stacked], shape[stacked:], axes[stacked:]
+    layers, shape = shape[:stacked], shape[stacked:]
     into, out = math.prod(shape[:contracted]), math.prod(shape[contracted:])
     normal = nn.initializers.normal(1 / rank)
     none = (None,) * len(layers)
-    a = module.param("lora_a", init_of(normal, *none, axes[0], None), (*layers, into, rank))
+    a = module.param("lora_a", init_of(normal, *none, SPLIT, None), (*layers, into, rank))
     b = module.param(
-        "lora_b", init_of(nn.initializers.zeros, *none, None, OUTPUT), (*layers, rank, out)
+        "lora_b", init_of(nn.initializers.zeros, *none, None, SPLIT), (*layers, rank, out)
     )
     a, b = (jnp.expand_dims(leaf, 1) if stacked else leaf for leaf in (a, b))
     x = x.reshape(*x.shape[: x.ndim - contracted], into)
@@ -106,10 +106,10 @@ def low_rank(
 
 def adapted(
     module: nn.Module, y: Float[Array, "..."], x: Float[Array, "..."], shape: tuple[int, ...],
-    axes: tuple[str | None, ...], contracted: int = 1, stacked: bool = False,
+    contracted: int = 1, stacked: bool = False,
 ) -> Float[Array, "..."]:
     """y, a projection's output, with what its adapter adds: arguments as `low_rank`'s."""
-    more = low_rank(module, x, shape, axes, y.dtype, contracted, stacked)
+    more = low_rank(module, x, shape, y.dtype, contracted, stacked)
     return y if more is None else y + more.reshape(y.shape)
 
 

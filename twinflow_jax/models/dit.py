@@ -71,7 +71,7 @@ def position_features(
 
 def _dense(config: Config, features: int, axes: tuple[str, str], kernel=UNIT_VARIANCE) -> Dense:
     """A projection whose kernel has these logical axes; its bias is whole."""
-    return Dense(features, axes=axes, dtype=config.dtype, kernel_init=init_of(kernel, *axes))
+    return Dense(features, dtype=config.dtype, kernel_init=init_of(kernel, *axes))
 
 
 class Projection(nn.Module):
@@ -94,7 +94,7 @@ class Projection(nn.Module):
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         out = jnp.tensordot(x, kernel, count)
         out += lax.broadcast_to_rank(bias, out.ndim)
-        return adapted(self, out, x, self.shape, self.axes, count)
+        return adapted(self, out, x, self.shape, count)
 
 
 class Attention(nn.Module):

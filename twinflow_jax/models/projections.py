@@ -17,14 +17,11 @@ UNIT_VARIANCE = nn.initializers.lecun_normal()
 
 @no_type_check  # Flax's own annotations cannot be checked at run time
 class Dense(nn.Dense):
-    """A projection that may have an adapter. axes: the logical ones of its kernel."""
-
-    axes: tuple[str | None, str | None] = (None, None)
+    """A projection that may have an adapter."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        shape = (x.shape[-1], self.features)
-        return adapted(self, super().__call__(x), x, shape, self.axes)
+        return adapted(self, super().__call__(x), x, (x.shape[-1], self.features))
 
 
 def dense(
@@ -34,7 +31,7 @@ def dense(
     """A projection whose kernel has these logical axes; a bias of the model's width has none."""
     bias_axis = None if axes[1] == "embed" else axes[1]
     return Dense(
-        features, axes=axes, use_bias=bias, dtype=config.dtype, name=name,
+        features, use_bias=bias, dtype=config.dtype, name=name,
         kernel_init=init_of(kernel, *axes), bias_init=init_of(nn.initializers.zeros, bias_axis),
     )
 

@@ -22,7 +22,7 @@ RULES = {
     "mlp": ("tensor",),
     "modulation": ("tensor",),
     "vocab": ("tensor",),
-    "adapter": FSDP,  # the output side of an adapter, whose input side is its rank
+    "adapter": FSDP,  # the side of an adapter's halves that is not its rank
 }
 
 

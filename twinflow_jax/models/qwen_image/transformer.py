@@ -179,8 +179,7 @@ class StackedDense(nn.Module):
         context, kernel, bias = (a.astype(c.dtype) for a in (context, kernel, bias))
         # Over a mesh the small outputs travel, never the kernel.
         out = contract_in_place(context, kernel) + bias[:, None, None]
-        axes = (None, "embed", "modulation")
-        return adapted(self, out, context, kernel.shape, axes, stacked=True)
+        return adapted(self, out, context, kernel.shape, stacked=True)
 
 
 class Modulation(nn.Module):
@@ -216,7 +215,7 @@ class HeadProjection(nn.Module):
         h, kernel, bias = (a.astype(c.dtype) for a in (h, kernel, bias))
         heads = kernel.reshape(c.width, c.heads, c.head_dim)
         out = jnp.einsum("bsw,wnd->bnsd", h, heads) + bias.reshape(1, c.heads, 1, c.head_dim)
-        more = low_rank(self, h, (c.width, c.width), ("embed", "heads"), c.dtype)
+        more = low_rank(self, h, (c.width, c.width), c.dtype)
         if more is None:
             return out
         return out + jnp.swapaxes(more.reshape(*h.shape[:2], c.heads, c.head_dim), 1, 2)
