@@ -13,7 +13,7 @@ from jax.extend import core
 
 from twinflow_jax.models import Model, remat
 from twinflow_jax.models.attention import compiled_for
-from twinflow_jax.objectives import Batch, Objective
+from twinflow_jax.objectives import STUDENT, Batch, Objective
 from twinflow_jax.training.step import micro_batches
 
 
@@ -53,10 +53,14 @@ def calls(
 ) -> list[Call]:
     """The evaluations that one step of `rows` rows makes."""
     found: list[Call] = []
-    student, other = {"weight": np.zeros(())}, {"weight": np.zeros(())}
+    weights = lambda: {"weight": np.zeros(())}
+    networks = {name: weights() for name in (STUDENT, *objective.config.auxiliary)}
+    learn = [networks[name] for name in objective.learns]
+    student = networks if objective.config.auxiliary else networks[STUDENT]
+    other = weights()
 
     def apply(params, x_t, t, r, cond):
-        found.append(Call(x_t.shape[0], params is student))
+        found.append(Call(x_t.shape[0], any(params is one for one in learn)))
         return jnp.zeros_like(x_t)
 
     draws = jax.eval_shape(lambda key: objective.draw(key, rows, sample_shape), jax.random.key(0))
