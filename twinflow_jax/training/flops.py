@@ -27,10 +27,12 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One evaluation of the network in a step. rows: of it; trained: whether it has a gradient."""
+    """One evaluation of the network in a step. rows: of it; trained: whether its weights have a
+    gradient; through: whether its input alone has one."""
 
     rows: int
     trained: bool
+    through: bool = False
 
 
 def forward(
@@ -53,49 +55,65 @@ def calls(
 ) -> list[Call]:
     """The evaluations that one step of `rows` rows makes."""
     found: list[Call] = []
-    weights = lambda: {"weight": np.zeros(())}
-    networks = {name: weights() for name in (STUDENT, *objective.config.auxiliary)}
-    learn = [networks[name] for name in objective.learns]
-    student = networks if objective.config.auxiliary else networks[STUDENT]
-    other = weights()
 
-    def apply(params, x_t, t, r, cond):
-        found.append(Call(x_t.shape[0], any(params is one for one in learn)))
-        return jnp.zeros_like(x_t)
+    @jax.custom_vjp
+    def network(weight, x):
+        found.append(Call(x.shape[0], False))
+        return jnp.zeros_like(x)
+
+    def differentiated(weight, x):
+        found.append(Call(x.value.shape[0], weight.perturbed, not weight.perturbed))
+        return jnp.zeros_like(x.value), x.value
+
+    def backward(x, gradient):
+        return jnp.float32(0), jnp.zeros_like(x)
+
+    network.defvjp(differentiated, backward, symbolic_zeros=True)
+    apply = lambda params, x_t, t, r, cond: network(params["weight"], x_t)
+    names = (STUDENT, *objective.config.auxiliary)
+
+    def loss(learned, still, x, draws):
+        networks = still | learned
+        student = networks if objective.config.auxiliary else networks[STUDENT]
+        teacher = still["teacher"] if objective.config.teacher_decay else student
+        parts = micro_batches(objective, Batch(x, {}, {}), draws, micro_steps)
+        return sum(objective.loss(apply, student, teacher, *part)[0] for part in parts)
 
     draws = jax.eval_shape(lambda key: objective.draw(key, rows, sample_shape), jax.random.key(0))
     x = jax.ShapeDtypeStruct((rows, *sample_shape), jnp.float32)
-    teacher = other if objective.config.teacher_decay else student
-
-    def loss(x, draws):
-        for batch, part in micro_batches(objective, Batch(x, {}, {}), draws, micro_steps):
-            objective.loss(apply, student, teacher, batch, part)
-        return x
-
-    jax.eval_shape(loss, x, draws)
+    weights = {name: {"weight": jnp.float32(0)} for name in (*names, "teacher")}
+    learned = {name: weights.pop(name) for name in objective.learns}
+    jax.eval_shape(jax.grad(loss), learned, weights, x, draws)
     return found
 
 
 def worth(one: Forward, evaluations: list[Call]) -> int:
-    """Model FLOPs of a step: each row's forward, and twice that where it has a gradient. Nothing
-    that is computed again counts, attention's scores in its backward pass included, and no rows
-    that fill up a mesh."""
-    row = one.matmul + one.attention
-    return sum(call.rows * row * (3 if call.trained else 1) for call in evaluations)
+    """Model FLOPs of a step: each row's forward, twice that more where it is trained, and where a
+    gradient goes through, the half of that which is of no weights: all of attention's. Nothing that
+    is computed again counts, attention's scores in its backward pass included, and no rows that
+    fill up a mesh."""
+    return sum(
+        call.rows * (
+            one.matmul * (1 + 2 * call.trained + call.through)
+            + one.attention * (1 + 2 * (call.trained or call.through))
+        )
+        for call in evaluations
+    )
 
 
 def step(
     one: Forward, evaluations: list[Call], policy: str, row_parts: int = 1
 ) -> Forward:
     """The FLOPs that all devices execute in one step: rows filled up to the mesh's parts,
-    gradients (twice a forward; in attention 2.5 times, which computes its scores again) and what
-    remat.POLICIES[policy] computes again."""
+    gradients (twice a forward, once where only the input has one; in attention 2.5 times, which
+    computes its scores again) and what remat.POLICIES[policy] computes again."""
     matmul = attention = 0
     again = remat.POLICIES[policy]
     for call in evaluations:
         rows = math.ceil(call.rows / row_parts) * row_parts
-        matmul += rows * one.matmul * (3 + again.matmul if call.trained else 1)
-        attention += rows * one.attention * (3.5 + again.attention if call.trained else 1)
+        back = call.trained or call.through
+        matmul += rows * one.matmul * (1 + back * (1 + again.matmul) + call.trained)
+        attention += rows * one.attention * (1 + back * (2.5 + again.attention))
     return Forward(int(matmul), int(attention))
 
 
