@@ -7,7 +7,7 @@ v_fake. Per row, with m = direction.direction(rule, ...):
 
 * student, "vsd" and "dmd": `|| x - stop_gradient(x + m) ||^2 / 2`;
 * student, "sid": `m . ((x_real - x) - alpha (x_real - x_fake))`, with the gradient through x' and
-  both networks (arXiv 2404.04057, equation 23; sum over numbers there, mean here);
+  both networks (arXiv 2404.04057, algorithm 1; sum over numbers there, mean here);
 * fake: flow matching on the student's samples, `|| F_fake(x'', t, t) - (z'' - x) ||^2`, with fresh
   z'' and t. It is never guided.
 
