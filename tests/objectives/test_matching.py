@@ -112,7 +112,7 @@ def case(seed: int = 0):
     rng = np.random.default_rng(seed)
     params = {name: rng.normal(size=3) for name in ("student", "fake", "real")}
     normal = lambda *shape: rng.normal(size=(ROWS, *shape))
-    batch = Batch(normal(DIMENSIONS), {"c": normal(1)}, {"c": normal(1)})
+    batch = Batch(normal(DIMENSIONS), {"c": normal(1)}, {"c": normal(1)}, normal(DIMENSIONS))
     times = lambda: rng.uniform(0.1, 0.9, ROWS)
     draws = {
         "z": normal(DIMENSIONS), "z_score": normal(DIMENSIONS), "tau": times(),
@@ -126,7 +126,7 @@ def linear(params, x_t, t, r, cond):
     return a * x_t + b * (t - r / 2).reshape(-1, 1) + c * cond["c"] * x_t
 
 
-def oracle(rule, alpha, guidance):
+def oracle(rule, alpha, guidance, regression=0.0):
     """(loss, gradient) of the student and of the fake, as the papers write them: with predicted
     samples x_real, x_fake and the weights of their code."""
     numbers, batch, draws = case()
@@ -157,6 +157,9 @@ def oracle(rule, alpha, guidance):
     else:
         gradient = (x_fake - x_real) * (omega if rule == "dmd" else 1)
         generator = 0.5 * torch.nn.functional.mse_loss(x, (x - gradient).detach())
+    pair = tensor(batch.noise)
+    away = pair - network(params["student"], pair, one, 0 * one, c) - tensor(batch.x)
+    generator = generator + regression * away.square().mean()
     t = draws["t_fake"]
     x_fixed = x.detach()
     at = t[:, None] * draws["z_fake"] + (1 - t[:, None]) * x_fixed
@@ -170,10 +173,14 @@ def oracle(rule, alpha, guidance):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize(("rule", "alpha"), [("vsd", 1.0), ("dmd", 1.0), ("sid", 1.2)])
+@pytest.mark.parametrize(("rule", "alpha", "regression"), [
+    ("vsd", 1.0, 0.0), ("dmd", 1.0, 0.0), ("dmd", 1.0, 0.25), ("sid", 1.2, 0.0)
+])
 @pytest.mark.parametrize("learns", [BOTH, G, F], ids=" and ".join)
-def test_losses_are_those_of_the_papers(rule, alpha, guidance, learns):
-    config = matching.Config(rule=rule, alpha=alpha, real_guidance=guidance)
+def test_losses_are_those_of_the_papers(rule, alpha, regression, guidance, learns):
+    config = matching.Config(
+        rule=rule, alpha=alpha, real_guidance=guidance, regression_weight=regression
+    )
 
     def loss(networks):
         return matching.loss(
@@ -184,15 +191,15 @@ def test_losses_are_those_of_the_papers(rule, alpha, guidance, learns):
         numbers, batch, draws = jax.tree.map(jnp.asarray, case())
         networks = {name: numbers[name] for name in BOTH}
         (_, terms), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(networks)
-    expected = oracle(rule, alpha, guidance)
-    names = {STUDENT: "matching", "fake": "fake"}
-    assert terms.keys() == {names[name] for name in learns}
+    expected = oracle(rule, alpha, guidance, regression)
+    names = {STUDENT: {"matching", "regression"} if regression else {"matching"}, "fake": {"fake"}}
+    assert terms.keys() == set().union(*(names[name] for name in learns))
     for name in BOTH:
         value, wanted = expected[name]
         if name not in learns:
             assert not np.any(gradient[name])
             continue
-        assert float(terms[names[name]]) == pytest.approx(value, rel=1e-5)
+        assert sum(float(terms[term]) for term in names[name]) == pytest.approx(value, rel=1e-5)
         np.testing.assert_allclose(gradient[name], wanted, rtol=1e-5, atol=1e-6)
 
 

@@ -35,7 +35,8 @@ def example(objective, rows: int, seed: int = 0):
     keys = jax.random.split(jax.random.key(seed), 3)
     label = jax.random.randint(keys[0], (rows,), 0, 3)
     x = jax.random.uniform(keys[1], (rows, *SHAPE), minval=-1.0)
-    batch = Batch(x, MODEL.cond(label), MODEL.cond(np.full(rows, MODEL.config.num_classes)))
+    null = MODEL.cond(np.full(rows, MODEL.config.num_classes))
+    batch = Batch(x, MODEL.cond(label), null, jnp.sin(9 * x))
     return batch, objective.draw(keys[2], rows, SHAPE)
 
 
@@ -77,8 +78,8 @@ def evaluate(objective, batch, draws, micro_steps: int = 1):
         ("tutorial", {"twin": False}, 5.0),
         ("paper", {}, 10 / 3),
         ("paper", {"twin_share": 0.0}, 3.0),
-        ("dmd", {}, 4.0),  # generator, two scores, the fake's own loss
-        ("dmd", {"real_guidance": 2.0}, 5.0),
+        ("dmd", {}, 5.0),  # generator, regression, two scores, the fake's own loss
+        ("dmd2", {"real_guidance": 2.0}, 5.0),
     ],
 )
 def test_rows_that_the_network_sees(preset, fields, rows_per_batch):

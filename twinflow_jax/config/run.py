@@ -27,6 +27,9 @@ class Data(keys.Part):
     records: tuple[str, ...] = option(
         (), "in their place: folders that twinflow encode wrote", is_path=True
     )
+    pairs: str = option(
+        "", "in place of labelled images: a file of `twinflow sample --pairs`", is_path=True
+    )
     weights: tuple[float, ...] = option(
         (), "each folder's share of the rows; none: by its records", above=0
     )
@@ -241,6 +244,15 @@ class Run:
                 "objective.teacher_decay is 1, a frozen teacher, but it would be random weights: "
                 "set train.init_from to a trained run"
             )
+        if self.objective.pairs and not self.data.pairs:
+            problems.append(
+                "the objective learns from pairs: set data.pairs to a file of `twinflow sample "
+                "--pairs`, or objective.regression_weight=0"
+            )
+        if self.data.pairs and (self.family.text_to_image or not self.objective.pairs):
+            which = f"model {self.model.name!r}, which draws from text," if self.objective.pairs \
+                else f"objective {self.objective.form!r}"
+            problems.append(f"data.pairs is set, but {which} learns from none: leave it out")
         if self.objective.auxiliary:
             problems += [
                 f"train.steps is {train.steps}, in which objective.turns never trains the {name}: "

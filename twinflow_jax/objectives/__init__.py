@@ -46,8 +46,10 @@ PRESETS = {
     # section 3.2, which guides both scores with 7.5 (here the real one alone) and whose fake is a
     # LoRA of rank 64 with a rate far above the student's.
     "vsd": matching.Config(rule="vsd", every=1, fake_learning_rate=1e-3),
-    # DMD, arXiv 2311.18828, section 3, without its regression on the teacher's pictures (3.3).
-    "dmd": matching.Config(every=1),
+    # DMD, arXiv 2311.18828, section 3: tau in [.02, .98], and a regression on the teacher's
+    # pictures (3.3) of weight .25, in LPIPS there, here the squared distance of latents, and on
+    # the conditions of the same batch.
+    "dmd": matching.Config(every=1, regression_weight=0.25),
     # DMD2, arXiv 2405.14867, section 4.2: two time scales, 5 updates of the fake for one of the
     # student. Without its GAN (4.3) and several steps (4.4).
     "dmd2": matching.Config(),

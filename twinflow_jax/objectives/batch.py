@@ -9,9 +9,11 @@ class Batch(NamedTuple):
     """One batch, rows in the order of the objective's roles.
 
     x: data or latents (B, ...), channels last. cond, null_cond: pytrees of arrays with leading
-    B, the condition and what stands for its absence in classifier-free guidance.
+    B, the condition and what stands for its absence in classifier-free guidance. noise: what x
+    was drawn from, where the Config learns from pairs.
     """
 
     x: Samples
     cond: Any
     null_cond: Any
+    noise: Samples | None = None

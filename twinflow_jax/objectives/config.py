@@ -38,6 +38,11 @@ class Shared(keys.Part):
         return {}
 
     @property
+    def pairs(self) -> bool:
+        """Whether batches are of pictures and the noise that they were drawn from."""
+        return False
+
+    @property
     def cycle(self) -> tuple[tuple[str, ...], ...]:
         """The networks that learn at each step, over and over."""
         return ((STUDENT,),)

@@ -11,7 +11,8 @@ v_fake. Per row, with m = direction.direction(rule, ...):
 * fake: flow matching on the student's samples, `|| F_fake(x'', t, t) - (z'' - x) ||^2`, with fresh
   z'' and t. It is never guided.
 
-Samples of the data are not used, conditions are.
+DMD adds a regression: `|| x(z) - y ||^2` of pairs (z, y), y being what the start draws from z in
+many steps (latent L2 in place of its LPIPS). No other samples are used, only conditions.
 """
 
 import dataclasses
@@ -48,6 +49,9 @@ class Config(Shared):
     real_guidance: float = option(
         1.0, "of the real score: v_null + g (v_cond - v_null); 1 is none", least=1
     )
+    regression_weight: float = option(
+        0.0, "of the squared distance to the pictures of data.pairs; 0: none", least=0
+    )
     turns: str = option(
         "together", "together: the fake learns at every step, and from the student's own samples "
         "where that learns too; exclusive: each step is of one of the two, the student's first; "
@@ -78,6 +82,11 @@ class Config(Shared):
     def auxiliary(self) -> dict[str, dict[str, Any]]:
         """The fake score."""
         return {FAKE: {"learning_rate": self.fake_learning_rate, "betas": self.fake_betas}}
+
+    @property
+    def pairs(self) -> bool:
+        """The regression's."""
+        return self.regression_weight > 0
 
     @property
     def cycle(self) -> tuple[tuple[str, ...], ...]:
@@ -115,8 +124,13 @@ def loss(
     total = (totals or {"all": rows_of(draws, "all")})["all"]
     mine, frozen = draws["all"], jax.lax.stop_gradient(params)
     student = (params if STUDENT in learns else frozen)[STUDENT]
-    [v_one] = together(apply, [twin.generator_pass(student, mine["z"], batch.cond)])
-    x, per_row = mine["z"] - v_one, {}
+    regresses = config.pairs and STUDENT in learns
+    starts = [mine["z"]] + [batch.noise] * regresses
+    v_one = together(apply, [twin.generator_pass(student, z, batch.cond) for z in starts])
+    x, *drawn = (z - v for z, v in zip(starts, v_one, strict=True))
+    per_row = {}
+    if regresses:
+        per_row["regression"] = config.regression_weight * distances.l2(drawn[0], batch.x)
     if STUDENT in learns:
         teacher = jax.lax.stop_gradient(teacher_params)
         per_row["matching"] = generator_loss(apply, teacher, frozen[FAKE], x, batch, mine, config)

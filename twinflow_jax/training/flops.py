@@ -76,7 +76,7 @@ def calls(
         networks = still | learned
         student = networks if objective.config.auxiliary else networks[STUDENT]
         teacher = still["teacher"] if objective.config.teacher_decay else student
-        parts = micro_batches(objective, Batch(x, {}, {}), draws, micro_steps)
+        parts = micro_batches(objective, Batch(x, {}, {}, x), draws, micro_steps)
         return sum(objective.loss(apply, student, teacher, *part)[0] for part in parts)
 
     draws = jax.eval_shape(lambda key: objective.draw(key, rows, sample_shape), jax.random.key(0))

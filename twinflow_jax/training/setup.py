@@ -61,7 +61,8 @@ class Setup:
         return jax.tree.map(_placed, shapes, self.layouts)
 
     def abstract_batch(self, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-        """What a step takes: x and cond of every row, and the condition that stands for none.
+        """What a step takes: x and cond of every row, noise too of pairs, and the condition that
+        stands for none.
 
         shape: of a sample (default: the network's own).
         """
@@ -72,7 +73,8 @@ class Setup:
             (rows, *leaf.shape[1:]), leaf.dtype, sharding=self.over_rows
         )
         x = jax.ShapeDtypeStruct((1, *(shape or model.sample_shape)), jnp.float32)
-        return {
+        noise = {"noise": of_rows(x)} if self.run.objective.pairs else {}
+        return noise | {
             "x": of_rows(x), "cond": jax.tree.map(of_rows, null),
             "null": jax.tree.map(lambda leaf: _placed(leaf, whole), null),
         }

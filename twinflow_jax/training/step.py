@@ -112,7 +112,7 @@ def make_step(
     mesh, whose `applied` it is then to be traced in. layouts: of the state there. auxiliary: the
     optimizers of the objective's auxiliary networks.
     data: {"x": (B, ...), "cond": pytree, "null": the condition that stands for none, of one row
-    (not needed for "permuted")}. metrics: the loss, each of its terms under
+    (not needed for "permuted")}, and "noise" of pairs. metrics: the loss, each of its terms under
     `loss/NAME`, gradient norm (before clipping, of all that learn) and the student's parameter norm
     (after the update).
     Released order: the teacher takes in the weights from before this step's update. Averages move
@@ -155,7 +155,7 @@ def make_step(
             for name in objective.config.auxiliary
         }
         (loss, terms), gradients = loss_and_gradient(
-            objective, apply, networks, theirs, Batch(x, cond, null), draws,
+            objective, apply, networks, theirs, Batch(x, cond, null, data.get("noise")), draws,
             train.micro_steps, strategy, state.fixed,
         )
 
