@@ -16,7 +16,7 @@ import argparse
 from twinflow_jax import arguments, files, seeds
 from twinflow_jax.errors import UserError, run_verb
 
-CLASS_ONLY = ("classes",)
+CLASS_ONLY = ("classes", "pairs")
 TEXT_ONLY = (
     "prompt", "prompts", "embeddings", "save_embeddings", "save_latents", "size", "batch", "base",
     "guidance", "negative", "dtype", "tile", "pipeline",
@@ -63,6 +63,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--at-step", type=int, help="checkpoint to read (default: the newest)")
     group = parser.add_argument_group("by class")
     group.add_argument("--classes", help="comma-separated classes (default: all)")
+    group.add_argument("--pairs", action="store_const", const=True,
+                       help="one file of the samples and their noise instead, for data.pairs")
     group = parser.add_argument_group("from prompts")
     group.add_argument("--prompt", action="append", help="what to draw; may be given again")
     group.add_argument("--prompts", type=files.path, help="a file with one prompt a line")

@@ -1,5 +1,6 @@
 """Properties of the objectives that hold whatever the network is."""
 
+import dataclasses
 import functools
 
 import chex
@@ -10,7 +11,7 @@ import pytest
 
 from twinflow_jax import models, objectives
 from twinflow_jax.errors import UserError
-from twinflow_jax.objectives import Batch, distances, rcgm
+from twinflow_jax.objectives import STUDENT, Batch, distances, rcgm
 from twinflow_jax.objectives.draws import allocate
 from twinflow_jax.training import ema
 from twinflow_jax.training.step import loss_and_gradient
@@ -23,7 +24,10 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 
 def build(preset: str, **fields):
-    return objectives.build(objectives.preset(preset, **fields))
+    """The preset's objective, where all its networks learn."""
+    objective = objectives.build(objectives.preset(preset, **fields))
+    everyone = (STUDENT, *objective.config.auxiliary)
+    return dataclasses.replace(objective, learns=everyone)
 
 
 def example(objective, rows: int, seed: int = 0):
@@ -32,7 +36,7 @@ def example(objective, rows: int, seed: int = 0):
     label = jax.random.randint(keys[0], (rows,), 0, 3)
     x = jax.random.uniform(keys[1], (rows, *SHAPE), minval=-1.0)
     null = MODEL.cond(np.full(rows, MODEL.config.num_classes))
-    batch = Batch(x, MODEL.cond(label), null, jnp.full(rows, 100))
+    batch = Batch(x, MODEL.cond(label), null, jnp.full(rows, 100), jnp.sin(9 * x))
     return batch, objective.draw(keys[2], rows, SHAPE)
 
 
@@ -41,10 +45,16 @@ def weights(seed: int = 1):
     return MODEL.init(jax.random.key(seed))
 
 
+def networks(objective):
+    """The student's weights and those of networks beside it."""
+    names = (STUDENT, *objective.config.auxiliary)
+    return {name: weights(1 + 2 * number) for number, name in enumerate(names)}
+
+
 def evaluate(objective, batch, draws, micro_steps: int = 1):
-    """((loss, terms), gradient) at the example weights."""
+    """((loss, terms), gradients) at the example weights."""
     run = functools.partial(loss_and_gradient, objective, MODEL.apply, micro_steps=micro_steps)
-    return jax.jit(run, compiler_options=QUICK)(weights(1), weights(2), batch, draws)
+    return jax.jit(run, compiler_options=QUICK)(networks(objective), weights(2), batch, draws)
 
 
 # Cost
@@ -76,6 +86,8 @@ def evaluate(objective, batch, draws, micro_steps: int = 1):
         ("improved_meanflow", {}, 1.5),
         ("alphaflow", {}, 1.5),
         ("shortcut", {}, 1.25),
+        ("dmd", {}, 5.0),  # generator, regression, two scores, the fake's own loss
+        ("dmd2", {"real_guidance": 2.0}, 5.0),
     ],
 )
 def test_rows_that_the_network_sees(preset, fields, rows_per_batch):
@@ -86,9 +98,8 @@ def test_rows_that_the_network_sees(preset, fields, rows_per_batch):
         return MODEL.apply(params, x_t, t, r, cond)
 
     batch, draws = example(objective, 48)
-    jax.eval_shape(
-        functools.partial(objective.loss, apply), weights(1), weights(2), batch, draws
-    )
+    given = networks(objective) if objective.config.auxiliary else weights(1)
+    jax.eval_shape(functools.partial(objective.loss, apply), given, weights(2), batch, draws)
     assert sum(seen) == pytest.approx(rows_per_batch * 48)
 
 
@@ -134,7 +145,7 @@ def test_terms_add_up_and_are_finite_at_the_ends_of_time(preset):
     for role in draws.values():
         if "u" in role:  # rows with t = r, then rows that reach down to r = 0
             role["u"] = role["u"].at[::2].set(0.0).at[1::2].set(1.0)
-        for name in ("t", "t_fake", "t_rectify"):
+        for name in ("t", "t_fake", "t_rectify", "tau"):
             if name in role:
                 role[name] = role[name].at[:1].set(0.0).at[-1:].set(1.0)
     (loss, terms), gradient = evaluate(objective, batch, draws)

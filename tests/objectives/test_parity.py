@@ -16,7 +16,7 @@ import torch_reference as reference
 
 from twinflow_jax import models, objectives
 from twinflow_jax.config import Train
-from twinflow_jax.objectives import Batch
+from twinflow_jax.objectives import STUDENT, Batch
 from twinflow_jax.training import state as train_state
 from twinflow_jax.training import step as train_step
 
@@ -155,9 +155,10 @@ def test_loss_terms_and_gradient_match_pytorch(case):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, teacher, batch, draws):
-        return train_step.loss_and_gradient(
-            objective, MODEL.apply, params, teacher, batch, draws
+        value, gradients = train_step.loss_and_gradient(
+            objective, MODEL.apply, {STUDENT: params}, teacher, batch, draws
         )
+        return value, gradients[STUDENT]
 
     (loss, terms), gradient = run(params, teacher, batch, draws)
 

@@ -75,8 +75,8 @@ def check_claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
             )
         if json.loads(record.read_text()).get("rows", rows) != rows:
             raise UserError(
-                f"{folder} was started on other records than data.records now holds: choose "
-                "another --workdir, or encode again what it was started on"
+                f"{folder} was started on other records, or pairs, than data now names: choose "
+                "another --workdir, or make again what it was started on"
             )
     elif (
         not record.exists() and folder.exists()

@@ -12,7 +12,7 @@ from twinflow_jax.errors import UserError, noted, tell
 from twinflow_jax.keys import option
 from twinflow_jax.models.adapters import Adapter
 from twinflow_jax.models.settings import DTYPES, Settings
-from twinflow_jax.objectives.config import Shared
+from twinflow_jax.objectives.config import STUDENT, Shared
 
 RANDOM = "random"  # the `pipeline` of runs that make small random networks for themselves
 
@@ -26,6 +26,9 @@ class Data(keys.Part):
     name: str = option("mnist5k", "labelled images, a name in data.sources.SOURCES")
     records: tuple[str, ...] = option(
         (), "in their place: folders that twinflow encode wrote", is_path=True
+    )
+    pairs: str = option(
+        "", "in place of labelled images: a file of `twinflow sample --pairs`", is_path=True
     )
     weights: tuple[float, ...] = option(
         (), "each folder's share of the rows; none: by its records", above=0
@@ -209,6 +212,19 @@ class Run:
     def bound_objective(self) -> objectives.Objective:
         return objectives.Objective(self.objective)
 
+    def learns(self, step: int) -> tuple[str, ...]:
+        """The networks that learn at a step."""
+        after, cycle = step - self.train.flow_matching_steps, self.objective.cycle
+        return (STUDENT,) if after < 0 else cycle[after % len(cycle)]
+
+    def updates(self, network: str) -> int:
+        """The steps of the run at which a network learns."""
+        first, cycle = self.train.flow_matching_steps, self.objective.cycle
+        whole, rest = divmod(max(self.train.steps - first, 0), len(cycle))
+        count = lambda turns: sum(network in turn for turn in turns)
+        alone = min(self.train.steps, first) if network == STUDENT else 0
+        return whole * count(cycle) + count(cycle[:rest]) + alone
+
     def fields(self) -> dict[str, Any]:
         """Every key's value, nested; the inverse of `of`."""
         return dataclasses.asdict(self)
@@ -236,6 +252,23 @@ class Run:
                 "(objective.ratios=(1,1,0,1); of flow_map: target_time=zero), objective.order=2, "
                 "or another time_conditioning"
             )
+        if self.objective.pairs and not self.data.pairs:
+            problems.append(
+                "the objective learns from pairs: set data.pairs to a file of `twinflow sample "
+                "--pairs`, or objective.regression_weight=0"
+            )
+        if self.data.pairs and (self.family.text_to_image or not self.objective.pairs):
+            which = f"model {self.model.name!r}, which draws from text," if self.objective.pairs \
+                else f"objective {self.objective.form!r}"
+            problems.append(f"data.pairs is set, but {which} learns from none: leave it out")
+        if self.objective.auxiliary:
+            problems += [
+                f"train.steps is {train.steps}, in which objective.turns never trains the {name}: "
+                "give more steps, or a smaller objective.every"
+                for name in (STUDENT, *self.objective.auxiliary) if not self.updates(name)
+            ]
+            if not self.optimizer.learning_rate:
+                problems.append("optimizer.learning_rate is 0, which never trains the student")
         conditional = self.pipeline or self.model.num_classes
         untrained = train.unconditional == "empty" and not (
             train.condition_dropout or train.init_from

@@ -13,10 +13,12 @@ from twinflow_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """x: images or latents, float32, channels last. label: class numbers, int32."""
+    """x: images or latents, float32, channels last. label: class numbers, int32. noise: what each x
+    was drawn from, where it was."""
 
     x: Float[np.ndarray, "N H W C"]
     label: Labels
+    noise: Float[np.ndarray, "N H W C"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -24,7 +26,8 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images in [-1, 1]. captions: what those of each class show, for text-to-image models.
+    """Images in [-1, 1]. captions: what those of each class show, for text-to-image models. pairs:
+    what is trained on in place of `train`, which judges still know.
 
     Raises:
       ValueError: a source gave something else.
@@ -35,6 +38,12 @@ class Dataset:
     train: Split
     test: Split
     captions: tuple[str, ...]
+    pairs: Split | None = None
+
+    @property
+    def learned(self) -> Split:
+        """What is trained on."""
+        return self.train if self.pairs is None else self.pairs
 
     def __post_init__(self):
         for x, label in ((part.x, part.label) for part in (self.train, self.test)):

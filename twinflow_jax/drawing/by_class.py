@@ -8,10 +8,11 @@ from etils import epath
 
 from twinflow_jax import arguments, checkpoints, images
 from twinflow_jax.checkpoints import store
-from twinflow_jax.drawing import album
+from twinflow_jax.data import Split
+from twinflow_jax.drawing import album, pairs
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
-from twinflow_jax.sampling import by_class, counted, few_step, generate
+from twinflow_jax.sampling import batched, by_class, counted, few_step, generate
 
 
 def sample(args: argparse.Namespace) -> int:
@@ -20,6 +21,8 @@ def sample(args: argparse.Namespace) -> int:
     count = 8 if args.count is None else args.count
     run, model, params, step = checkpoints.load_weights(args.checkpoint, args.raw, args.at_step)
     classes = parse_classes(args.classes, run.model.num_classes)
+    if args.pairs and any(grid.stochastic):
+        raise UserError("--pairs: fresh noise on the way leaves no pair; give --style mul")
     album.check(len(classes) * count, *model.sample_shape[:2], args.sheet)
     labels = np.repeat(classes, count)
     weights = store.fingerprint(names.flatten(params))
@@ -31,6 +34,13 @@ def sample(args: argparse.Namespace) -> int:
     folder = epath.Path(args.checkpoint).name[:80]
     name = f"{folder}_{which}_{grid.style}{grid.nfe}nfe_seed{args.seed}"
     out = epath.Path(args.out)
+    if args.pairs:
+        x = generate(model, params, labels, grid, args.seed)
+        keys = batched.keys_of(labels, counted(labels), args.seed)
+        noise = np.asarray(batched.started(keys, model.sample_shape)[0])
+        pairs.save(out / f"pairs_{name}.safetensors", Split(x, labels, noise))
+        print(f"{len(x)} pairs in {out / f'pairs_{name}.safetensors'}")
+        return 0
     if args.sheet:
         told = {"classes": json.dumps(classes.tolist()), "count": str(count)}
         page = album.Page(f"sheet_{name}", text | told)

@@ -1,8 +1,9 @@
 """What is minimised. Pure functions of `apply(params, x_t, t, r, cond) -> velocity`.
 
 The forms, one module each (`form.Form` says what one is):
-`twinflow` (as released: roles), `tutorial` (five full-batch losses), `paper` (equations) and
-`flow_map` (the rivals that learn jumps: consistency models, MeanFlow and their kind).
+`twinflow` (as released: roles), `tutorial` (five full-batch losses), `paper` (equations),
+`flow_map` (the rivals that learn jumps: consistency models, MeanFlow and their kind) and `matching`
+(those that move a generator by the difference of two scores).
 A preset is a name for one Config; `build` binds a Config to its form.
 """
 
@@ -12,9 +13,9 @@ from typing import Any
 
 from twinflow_jax.arrays import Apply, Scalar
 from twinflow_jax.errors import UserError
-from twinflow_jax.objectives import flow_map, paper, tutorial, twinflow
+from twinflow_jax.objectives import flow_map, matching, paper, tutorial, twinflow
 from twinflow_jax.objectives.batch import Batch
-from twinflow_jax.objectives.config import Shared
+from twinflow_jax.objectives.config import STUDENT, Shared
 from twinflow_jax.objectives.draws import Counts, Draws, cut
 from twinflow_jax.objectives.form import Form, drawn
 
@@ -23,6 +24,7 @@ FORMS: dict[str, Form] = {
     "tutorial": tutorial,
     "paper": paper,
     "flow_map": flow_map,
+    "matching": matching,
 }
 
 PRESETS = {
@@ -87,6 +89,27 @@ PRESETS = {
         diagonal=0.875, target_time="grid", derivative="substeps", piece="ratio", step=0.5,
         velocity="jump", teacher_decay=0.999,
     ),
+    # The four below are re-implementations from their papers, for one evaluation. In all:
+    # velocities of the linear path in place of each paper's own network, so tau is uniform on it;
+    # rates are this project's (published ones, in docs/method.md, are of large networks); the fake
+    # is a copy of the start, or adapters over it where the run has those (adapter.rank).
+    #
+    # ProlificDreamer, arXiv 2305.16213, section 3; for images SwiftBrush, arXiv 2312.05239,
+    # section 3.2, which guides both scores with 7.5 (here the real one alone) and whose fake is a
+    # LoRA of rank 64 with a rate far above the student's.
+    "vsd": matching.Config(rule="vsd", every=1, fake_learning_rate=1e-3),
+    # DMD, arXiv 2311.18828, section 3: tau in [.02, .98], and a regression on the teacher's
+    # pictures (3.3) of weight .25, in LPIPS there, here the squared distance of latents, and on
+    # the conditions of the same batch.
+    "dmd": matching.Config(every=1, regression_weight=0.25),
+    # DMD2, arXiv 2405.14867, section 4.2: two time scales, 5 updates of the fake for one of the
+    # student. Without its GAN (4.3) and several steps (4.4).
+    "dmd2": matching.Config(),
+    # SiD, arXiv 2404.04057, algorithm 1: tau up to .8 of its range, the fake first, each on fresh
+    # samples. alpha 1 as for text; its best on small images is 1.2.
+    "sid": matching.Config(
+        rule="sid", tau=(0.02, 0.8), turns="fake_first", every=2, fake_betas=(0.0, 0.999)
+    ),
 }
 
 
@@ -109,9 +132,11 @@ def preset(name: str, **fields: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A form bound to its Config. Hashable, so that it can be a static argument of jit."""
+    """A form bound to its Config, for steps at which the networks `learns` do. Hashable, so that it
+    can be a static argument of jit."""
 
     config: Shared
+    learns: tuple[str, ...] = (STUDENT,)
 
     @property
     def form(self) -> Form:
@@ -146,7 +171,11 @@ class Objective:
         self, apply: Apply, params, teacher_params, batch: Batch, draws: Draws,
         totals: Counts | None = None,
     ) -> tuple[Scalar, dict[str, Scalar]]:
-        return self.form.loss(apply, params, teacher_params, batch, draws, self.config, totals)
+        """As `Form.loss`, which says what params are."""
+        more = {"learns": self.learns} if self.config.auxiliary else {}
+        return self.form.loss(
+            apply, params, teacher_params, batch, draws, self.config, totals, **more
+        )
 
     def cut(self, draws: Draws, start: int, stop: int) -> Draws:
         """The draws of batch rows start to stop: those of one micro-batch."""

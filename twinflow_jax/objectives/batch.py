@@ -12,10 +12,12 @@ class Batch(NamedTuple):
 
     x: data or latents (B, ...), channels last. cond, null_cond: pytrees of arrays with leading
     B, the condition and what stands for its absence in classifier-free guidance. done: optimizer
-    steps so far, the same for every row, where the form's Config counts them.
+    steps so far, the same for every row, where the form's Config counts them. noise: what x was
+    drawn from, where the Config learns from pairs.
     """
 
     x: Samples
     cond: Any
     null_cond: Any
     done: Int[Array, "B"] | None = None
+    noise: Samples | None = None

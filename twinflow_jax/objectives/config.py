@@ -1,11 +1,13 @@
 """What the Configs of forms share: keys, and what none of them can train with."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from twinflow_jax import keys
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
+
+STUDENT = "student"  # the network that a run is about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,22 @@ class Shared(keys.Part):
         "(it gives guidance only, and the student takes the sub-steps, as released)",
         least=0, most=1,
     )
+
+    @property
+    def auxiliary(self) -> dict[str, dict[str, Any]]:
+        """Networks that start as the student does and learn beside it, by name: what each one's
+        optimizer has in place of the run's `optimizer`."""
+        return {}
+
+    @property
+    def pairs(self) -> bool:
+        """Whether batches are of pictures and the noise that they were drawn from."""
+        return False
+
+    @property
+    def cycle(self) -> tuple[tuple[str, ...], ...]:
+        """The networks that learn at each step, over and over."""
+        return ((STUDENT,),)
 
     def __post_init__(self):
         super().__post_init__()

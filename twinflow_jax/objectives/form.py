@@ -9,7 +9,7 @@ from twinflow_jax import contracts
 from twinflow_jax.errors import reason
 from twinflow_jax.objectives import path
 from twinflow_jax.objectives.batch import Batch
-from twinflow_jax.objectives.config import Shared
+from twinflow_jax.objectives.config import STUDENT, Shared
 from twinflow_jax.objectives.draws import Counts, Draws, normal
 
 ROWS = 24  # of the batch that `check_form` tries
@@ -42,6 +42,10 @@ class Form(Protocol):
         config: Any, totals: Counts | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of rows that stand in role order, and its terms by name, which add up to it.
+
+        Where Config has auxiliary networks, params are {name: params}, the student's among them,
+        and there is one more argument, learns: the loss is of those networks alone, and no
+        gradient reaches one through the term of another.
 
         apply: `(params, x_t, t, r, cond) -> velocity`. teacher_params: the very same object as
         params where the student is the teacher. draws: from `draw`, for exactly these rows.
@@ -82,11 +86,19 @@ def _check_loss(form: Form, config: Shared) -> list[str]:
         return [f"counts gives {counts} of {ROWS} rows, in ROLES {form.ROLES}"]
     draws, batch = drawn(form, key, ROWS, (2,), config), Batch(normal(key, ROWS, (2,)), {}, {})
     apply = lambda params, x_t, t, r, cond: params * (x_t + path.expand(t + 2 * r, x_t))
-    of_params = lambda params: form.loss(apply, params, jnp.float32(0.3), batch, draws, config)
-    (loss, terms), gradient = jax.value_and_grad(of_params, has_aux=True)(jnp.float32(0.5))
-    problems = []
-    if not jnp.isfinite(loss) or not jnp.allclose(sum(terms.values()), loss):
-        problems.append(f"the loss is {loss}, its terms {', '.join(map(str, terms.values()))}")
-    if not jnp.isfinite(gradient) or gradient == 0:
-        problems.append(f"the loss has the gradient {gradient}")
+    params, problems = jnp.float32(0.5), []
+    if config.auxiliary:
+        params = {STUDENT: params} | dict.fromkeys(config.auxiliary, jnp.float32(0.4))
+    for learns in dict.fromkeys(config.cycle):
+        more = {"learns": learns} if config.auxiliary else {}
+        of_params = lambda params, more=more: form.loss(
+            apply, params, jnp.float32(0.3), batch, draws, config, **more
+        )
+        (loss, terms), gradient = jax.value_and_grad(of_params, has_aux=True)(params)
+        if not jnp.isfinite(loss) or not jnp.allclose(sum(terms.values()), loss):
+            problems.append(f"the loss is {loss}, its terms {', '.join(map(str, terms.values()))}")
+        for name, one in (gradient if config.auxiliary else {STUDENT: gradient}).items():
+            if not jnp.isfinite(one) or (one != 0) != (name in learns):
+                of = f" of the {name} where {' and '.join(learns)} learns" if more else ""
+                problems.append(f"the loss has the gradient {one}{of}")
     return problems

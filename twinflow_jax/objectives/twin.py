@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from twinflow_jax.arrays import Apply, Samples, Times, Velocities
 from twinflow_jax.objectives import path
+from twinflow_jax.objectives.direction import direction
 from twinflow_jax.objectives.passes import Pass, together
 
 
@@ -40,4 +41,4 @@ def fake_minus_real(
     moves its samples towards the data (paper equations 5 to 8; released `dist_match`).
     """
     fake, real = together(apply, twin_passes(params, x_fake, z, t, cond))
-    return fake - real
+    return direction("twin", real, fake)

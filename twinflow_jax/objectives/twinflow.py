@@ -27,6 +27,7 @@ from twinflow_jax.keys import option
 from twinflow_jax.objectives import distances, path, rcgm, twin
 from twinflow_jax.objectives.batch import Batch
 from twinflow_jax.objectives.config import Twinned
+from twinflow_jax.objectives.direction import direction
 from twinflow_jax.objectives.draws import (
     Counts,
     Draws,
@@ -238,7 +239,7 @@ def loss(
 
     if rectifies:
         v_fake, v_real = carrier.collect() if config.merge_passes else together(apply, twins)
-        gap = path.clip(v_fake - v_real, config.rectify_clip)
+        gap = path.clip(direction("twin", v_real, v_fake), config.rectify_clip)
         straight = jax.lax.stop_gradient(v_pred[first] - gap)
         terms["rectify"] = (
             config.rectify_weight

@@ -26,7 +26,8 @@ class Plan:
     refused: why it does not compile, "" where it does. parts: bytes of what a device holds; the
     program's own come on top of peak_bytes.
     analytic: FLOPs of the declared calls, matmul and attention. forwards: of the whole batch,
-    that a step is worth. collectives: bytes by kind, "(looped)" inside loops.
+    that a step is worth. mean: FLOPs of the run's steps on average, this one's being 1.
+    collectives: bytes by kind, "(looped)" inside loops.
     """
 
     topology: str
@@ -49,6 +50,7 @@ class Plan:
     overlapped: float = 0.0
     utilisation: float = 0.0
     steps: int = 1
+    mean: float = 1.0
     compile_seconds: float = 0.0
     options: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -60,7 +62,7 @@ class Plan:
     @property
     def run_seconds(self) -> float:
         """Of all the config's steps, without start, checkpoints and pictures."""
-        return self.steps * self.overlapped
+        return self.steps * self.mean * self.overlapped
 
     @property
     def chip_hours(self) -> float:
@@ -74,7 +76,8 @@ class Plan:
 
 
 def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
-    """The plan of a training step, compiled for the topology.
+    """The plan of a training step, compiled for the topology: where networks take turns, of the one
+    with the most FLOPs.
 
     hlo_file: where to write the optimised HLO to.
     Raises:
@@ -82,17 +85,25 @@ def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
     """
     prepared = setup.prepare(run, devices(topology))
     state, batch = prepared.abstract_state(), prepared.abstract_batch()
-    phase = list(prepared.phases)[-1]
+    turns = [setup.phase_of(run.objective, learns) for learns in run.objective.cycle]
+    flops_of = {phase: prepared.step_flops(phase) for phase in turns}
+    phase = max(flops_of, key=flops_of.get)
+    mean = sum(flops_of[turn] for turn in turns) / len(turns) / flops_of[phase]
+    notes = () if len(flops_of) == 1 else (
+        f"{turns.count(phase)} of {len(turns)} steps is like this one, at which {phase} learn; a "
+        f"step has {mean:.2f} of its FLOPs on average, which the run's hours assume of its seconds",
+    )
     parts = {
         "weights": on_device(state.params), "optimizer": on_device(state.opt_state),
-        "averages": on_device((state.teacher, state.average)), "batch": on_device(batch),
+        "averages": on_device((state.teacher, state.average)),
+        "auxiliary networks": on_device(state.auxiliary), "batch": on_device(batch),
     }
     one = flops.forward(prepared.model, run.data.text_tokens)
     row_parts = parallel.row_parts(prepared.strategy.mesh)
     remat = prepared.model.config.remat
-    work = flops.step(one, prepared.evaluations(), remat, row_parts)
+    work = flops.step(one, prepared.evaluations(phase), remat, row_parts)
     lower = lambda: prepared.lower(phase, lowering_platforms=("tpu",))
-    base = _base(run, topology, remat, steps=run.train.steps)
+    base = _base(run, topology, remat, steps=run.train.steps, mean=mean, notes=notes)
     return _compiled(base, lower, prepared.strategy.mesh, parts, one, work, hlo_file)
 
 
@@ -171,7 +182,8 @@ def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
             for part in predicted.components
         },
         seconds=predicted.seconds, overlapped=predicted.overlapped,
-        utilisation=predicted.utilisation, compile_seconds=seconds, notes=predicted.notes,
+        utilisation=predicted.utilisation, compile_seconds=seconds,
+        notes=base.notes + predicted.notes,
     )
 
 

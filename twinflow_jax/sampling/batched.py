@@ -28,9 +28,16 @@ def batches(
     count = len(keys)
     for start in range(0, count, size):
         rows = np.arange(start, start + size) % count
-        pairs = jax.vmap(jax.random.split)(keys[rows])
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape))(pairs[:, 0])
-        yield np.asarray(draw(rows, noise, pairs[:, 1]))[: count - start]
+        noise, fresh = started(keys[rows], shape)
+        yield np.asarray(draw(rows, noise, fresh))[: count - start]
+
+
+def started(
+    keys: jax.Array, shape: tuple[int, ...]
+) -> tuple[Float[jax.Array, "B ..."], jax.Array]:
+    """What the samples of these keys start from, and the keys of their fresh noise."""
+    pairs = jax.vmap(jax.random.split)(keys)
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(pairs[:, 0]), pairs[:, 1]
 
 
 def generate(
@@ -52,13 +59,20 @@ def counted(labels: Int[np.ndarray, "N"]) -> UInt[np.ndarray, "N"]:
     return np.array([next(seen[label]) for label in labels.tolist()], np.uint32)
 
 
+def keys_of(
+    labels: Int[np.ndarray, "N"], places: UInt[np.ndarray, "N"], seed: int
+) -> jax.Array:
+    """The key of each sample, of (seed, class, place)."""
+    key = seeds.key(seed)
+    return jax.vmap(lambda c, k: jax.random.fold_in(jax.random.fold_in(key, c), k))(labels, places)
+
+
 def by_class(
     model, params, labels: Int[np.ndarray, "N"], places: UInt[np.ndarray, "N"], grid: Grid,
     seed: int,
 ) -> Iterator[Float[np.ndarray, "B ..."]]:
     """The samples of `generate` batch by batch; places: which of its class each one is."""
-    key = seeds.key(seed)
-    keys = jax.vmap(lambda c, k: jax.random.fold_in(jax.random.fold_in(key, c), k))(labels, places)
+    keys = keys_of(labels, places, seed)
 
     def draw(rows, noise, keys):
         return sample(model.apply, params, noise, model.cond(labels[rows]), grid, keys)

@@ -25,7 +25,7 @@ def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
       UserError: says what differs.
     """
     settings, rows = run.model, run.data.batch_size
-    total = len(source.train) if isinstance(source, data.Dataset) else sum(map(len, source))
+    total = len(source.learned) if isinstance(source, data.Dataset) else sum(map(len, source))
     if total < rows:
         raise UserError(
             f"data has {total} rows to train on, too few for a batch of {rows}: "
@@ -39,11 +39,18 @@ def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
     if run.pipeline or run.data.records:
         key = "pipeline" if run.pipeline else "data.records"
         raise UserError(f"{key} is set, but model {settings.name!r} draws no text")
-    shape = source.train.x.shape[1:]
+    shape = source.learned.x.shape[1:]
+    named = repr(source.name) if source.pairs is None else run.data.pairs
     if settings.sample_shape != shape:
         raise UserError(
-            f"model.sample_shape is {settings.sample_shape}, but data {source.name!r} has "
+            f"model.sample_shape is {settings.sample_shape}, but data {named} has "
             f"images of {shape}"
+        )
+    highest = int(source.learned.label.max())
+    if source.pairs is not None and not 0 <= highest < max(settings.num_classes, 1):
+        raise UserError(
+            f"data.pairs {named} has pictures of class {highest}, but model.num_classes is "
+            f"{settings.num_classes}: draw them with the run that this one starts from"
         )
     if settings.num_classes not in (0, source.num_classes):
         raise UserError(

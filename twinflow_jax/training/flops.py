@@ -14,7 +14,7 @@ from jax.interpreters import ad
 
 from twinflow_jax.models import Model, remat
 from twinflow_jax.models.attention import compiled_for
-from twinflow_jax.objectives import Batch, Objective
+from twinflow_jax.objectives import STUDENT, Batch, Objective
 from twinflow_jax.training.step import micro_batches
 
 
@@ -28,11 +28,13 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One evaluation of the network in a step. rows: of it; trained: whether it has a gradient;
-    derived: whether its exact derivative is taken along."""
+    """One evaluation of the network in a step. rows: of it; trained: whether its weights have a
+    gradient; through: whether its input alone has one; derived: whether its exact derivative is
+    taken along."""
 
     rows: int
     trained: bool
+    through: bool = False
     derived: bool = False
 
 
@@ -56,35 +58,57 @@ def calls(
 ) -> list[Call]:
     """The evaluations that one step of `rows` rows makes."""
     found: list[Call] = []
-    student, other = {"weight": np.zeros(())}, {"weight": np.zeros(())}
+
+    @jax.custom_vjp
+    def network(weight, x):
+        found.append(Call(x.shape[0], False))
+        return jnp.zeros_like(x)
+
+    def differentiated(weight, x):
+        found.append(Call(x.value.shape[0], weight.perturbed, not weight.perturbed))
+        return jnp.zeros_like(x.value), x.value
+
+    def backward(x, gradient):
+        return jnp.float32(0), jnp.zeros_like(x)
+
+    network.defvjp(differentiated, backward, symbolic_zeros=True)
 
     def apply(params, x_t, t, r, cond):
-        derived = isinstance(x_t, ad.JVPTracer)
-        found.append(Call(x_t.shape[0], params is student, derived))
-        return jnp.zeros_like(x_t)
+        if not isinstance(x_t, ad.JVPTracer):
+            return network(params["weight"], x_t)
+        velocity = network(params["weight"], x_t.primal)
+        found[-1] = dataclasses.replace(found[-1], derived=True)
+        return velocity
+
+    done = np.zeros(rows, np.int32)
+    names = (STUDENT, *objective.config.auxiliary)
+
+    def loss(learned, still, x, draws):
+        networks = still | learned
+        student = networks if objective.config.auxiliary else networks[STUDENT]
+        teacher = still["teacher"] if objective.config.teacher_decay else student
+        parts = micro_batches(objective, Batch(x, {}, {}, done, x), draws, micro_steps)
+        return sum(objective.loss(apply, student, teacher, *part)[0] for part in parts)
 
     draws = jax.eval_shape(lambda key: objective.draw(key, rows, sample_shape), jax.random.key(0))
     x = jax.ShapeDtypeStruct((rows, *sample_shape), jnp.float32)
-    done = np.zeros(rows, np.int32)
-    teacher = other if objective.config.teacher_decay else student
-
-    def loss(x, draws):
-        for batch, part in micro_batches(objective, Batch(x, {}, {}, done), draws, micro_steps):
-            objective.loss(apply, student, teacher, batch, part)
-        return x
-
-    jax.eval_shape(loss, x, draws)
+    weights = {name: {"weight": jnp.float32(0)} for name in (*names, "teacher")}
+    learned = {name: weights.pop(name) for name in objective.learns}
+    jax.eval_shape(jax.grad(loss), learned, weights, x, draws)
     return found
 
 
 def worth(one: Forward, evaluations: list[Call]) -> int:
-    """Model FLOPs of a step: each row's forward, twice that where it has a gradient, and once more
-    for a derivative. Nothing
-    that is computed again counts, attention's scores in its backward pass included, and no rows
-    that fill up a mesh."""
-    row = one.matmul + one.attention
+    """Model FLOPs of a step: each row's forward, twice that more where it is trained, once more for
+    a derivative, and where a gradient goes through, the half of that which is of no weights: all of
+    attention's. Nothing that is computed again counts, attention's scores in its backward pass
+    included, and no rows that fill up a mesh."""
     return sum(
-        call.rows * row * (1 + 2 * call.trained + call.derived) for call in evaluations
+        call.rows * (
+            one.matmul * (1 + 2 * call.trained + call.through + call.derived)
+            + one.attention * (1 + 2 * (call.trained or call.through) + call.derived)
+        )
+        for call in evaluations
     )
 
 
@@ -92,16 +116,15 @@ def step(
     one: Forward, evaluations: list[Call], policy: str, row_parts: int = 1
 ) -> Forward:
     """The FLOPs that all devices execute in one step: rows filled up to the mesh's parts,
-    gradients (twice a forward; in attention 2.5 times, which computes its scores again) and what
-    remat.POLICIES[policy] computes again."""
+    gradients (twice a forward, once where only the input has one; in attention 2.5 times, which
+    computes its scores again) and what remat.POLICIES[policy] computes again."""
     matmul = attention = 0
     again = remat.POLICIES[policy]
     for call in evaluations:
         rows = math.ceil(call.rows / row_parts) * row_parts
-        matmul += rows * one.matmul * (3 + again.matmul if call.trained else 1)
-        attention += rows * one.attention * (3.5 + again.attention if call.trained else 1)
-        matmul += rows * one.matmul * call.derived
-        attention += rows * one.attention * call.derived
+        back, more = call.trained or call.through, call.derived
+        matmul += rows * one.matmul * (1 + back * (1 + again.matmul) + call.trained + more)
+        attention += rows * one.attention * (1 + back * (2.5 + again.attention) + more)
     return Forward(int(matmul), int(attention))
 
 

@@ -18,7 +18,7 @@ from twinflow_jax.arrays import AnyArray
 from twinflow_jax.checkpoints import imported, random
 from twinflow_jax.config import RANDOM, Data, Run
 from twinflow_jax.data.records import Records
-from twinflow_jax.drawing import Pipeline, codec, text
+from twinflow_jax.drawing import Pipeline, codec, pairs, text
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.settings import Settings
 from twinflow_jax.parallel import hosts
@@ -55,7 +55,10 @@ def open_data(run: Run) -> data.Dataset | list[Records]:
     if run.data.records:
         image_free = getattr(run.objective, "image_free", False)
         return records.open_folders(run.data.records, run.model, image_free)
-    return data.load(run.data.name)
+    dataset = data.load(run.data.name)
+    if run.data.pairs:
+        return dataclasses.replace(dataset, pairs=pairs.read(run.data.pairs))
+    return dataset
 
 
 def shapes(
@@ -68,8 +71,10 @@ def shapes(
 
 
 def digest(source: data.Dataset | list[Records]) -> str:
-    """Of rows that may be others the next time, records; "" for the named datasets."""
-    return "" if isinstance(source, data.Dataset) else records.digest(source)
+    """Of rows that may be others the next time, records or pairs; "" for the named datasets."""
+    if isinstance(source, data.Dataset):
+        return "" if source.pairs is None else pairs.digest(source.pairs)
+    return records.digest(source)
 
 
 def prepare(
@@ -87,7 +92,8 @@ def prepare(
 def labelled(split: data.Split, conditions: Conditions) -> tuple[tuple[data.Stream, ...], ...]:
     """The rows of a split, each with the condition of its label."""
     def read(rows, seeds):
-        return {"x": split.x[rows], "cond": take(conditions, split.label[rows])}
+        noise = {} if split.noise is None else {"noise": split.noise[rows]}
+        return noise | {"x": split.x[rows], "cond": take(conditions, split.label[rows])}
 
     return ((data.Stream(len(split), read),),)
 
@@ -98,7 +104,7 @@ def of_classes(settings: Settings, dataset: data.Dataset, scored: bool) -> Input
     classes = np.arange(dataset.num_classes, dtype=np.int32)
     table = {"label": classes} if settings.num_classes else {}
     return Inputs(
-        model, labelled(dataset.train, table), dict(model.null), table,
+        model, labelled(dataset.learned, table), dict(model.null), table,
         names=tuple(map(str, classes)), decode=lambda x: np.clip(x, -1, 1),
         judge=evaluation.ClassJudge.create(dataset) if scored and table else None,
     )

@@ -135,11 +135,10 @@ def loop(
             raise Interrupted(stop, first, saved=False)
         pending = None  # metrics of the step before, read while this one runs
         for i in range(first, train.steps):
-            phase = "flow_matching" if i < train.flow_matching_steps else "objective"
             with clock.part("data"):
                 shape, batch = next(batches)
                 batch = hosts.put_rows(batch, prepared.over_rows, rows, count)
-            kind = phase, shapes[shape]
+            kind = prepared.phase(i), shapes[shape]
             current, metrics = steps[kind](current, batch | {"null": null})
             if pending:
                 log.add(*pending)

@@ -14,13 +14,15 @@ from twinflow_jax import models, objectives, parallel, seeds
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import attention
+from twinflow_jax.objectives.config import STUDENT, Shared
 from twinflow_jax.training import flops, optimizers, state, step
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """A run's parts. fresh: the state of step 0 with given weights. phases: the jitted train steps
-    by name, in the order they are used; learned: their objectives."""
+    by name, in the order they are used; learned: their objectives. Where networks take turns, each
+    kind of step is a phase of its own."""
 
     run: Run
     model: models.Model
@@ -44,10 +46,16 @@ class Setup:
     ) -> list[tuple[str, tuple[int, ...]]]:
         """The phases that have steps from `first` on, with each shape of samples."""
         train = self.run.train
-        ends = {"flow_matching": train.flow_matching_steps, "objective": train.steps}
-        if train.steps <= train.flow_matching_steps:
-            ends["objective"] = 0
-        return [(phase, shape) for phase in self.phases for shape in shapes if first < ends[phase]]
+        begin = max(first, train.flow_matching_steps)
+        steps = (first, *range(begin, begin + len(self.run.objective.cycle)))
+        found = {self.phase(step) for step in steps if step < train.steps}
+        return [(phase, shape) for phase in self.phases for shape in shapes if phase in found]
+
+    def phase(self, step: int) -> str:
+        """The name of a step's phase."""
+        if step < self.run.train.flow_matching_steps:
+            return "flow_matching"
+        return phase_of(self.run.objective, self.run.learns(step))
 
     def abstract_state(self) -> state.TrainState:
         """Shapes, dtypes and layouts."""
@@ -55,7 +63,8 @@ class Setup:
         return jax.tree.map(_placed, shapes, self.layouts)
 
     def abstract_batch(self, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-        """What a step takes: x and cond of every row, and the condition that stands for none.
+        """What a step takes: x and cond of every row, noise too of pairs, and the condition that
+        stands for none.
 
         shape: of a sample (default: the network's own).
         """
@@ -66,12 +75,13 @@ class Setup:
             (rows, *leaf.shape[1:]), leaf.dtype, sharding=self.over_rows
         )
         x = jax.ShapeDtypeStruct((1, *(shape or model.sample_shape)), jnp.float32)
-        return {
+        noise = {"noise": of_rows(x)} if self.run.objective.pairs else {}
+        return noise | {
             "x": of_rows(x), "cond": jax.tree.map(of_rows, null),
             "null": jax.tree.map(lambda leaf: _placed(leaf, whole), null),
         }
 
-    def evaluations(self, phase: str = "objective") -> list[flops.Call]:
+    def evaluations(self, phase: str) -> list[flops.Call]:
         """Those of one step of a phase."""
         return flops.calls(
             self.learned[phase], self.run.data.batch_size, self.model.sample_shape,
@@ -104,7 +114,11 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
       UserError: a mesh or strategy that does not go with the devices, the network or the batch.
     """
     model, train, shared = models.build(run.model, adapter=run.adapter), run.train, run.mesh
-    optimizer = optimizers.create(run.optimizer, train.steps)
+    optimizer = optimizers.create(run.optimizer, run.updates(STUDENT))
+    others = {
+        name: optimizers.create(dataclasses.replace(run.optimizer, **fields), run.updates(name))
+        for name, fields in run.objective.auxiliary.items()
+    }
     if not model.config.splits_tokens:
         if shared.context > 1:
             raise UserError(
@@ -120,24 +134,34 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     decay = run.objective.teacher_decay
     fresh = lambda params: state.create(
         params, optimizer, decay, train.ema_decay, train.weights, model.fixed,
-        bool(run.adapter.rank),
+        bool(run.adapter.rank), others,
     )
     shapes = jax.eval_shape(fresh, abstract)
-    layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh))
+    layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh), others)
 
     learned = {}
     if train.flow_matching_steps:
         learned["flow_matching"] = objectives.build(
             objectives.preset("flow_matching", teacher_decay=decay)
         )
-    learned["objective"] = run.bound_objective
+    learned |= {
+        phase_of(run.objective, turn): objectives.Objective(run.objective, turn)
+        for turn in run.objective.cycle
+    }
     return Setup(
         run, model, fresh, strategy, layouts, learned,
         {
-            name: step.make_step(phase, model.apply, optimizer, train, strategy, layouts)
+            name: step.make_step(
+                phase, model.apply, optimizer, train, strategy, layouts, auxiliary=others
+            )
             for name, phase in learned.items()
         },
     )
+
+
+def phase_of(objective: Shared, learns: tuple[str, ...]) -> str:
+    """The name of an objective's steps at which these networks learn."""
+    return "objective" if len(set(objective.cycle)) == 1 else " and ".join(learns)
 
 
 def check_divisible(rows: int, model: models.Model, mesh: jax.sharding.Mesh) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import Any, no_type_check
+from collections.abc import Mapping
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,13 @@ from twinflow_jax.models import names
 from twinflow_jax.training import ema
 
 
+class Auxiliary(NamedTuple):
+    """A network that learns beside the student: of its weights those that are trained."""
+
+    params: Any
+    opt_state: Any
+
+
 @no_type_check  # shapes and layouts of states, and what JAX fills trees with, are built as states
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +27,7 @@ class TrainState:
     """step: optimizer steps done. teacher: moving or frozen teacher, None where it is the
     student. average: what is sampled from, None where it is the student. fixed: patterns of the
     paths of weights that are not trained, of which moments and averages hold nothing. on_base:
-    whether those are a base that checkpoints leave to where it came from."""
+    whether those are a base that checkpoints leave to where it came from. auxiliary: by name."""
 
     step: jax.Array
     params: Any
@@ -28,6 +36,7 @@ class TrainState:
     average: ema.Average | None
     fixed: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     on_base: bool = dataclasses.field(default=False, metadata={"static": True})
+    auxiliary: dict[str, Auxiliary] = dataclasses.field(default_factory=dict)
 
 
 def trained(params, fixed: tuple[str, ...]):
@@ -50,35 +59,45 @@ def whole(part, params):
 def create(
     params, optimizer: optax.GradientTransformation, teacher_decay: float, ema_decay: float,
     dtype: str = "float32", fixed: tuple[str, ...] = (), on_base: bool = False,
+    auxiliary: Mapping[str, optax.GradientTransformation] = {},
 ) -> TrainState:
     """The state of step 0. dtype: of the weights, of the base alone where there is one; moments and
-    averages have their own."""
+    averages have their own. auxiliary: the optimizers of networks that start as the student."""
     part = trained(params, fixed)
     cast = jax.tree.map(lambda a: a.astype(dtype), params)
+    weights = whole(part, cast) if on_base else cast
+    copy = lambda: jax.tree.map(jnp.copy, trained(weights, fixed))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=whole(part, cast) if on_base else cast,
+        params=weights,
         opt_state=optimizer.init(part),
         teacher=ema.start(part) if teacher_decay > 0 else None,
         average=ema.start(part) if ema_decay > 0 else None,
         fixed=fixed,
         on_base=on_base,
+        auxiliary={name: Auxiliary(copy(), own.init(part)) for name, own in auxiliary.items()},
     )
 
 
 def layouts(
-    state: TrainState, optimizer: optax.GradientTransformation, params: Any, rest: Any
+    state: TrainState, optimizer: optax.GradientTransformation, params: Any, rest: Any,
+    auxiliary: Mapping[str, optax.GradientTransformation] = {},
 ) -> TrainState:
     """Where everything of a state lies: copies of the weights, averages and moments, as `params`
-    says, scalars as `rest` says. state: abstract or not."""
+    says, scalars as `rest` says. state: abstract or not; made with these optimizers."""
     part = trained(params, state.fixed)
     average = lambda average: None if average is None else ema.Average(part, rest)
-    opt_state = optax.tree.map_params(
-        optimizer, lambda _, layout: layout, state.opt_state, part,
-        transform_non_params=lambda _: rest,
+    moments = lambda optimizer, opt_state: optax.tree.map_params(
+        optimizer, lambda _, layout: layout, opt_state, part, transform_non_params=lambda _: rest,
     )
-    averages = average(state.teacher), average(state.average)
-    return TrainState(rest, params, opt_state, *averages, state.fixed, state.on_base)
+    return TrainState(
+        rest, params, moments(optimizer, state.opt_state), average(state.teacher),
+        average(state.average), state.fixed, state.on_base,
+        {
+            name: Auxiliary(part, moments(auxiliary[name], one.opt_state))
+            for name, one in state.auxiliary.items()
+        },
+    )
 
 
 def sampling_params(state: TrainState):
@@ -93,7 +112,10 @@ def to_parts(state: TrainState) -> dict[str, Any]:
     averages = {name: average for name, average in averages.items() if average is not None}
     decays = {name: average.decay for name, average in averages.items()}
     progress = {"optimizer": state.opt_state, "step": state.step, "decays": decays}
-    weights = {name: average.params for name, average in averages.items()}
+    if state.auxiliary:
+        progress["auxiliary"] = {name: one.opt_state for name, one in state.auxiliary.items()}
+    copies = averages | state.auxiliary
+    weights = {name: one.params for name, one in copies.items()}
     weights["params"] = trained(state.params, state.fixed)
     if state.on_base:
         return {"progress": progress} | {name: present(part) for name, part in weights.items()}
@@ -108,13 +130,12 @@ def from_parts(
     """The inverse of `to_parts`. base: the weights that it left out, in a tree of all."""
     progress, on_base = parts["progress"], base is not None
     complete = lambda part: completed(part, base) if on_base else part
-    averages = {
-        name: ema.Average(trained(complete(parts[name]), fixed), decay)
-        for name, decay in progress["decays"].items()
-    }
+    part = lambda name: trained(complete(parts[name]), fixed)
+    averages = {name: ema.Average(part(name), d) for name, d in progress["decays"].items()}
     return TrainState(
         progress["step"], complete(parts["params"]), progress["optimizer"],
         averages.get("teacher"), averages.get("average"), fixed, on_base,
+        {name: Auxiliary(part(name), own) for name, own in progress.get("auxiliary", {}).items()},
     )
 
 

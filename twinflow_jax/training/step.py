@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ import optax
 from twinflow_jax import parallel, seeds
 from twinflow_jax.arrays import Apply
 from twinflow_jax.config import Train
-from twinflow_jax.objectives import Batch, Objective
+from twinflow_jax.objectives import STUDENT, Batch, Objective
 from twinflow_jax.objectives.draws import Draws, counts_of
 from twinflow_jax.training import ema, optimizers
-from twinflow_jax.training.state import TrainState, trained, whole
+from twinflow_jax.training.state import Auxiliary, TrainState, trained, whole
 
 
 def micro_batches(
@@ -38,13 +39,16 @@ def micro_batches(
 
 
 def loss_and_gradient(
-    objective: Objective, apply: Apply, params, teacher_params, batch: Batch, draws: Draws,
-    micro_steps: int = 1, strategy: parallel.Strategy | None = None, fixed: tuple[str, ...] = (),
+    objective: Objective, apply: Apply, networks: Mapping[str, Any], teacher_params, batch: Batch,
+    draws: Draws, micro_steps: int = 1, strategy: parallel.Strategy | None = None,
+    fixed: tuple[str, ...] = (),
 ):
-    """`((loss, terms), gradient)` of a whole batch, computed in micro-steps.
+    """`((loss, terms), gradients)` of a whole batch, computed in micro-steps.
 
     The same value and gradient for any micro_steps: each part is normalised by the whole
     batch's rows per role. Consecutive parts with the same rows per role run in one scan.
+    networks: weights by name, the student's and the auxiliary ones'; gradients: of those that
+    learn.
     teacher_params: None where the teacher is the student. strategy: of the weights on a mesh.
     fixed: see TrainState; those weights have no gradient.
     """
@@ -53,12 +57,22 @@ def loss_and_gradient(
     hold, weights = lambda params: None, lambda params, held: params
     if strategy is not None:
         hold, weights = strategy.hold, strategy.weights
-    held, learned = hold(params), trained(params, fixed)
+    held = {name: hold(params) for name, params in networks.items()}
+    learned = {name: trained(networks[name], fixed) for name in objective.learns}
     teacher = None if teacher_params is None else weights(teacher_params, hold(teacher_params))
+
+    still = {
+        name: weights(params, held[name]) for name, params in networks.items()
+        if name not in learned
+    }
 
     def part(batch: Batch, draws):
         def loss(learned):
-            student = weights(whole(learned, params), held)
+            given = still | {
+                name: weights(whole(part, networks[name]), held[name])
+                for name, part in learned.items()
+            }
+            student = given if objective.config.auxiliary else given[STUDENT]
             theirs = student if teacher is None else teacher
             return objective.loss(apply, student, theirs, batch, draws, totals)
 
@@ -90,15 +104,19 @@ def make_step(
     objective: Objective, apply: Apply, optimizer: optax.GradientTransformation,
     train: Train, strategy: parallel.Strategy | None = None,
     layouts: TrainState | None = None, seed: int | jax.Array | None = None,
+    auxiliary: Mapping[str, optax.GradientTransformation] = {},
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `(state, data) -> (state, metrics)`; the state's buffers are donated.
 
     seed: of all draws, in place of `train.seed`; may be traced. strategy: of the weights on a
-    mesh, whose `applied` it is then to be traced in. layouts: of the state there.
+    mesh, whose `applied` it is then to be traced in. layouts: of the state there. auxiliary: the
+    optimizers of the objective's auxiliary networks.
     data: {"x": (B, ...), "cond": pytree, "null": the condition that stands for none, of one row
-    (not needed for "permuted")}. metrics: the loss, each of its terms under
-    `loss/NAME`, gradient norm (before clipping) and parameter norm (after the update).
-    Released order: the teacher takes in the weights from before this step's update.
+    (not needed for "permuted")}, and "noise" of pairs. metrics: the loss, each of its terms under
+    `loss/NAME`, gradient norm (before clipping, of all that learn) and the student's parameter norm
+    (after the update).
+    Released order: the teacher takes in the weights from before this step's update. Averages move
+    where the student learns.
     All randomness is `fold_in(seed, step)`, so a run can stop and resume anywhere.
     """
 
@@ -131,28 +149,47 @@ def make_step(
         steps = jnp.full((rows,), state.step) if counted else None
         decay = objective.config.teacher_decay
         teacher, learned = state.teacher, trained(state.params, state.fixed)
-        if teacher is not None and decay < 1:
+        if teacher is not None and decay < 1 and STUDENT in objective.learns:
             teacher = ema.update(teacher, learned, decay)
         theirs = None if teacher is None else whole(teacher.params, state.params)
-        (loss, terms), gradient = loss_and_gradient(
-            objective, apply, state.params, theirs, Batch(x, cond, null, steps), draws,
+        networks = {STUDENT: state.params} | {
+            name: whole(state.auxiliary[name].params, state.params)
+            for name in objective.config.auxiliary
+        }
+        (loss, terms), gradients = loss_and_gradient(
+            objective, apply, networks, theirs,
+            Batch(x, cond, null, steps, data.get("noise")), draws,
             train.micro_steps, strategy, state.fixed,
         )
-        weights = jax.tree.map(lambda a: a.astype(jnp.float32), learned)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, weights)
-        learned = optimizers.apply_updates(round_key, learned, updates)
-        average = state.average
-        if average is not None:
-            average = ema.update(average, learned, train.ema_decay)
+
+        def update(key, chosen, gradient, learned, opt_state):
+            weights = jax.tree.map(lambda a: a.astype(jnp.float32), learned)
+            updates, opt_state = chosen.update(gradient, opt_state, weights)
+            return optimizers.apply_updates(key, learned, updates), opt_state
+
+        opt_state, average = state.opt_state, state.average
+        if STUDENT in objective.learns:
+            learned, opt_state = update(
+                round_key, optimizer, gradients[STUDENT], learned, opt_state
+            )
+            if average is not None:
+                average = ema.update(average, learned, train.ema_decay)
+        others = dict(state.auxiliary)
+        for number, name in enumerate(objective.config.auxiliary):
+            if name in objective.learns:
+                key = jax.random.fold_in(round_key, number)
+                others[name] = Auxiliary(
+                    *update(key, auxiliary[name], gradients[name], *others[name])
+                )
         params = whole(learned, state.params)
         metrics = {f"loss/{name}": value for name, value in terms.items()} | {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(gradient),
+            "gradient_norm": optax.tree.norm(gradients),
             "parameter_norm": optax.tree.norm(params),
         }
         done = state.step + 1
         changed = {"params": params, "opt_state": opt_state, "teacher": teacher, "average": average}
-        return dataclasses.replace(state, step=done, **changed), metrics
+        return dataclasses.replace(state, step=done, auxiliary=others, **changed), metrics
 
     outputs = None if layouts is None else (layouts, None)
     return jax.jit(step, donate_argnums=0, out_shardings=outputs)
