@@ -22,6 +22,7 @@ class Shared(keys.Part):
 
     section: ClassVar[str] = "objective"
     guidance = 0.0  # a key only of the forms that have it
+    image_free = False  # whether captions without pictures will do; of some a key
 
     form: str = option("", "the form of the loss, a name in objectives.FORMS")
     teacher_decay: float = option(
