@@ -39,6 +39,8 @@ FAKE = "fake"
 class Config(Shared):
     """Hyperparameters; the defaults are the `dmd2` preset."""
 
+    image_free = True  # but for pairs, which are no captions'
+
     form: str = "matching"
     teacher_decay: float = 1.0
     rule: str = option("dmd", "how samples are moved", choices=("vsd", "dmd", "sid"))

@@ -53,11 +53,12 @@ def take(conditions: Conditions, index) -> Conditions:
 def open_data(run: Run) -> data.Dataset | list[Records]:
     """The named dataset, or the folders of records, of a run."""
     if run.data.records:
-        image_free = getattr(run.objective, "image_free", False)
-        return records.open_folders(run.data.records, run.model, image_free)
+        return records.open_folders(run.data.records, run.model, run.objective.image_free)
     dataset = data.load(run.data.name)
     if run.data.pairs:
-        return dataclasses.replace(dataset, pairs=pairs.read(run.data.pairs))
+        found = pairs.read(run.data.pairs)
+        hosts.agree({"data.pairs": pairs.digest(found).encode()})  # each reads its own copy
+        return dataclasses.replace(dataset, pairs=found)
     return dataset
 
 
