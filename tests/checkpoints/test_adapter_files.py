@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -24,22 +23,18 @@ from diffusers import (
     SanaTransformer2DModel,
 )
 
-from tests.checkpoints.folders import bits, convert
+from tests.checkpoints.folders import SEED, convert
 from tests.models import oracles
 from tests.qwen_folder import randomise
 from tests.sana_folder import without_class
-from twinflow_jax import checkpoints, models, objectives
+from twinflow_jax import models
 from twinflow_jax.checkpoints import adapting, dialects, imported, importing
-from twinflow_jax.config import Run
 from twinflow_jax.models import names
 
-SEED = int(np.random.default_rng().integers(1 << 30))
 FAMILIES = {
     "qwen_image": (QwenImageTransformer2DModel, QwenImagePipeline),
     "sana": (SanaTransformer2DModel, SanaPipeline),
 }
-ALL = "all"  # modules with low rank, of which these are left out:
-PLAIN = re.compile(r"conv_depth")
 
 
 class Base:
@@ -57,7 +52,7 @@ class Base:
         self.config = self.checkpoint.config("transformer")
         self.modules = {
             name: module for name, module in self.module.named_modules()
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and not PLAIN.search(name)
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and "conv_depth" not in name
         }
         rng = np.random.default_rng(SEED)
         normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -110,7 +105,7 @@ Truth = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # A, B, alpha by mo
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def base(request, tmp_path_factory) -> Base:
+def small(request, tmp_path_factory) -> Base:
     print(f"seed {SEED}")
     return Base(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -121,12 +116,12 @@ def qwen(tmp_path_factory) -> Base:
 
 
 def truth_of(
-    base: Base, alpha: float, rank: int = 4, leave_out: str = "nothing", other: str = "nothing"
+    small: Base, alpha: float, rank: int = 4, leave_out: str = "nothing", other: str = "nothing"
 ) -> Truth:
     """Random adapters of all modules: of other rank where the name has `other` in it."""
     generator = torch.Generator().manual_seed(SEED)
     made = {}
-    for name, module in base.modules.items():
+    for name, module in small.modules.items():
         own = rank + 2 if other in name else rank
         out, into = module.weight.shape[:2]
         a = torch.randn(own, into, generator=generator) * into**-0.5
@@ -203,29 +198,29 @@ def has_alpha(tool: Foreign) -> bool:
     return bool(tool.tensors or tool.header is not None or tool.beside)
 
 
-def convolutions(base: Base) -> list[str]:
-    return [name for name, one in base.modules.items() if isinstance(one, torch.nn.Conv2d)]
+def convolutions(small: Base) -> list[str]:
+    return [name for name, one in small.modules.items() if isinstance(one, torch.nn.Conv2d)]
 
 
 def rounded(truth: Truth, dtype: torch.dtype) -> Truth:
     return {k: (a.to(dtype).float(), b.to(dtype).float(), c) for k, (a, b, c) in truth.items()}
 
 
-def assert_moved(base: Base, output: np.ndarray, expected: np.ndarray) -> None:
+def assert_moved(small: Base, output: np.ndarray, expected: np.ndarray) -> None:
     """As expected, and not as the base."""
     assert np.abs(output - expected).max() <= 2e-5 * max(1.0, np.abs(expected).max()), SEED
-    apart = np.linalg.norm(expected - base.before) / np.linalg.norm(base.before)
+    apart = np.linalg.norm(expected - small.before) / np.linalg.norm(small.before)
     assert apart > 1e-2, apart
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_foreign_files_are_a_merge_in_torch(name, base, tmp_path):
+def test_foreign_files_are_a_merge_in_torch(name, small, tmp_path):
     tool = TOOLS[name]
-    truth = truth_of(base, alpha=2 if has_alpha(tool) else 4)
-    file = tool.write(tmp_path / "theirs", truth, convolutions(base))
-    expected = base.merged(rounded(truth, tool.dtype))
-    assert_moved(base, base.ours(file), expected)
-    assert_moved(base, base.ours(file.parent), expected)
+    truth = truth_of(small, alpha=2 if has_alpha(tool) else 4)
+    file = tool.write(tmp_path / "theirs", truth, convolutions(small))
+    expected = small.merged(rounded(truth, tool.dtype))
+    assert_moved(small, small.ours(file), expected)
+    assert_moved(small, small.ours(file.parent), expected)
 
 
 @pytest.mark.parametrize("changes", [
@@ -237,3 +232,177 @@ def test_ranks_and_layers_that_differ(name, changes, qwen, tmp_path):
     truth = truth_of(qwen, **changes)
     file = TOOLS[name].write(tmp_path / "theirs", truth)
     assert_moved(qwen, qwen.ours(file), qwen.merged(truth))
+
+
+def comfyui(module: torch.nn.Module, file: pathlib.Path) -> torch.nn.Module:
+    """ComfyUI's rule: its names of modules and halves, alpha / rank or 1; it reads no header, and
+    passes over what it does not know."""
+    module, found = copy.deepcopy(module), safetensors.torch.load_file(file)
+    halves = (("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight"),
+              ("lora_B.default.weight", "lora_A.default.weight"))
+    for key, weight in list(module.state_dict().items()):
+        name = key.removesuffix(".weight")
+        flat = name.replace(".", "_")
+        spelled = (f"diffusion_model.{name}", f"transformer.{name}", name, f"lora_unet_{flat}",
+                   f"lycoris_{flat}")
+        for one in spelled if key.endswith(".weight") else ():
+            for up, down in halves:
+                if f"{one}.{up}" in found:
+                    a, b = (found[f"{one}.{end}"].float().flatten(1) for end in (down, up))
+                    alpha = found.get(f"{one}.alpha")
+                    scale = 1.0 if alpha is None else float(alpha) / len(a)
+                    with torch.no_grad():
+                        weight += scale * (b @ a).reshape(weight.shape)
+    return module
+
+
+def loaded(small: Base, form: str, file: pathlib.Path) -> torch.nn.Module:
+    """As diffusers' pipeline, or peft, loads it."""
+    module = copy.deepcopy(small.module)
+    if form == "peft":
+        return peft.PeftModel.from_pretrained(module, file.parent)
+    nothing = ("scheduler", "vae", "text_encoder", "tokenizer")
+    pipeline = small.pipeline(**dict.fromkeys(nothing), transformer=module)
+    pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    return pipeline.transformer
+
+
+@pytest.fixture(scope="module")
+def kept(small) -> tuple[pathlib.Path, Truth]:
+    """An imported adapter, of alpha that is not the rank and a module of another."""
+    truth = truth_of(small, alpha=3, other="to_q")
+    file = TOOLS["musubi"]
+    file = dataclasses.replace(file, tensors=torch.float32).write(
+        small.folder / "theirs", truth, convolutions(small)
+    )
+    assert convert("adapter", "import", file, small.folder / "kept", "--base",
+                   small.folder / "base") == 0
+    return small.folder / "kept", truth
+
+
+@pytest.mark.parametrize("form", dialects.FORMATS)
+def test_ours_in_other_hands(form, small, kept, tmp_path, capsys):
+    folder, truth = kept
+    status = convert("adapter", "export", folder, tmp_path / "out", "--format", form)
+    if form not in (models.FAMILIES[small.family].adapter_forms or dialects.FORMATS):
+        assert status == 2 and "no tool loads adapters of sana" in capsys.readouterr().err
+        return
+    assert status == 0
+    expected = small.merged(truth)
+    [file] = (tmp_path / "out").glob("*.safetensors")
+    assert_moved(small, small.theirs(loaded(small, form, file)), expected)
+    if form != "peft":
+        assert_moved(small, small.theirs(comfyui(small.module, file)), expected)
+
+    with safetensors.safe_open(file, "pt") as opened:
+        keys, header = list(opened.keys()), opened.metadata()
+        ranks = {len(opened.get_tensor(k)) for k in keys if k.endswith((AB[0], UP[0]))}
+        assert len(ranks) == 2
+        alphas = {k for k in keys if k.endswith(".alpha")}
+        assert not alphas or form == "kohya"
+        for key in alphas:
+            down = opened.get_tensor(key.removesuffix(".alpha") + UP[0])
+            assert opened.get_tensor(key).dtype == torch.float32
+            assert float(opened.get_tensor(key)) == len(down)
+    told = json.loads(header.get("lora_adapter_metadata", "{}"))
+    assert bool(told) == (form == "diffusers")
+    assert told.get("transformer.r") == told.get("transformer.lora_alpha")
+    assert told.get("transformer.rank_pattern") == told.get("transformer.alpha_pattern")
+
+
+def test_the_same_bytes_again(small, kept, tmp_path):
+    """What we wrote comes back from import and export in the same format, in any process."""
+    forms = models.FAMILIES[small.family].adapter_forms or tuple(dialects.FORMATS)
+    wanted = [(form, dtype) for form in forms for dtype in ("float32", "bfloat16")]
+    first = lambda form, dtype: tmp_path / f"{form}_{dtype}" / "adapter"
+    for form, dtype in wanted:
+        options = "--format", form, "--dtype", dtype
+        assert convert("adapter", "export", kept[0], first(form, dtype), *options) == 0
+        again = tmp_path / f"{form}_{dtype}" / "again"
+        assert convert("adapter", "import", first(form, dtype), again, "--base",
+                       small.folder / "base") == 0
+        for back, more in (("same", ()), ("adapter", ("--format", form))):
+            target = tmp_path / f"{form}_{dtype}_{back}" / "adapter"
+            assert convert("adapter", "export", again, target, *more) == 0
+            assert_same_files(target, first(form, dtype), ignore=back == "same")
+    if small.family == "sana":
+        return
+    program = """if True:
+        import sys
+        from twinflow_jax.checkpoints import adapting
+        for where in sys.argv[2:]:
+            form, dtype = where.rpartition("/")[2].split("_")
+            adapting.export_imported(sys.argv[1], f"{where}/adapter", form, dtype)"""
+    started = []
+    for seed in "01":
+        targets = [str(tmp_path / seed / f"{form}_{dtype}") for form, dtype in wanted]
+        started.append(subprocess.Popen(
+            [sys.executable, "-c", program, kept[0], *targets],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ))
+    assert [process.wait() for process in started] == [0, 0]
+    for seed in "01":
+        for form, dtype in wanted:
+            there = tmp_path / seed / f"{form}_{dtype}" / "adapter"
+            assert_same_files(there, first(form, dtype))
+
+
+def assert_same_files(ours: pathlib.Path, theirs: pathlib.Path, ignore: bool = False) -> None:
+    """ignore: their README, and the name of the file of adapters."""
+    files = lambda folder: [
+        file.read_bytes() for file in sorted(folder.iterdir())
+        if not (ignore and file.suffix == ".md")
+    ]
+    assert files(ours) == files(theirs)
+
+
+@pytest.mark.parametrize("name", ["musubi", "simpletuner", "diffsynth", "twinflow"])
+def test_foreign_files_come_back_as_they_were(name, qwen, tmp_path):
+    tool = TOOLS[name]
+    file = tool.write(tmp_path / "theirs", truth_of(qwen, 2, leave_out="transformer_blocks.0."))
+    small = qwen.folder / "base"
+    assert convert("adapter", "import", file, tmp_path / "kept", "--base", small) == 0
+    assert convert("adapter", "export", tmp_path / "kept", tmp_path / "back") == 0
+    [back] = (tmp_path / "back").glob("*.safetensors")
+    assert back.read_bytes() == file.read_bytes()
+    assert (tmp_path / "back/adapter_config.json").exists() == tool.beside
+
+
+def test_merging_and_what_it_costs(small, kept, tmp_path, capsys):
+    folder, truth = kept
+    target = tmp_path / "merged"
+    assert convert("adapter", "merge", small.folder / "base", f"{folder}:-0.5", target) == 0
+    assert " cost 0.0% " in capsys.readouterr().out
+    merged = imported.open_imported(target)
+    assert merged.record["networks"] == small.checkpoint.record["networks"]
+    params = names.unflatten(
+        {path: array.read().result() for path, array in merged.arrays("transformer").items()}
+    )
+    output = oracles.compiled(small.network, small.config)(params, *small.inputs)
+    assert_moved(small, np.asarray(output), small.merged(truth, -0.5))
+    assert_moved(small, small.ours(folder, factor=-0.5), small.merged(truth, -0.5))
+
+    narrow = tmp_path / "narrow"
+    importing.import_folder(str(small.folder / "published"), str(narrow), "bfloat16", 1, False)
+    weak = adapting.open_adapter(folder, small.network, small.config)
+    costs = [
+        adapting.merge(imported.open_imported(narrow), weak, factor, tmp_path / str(factor), False)
+        for factor in (1.0, 0.01)
+    ]
+    assert costs[0] < 0.03 and 0.1 < costs[1] < 0.9, costs
+
+
+def test_several_add_up(qwen, tmp_path):
+    one, two = truth_of(qwen, 2), truth_of(qwen, 4, rank=8, leave_out="transformer_blocks.0.")
+    two = {name: (a.flip(0) + 0.01, b, alpha) for name, (a, b, alpha) in two.items()}
+    files = [
+        TOOLS["diffusers"].write(tmp_path / str(number), truth)
+        for number, truth in enumerate((one, two))
+    ]
+    both = {
+        name: (a, b, alpha) if name not in two else (
+            torch.cat([a, two[name][0]]), torch.cat([b * alpha / 4, two[name][1] * 4 / 8], 1), 12
+        )
+        for name, (a, b, alpha) in one.items()
+    }
+    assert_moved(qwen, qwen.ours(*files), qwen.merged(both))

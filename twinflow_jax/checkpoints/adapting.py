@@ -10,7 +10,7 @@ only somebody else knows:
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -433,17 +433,17 @@ def merge(
     changed = {f"{path}/kernel" for path in adapters.ranks_of(leaves)}
     changed |= {path for path in leaves if not adapters.is_adapter(path)}
     target, record = epath.Path(target), dict(checkpoint.record)
-    kept = [file for file in checkpoint.folder.rglob("*") if file.is_file()]
-    total = sum(file.stat().length for file in kept)
     folders = {imported.array_folder(checkpoint.folder, "transformer", path) for path in changed}
+    kept = list(_files(checkpoint.folder, folders | {checkpoint.folder / imported.RECORD}))
+    total = sum(file.stat().length for file in kept)
+    total += sum(tensors.nbytes(arrays[k].dtype.numpy_dtype, arrays[k].shape) for k in changed)
     lost = wanted = 0.0
     with files.whole_folder(target, total), store.bytes_bar("merge", total, progress) as bar:
         for file in kept:
-            if folders.isdisjoint(file.parents) and file != checkpoint.folder / imported.RECORD:
-                place = target / file.relative_to(checkpoint.folder)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file.copy(place)
-                bar.update(file.stat().length)
+            place = target / file.relative_to(checkpoint.folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.copy(place)
+            bar.update(file.stat().length)
         for path in sorted(changed):
             old = arrays[path]
             layout = old.chunk_layout
@@ -468,6 +468,15 @@ def merge(
             record["networks"] = record["networks"] | {"transformer": own | {"added": []}}
         files.write(target / imported.RECORD, json.dumps(record, indent=2).encode())
     return (lost / wanted) ** 0.5 if wanted else 0.0
+
+
+def _files(folder: epath.Path, but: Collection[epath.Path]) -> Iterator[epath.Path]:
+    """All files in a folder and its folders, but for those."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and entry not in but:
+            yield from _files(entry, but)
+        elif entry not in but:
+            yield entry
 
 
 def _delta(
