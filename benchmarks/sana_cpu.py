@@ -177,7 +177,7 @@ def speed(transformer) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, LATENTS, LATENTS, 32)).astype(np.float32)
     tokens = rng.standard_normal((1, 300, 2304)).astype(np.float32)
-    config = NETWORKS["transformer"].config(second_embedder=False)
+    config = NETWORKS["transformer"].config(time_conditioning="half_r")
     params = converted("transformer", config, transformer)
     module = NETWORKS["transformer"].module(config)
     cond = {"tokens": tokens, "mask": np.ones((1, 300), bool)}

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -148,9 +149,32 @@ def assert_equal_times_ignore_the_second_embedder(
 ) -> None:
     """`apply(config, params, x_t, t, r, cond)`: at r = t it is the base network."""
     x_t, t, _, cond = inputs
-    base = {key: leaf for key, leaf in params.items() if key != "second_time_embedder"}
-    expected = apply(dataclasses.replace(config, second_embedder=False), base, x_t, t, t, cond)
+    expected = base_velocity(apply, config, params, x_t, t, cond)
     assert relative_error(apply(config, params, x_t, t, t, cond), expected) <= 1e-6
+
+
+def base_velocity(apply: Callable, config, params: dict, x_t, t, cond):
+    """Of the network that knows no target time."""
+    base = {key: leaf for key, leaf in params.items() if key != config.times.second}
+    config = dataclasses.replace(config, time_conditioning="half_r")
+    return apply(config, base, x_t, t, np.zeros_like(t), cond)
+
+
+def assert_gated_is_the_base_at_zero(apply: Callable, config, params: dict, inputs: tuple) -> None:
+    """With any weights where r = 0; where the gated embedder's last kernel is as drawn, at any r.
+
+    params: with a gated embedder, all of it random.
+    """
+    x_t, t, r, cond = inputs
+    expected = base_velocity(apply, config, params, x_t, t, cond)
+    assert relative_error(apply(config, params, x_t, t, np.zeros_like(r), cond), expected) <= 1e-6
+    moved = relative_error(apply(config, params, x_t, t, r, cond), expected)
+    flat = names.flatten(params)
+    drawn = names.unflatten({
+        path: np.zeros_like(leaf) if re.search("gated_.*/(out/.*|bias)", path) else leaf
+        for path, leaf in flat.items()
+    })
+    assert relative_error(apply(config, drawn, x_t, t, r, cond), expected) <= 1e-6 < 1e-2 < moved
 
 
 def logical_axes(network: Network, config) -> dict[str, tuple[str | None, ...]]:

@@ -81,10 +81,10 @@ def test_an_adapter_is_a_kernel_of_low_rank(name):
 def test_the_released_lists_have_as_many_parameters_as_peft_counts():
     for config, modules, count in (
         (qwen_image.transformer.Config(), 722, 425_279_488),
-        (qwen_image.transformer.Config(second_embedder=False), 722, 425_279_488),
+        (qwen_image.transformer.Config(time_conditioning="half_r"), 722, 425_279_488),
         (sana.transformer.Config(), 227, 33_783_808),
     ):
-        whole = SECOND if config.second_embedder else ()
+        whole = SECOND if config.times.second else ()
         adapter = Adapter(rank=64, targets=("released",), whole=whole)
         leaves = names.flatten(models.build(config, adapter=adapter).abstract_params())
         made = {path: leaf for path, leaf in leaves.items() if is_adapter(path)}

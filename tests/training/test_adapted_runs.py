@@ -1,10 +1,13 @@
 """Runs that train adapters: the base stays, and checkpoints hold the rest."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from twinflow_jax import checkpoints, models
+from twinflow_jax import checkpoints, models, seeds
+from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.models.adapters import is_adapter
@@ -62,6 +65,78 @@ def test_adapters_train_on_a_base_that_stays(small_config, base, tmp_path, micro
             np.testing.assert_allclose(leaf, sampled[path].astype(np.float32), rtol=1e-2, atol=1e-3)
             if is_adapter(path):
                 np.testing.assert_array_equal(leaf, sampled[path], path)
+
+
+@pytest.mark.parametrize("teacher", ["averaged", "student", "base"])
+def test_rows_one_by_one_are_the_batch(small_config, teacher):
+    """Each of four rows another role."""
+    fields = {"averaged": 0.9, "student": 0.0, "base": 1.0}
+    run = small_config(
+        "adapter.rank=2", "objective.form=twinflow", "data.batch_size=4", "train.init_from=any",
+        f"objective.teacher_decay={fields[teacher]}", "objective.guidance=0.5",
+        "objective.dt=0.2",  # by which rounding is divided
+    )
+    prepared = setup.prepare(run)
+    model, objective, rng = prepared.model, run.bound_objective, np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: rng.standard_normal(a.shape).astype(np.float32) * 0.2, model.abstract_params()
+    )
+    theirs = None if teacher == "student" else names.unflatten({
+        path: leaf * (0.0 if teacher == "base" else 0.5) if is_adapter(path) else leaf
+        for path, leaf in names.flatten(params).items()
+    })
+    x = rng.standard_normal((4, *model.sample_shape)).astype(np.float32)
+    batch = setup.step.Batch(x, model.cond(np.arange(4)), model.cond(np.full(4, 10)))
+    draws = objective.draw(jax.random.key(1), 4, model.sample_shape)
+    found = [
+        jax.jit(lambda params, theirs, micro=micro: setup.step.loss_and_gradient(
+            objective, model.apply, params, theirs, batch, draws, micro, fixed=model.fixed
+        ))(params, theirs)
+        for micro in (1, 4)
+    ]
+    (loss, _), whole = found[0]
+    (again, _), parts = found[1]
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    whole, parts = jax.tree.leaves(whole), jax.tree.leaves(parts)
+    largest = max(np.abs(leaf).max() for leaf in whole)
+    for a, b in zip(whole, parts, strict=True):
+        assert np.any(a) and np.abs(a - b).max() <= 1e-6 * largest
+
+
+@pytest.mark.parametrize("file", ["qwen20b_lora_tpu", "sana06b_lora_tpu"])
+def test_the_small_lora_runs_train_adapters_and_nothing_else(file, tmp_path):
+    run = configs.parse(f"configs/{file}.py:tiny", [
+        "train.steps=8", "train.sample_every=8", "train.checkpoint_every=8", "sample.columns=1",
+        "sample.steps=(1,)", "model.remat=none",
+    ])
+    end = train(run, str(tmp_path), progress=False)
+    model = models.build(run.model, adapter=run.adapter)
+    first = leaves(jax.jit(model.init)(seeds.initial(run.train.seed)))
+    # The text of the last block of Qwen-Image goes nowhere.
+    dead = {f"layers/text/{name}/lora_b" for name in ("query", "out", "mlp_hidden", "mlp_out")}
+    for path, leaf in leaves(end.params).items():
+        if not is_adapter(path):
+            np.testing.assert_array_equal(leaf, first[path].astype(leaf.dtype), path)
+        elif path.endswith("b"):
+            layers = leaf if leaf.ndim == 3 else leaf[None]
+            still = [not np.any(layer) for layer in layers]
+            assert still == [False] * (len(still) - 1) + [path in dead], path
+    assert all(map(is_adapter, names.flatten(state.to_parts(end)["params"])))
+    shapes = {leaf.shape for path, leaf in first.items() if not is_adapter(path) and leaf.ndim > 1}
+    kept = jax.tree.leaves((end.opt_state, end.teacher, end.average))
+    assert shapes.isdisjoint(leaf.shape for leaf in kept)
+
+
+def test_the_lora_configs():
+    for file in ("qwen20b_lora_tpu", "sana06b_lora_tpu", "sana16b_lora_tpu"):
+        whole = configs.parse(f"configs/{file.replace('_lora', '')}.py").model
+        for variant in ("order1", "order2", *(["paper"] if "qwen" in file else [])):
+            run = configs.parse(f"configs/{file}.py:{variant}")
+            assert dataclasses.replace(run.model, time_conditioning="second_embedder") == whole
+            assert (run.adapter.rank, run.train.weights) == (64, "bfloat16")
+            assert (run.objective.teacher_decay == 1) == (variant == "order1")
+    small = [configs.load(f"configs/sana{size}b_lora_tpu.py:tiny") for size in ("06", "16")]
+    assert small[0] == small[1]
 
 
 def test_a_base_at_random_is_made_again_from_the_seed(small_config, tmp_path):
@@ -133,3 +208,36 @@ def test_other_adapters_do_not_go_on(small_config, tmp_path, overrides, says):
     other = small_config(*ADAPTED, *overrides, f"train.init_from={tmp_path / 'run'}")
     with pytest.raises(UserError, match=says.split(" is")[0]):
         train(other, str(tmp_path / "other"), progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+DIT = ("model.name=dit", "model.patch=2", "model.heads=2")
+
+
+@pytest.mark.filterwarnings("ignore:model is of another kind")
+def test_a_run_does_not_go_on_that_sees_r_otherwise(small_config, tmp_path):
+    few = ["adapter.rank=2", "train.steps=1", *DIT]
+    train(small_config(*few), str(tmp_path / "run"), progress=False)
+    says = "model.time_conditioning is 'second_embedder' there, 'half_r' here"
+    for start, folder in (("", "run"), (f"train.init_from={tmp_path / 'run'}", "other")):
+        other = small_config(*few, "model.time_conditioning=half_r", *([start] if start else []))
+        with pytest.raises(UserError, match=says):
+            train(other, str(tmp_path / folder), progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.filterwarnings("ignore:model is of another kind")
+def test_a_gate_that_stays_shut_is_refused(small_config):
+    run = small_config("adapter.rank=2", "model.time_conditioning=gated", *DIT)
+    with pytest.raises(UserError, match="whole leaves gated.*: add 'gated_time_embedder/.*'"):
+        setup.prepare(run)
+
+
+@pytest.mark.filterwarnings("ignore:(model|objective) is of another kind")
+def test_jumps_that_one_time_cannot_tell_apart_are_refused(small_config):
+    half_r = ("model.time_conditioning=half_r", "objective.order=1", *DIT)
+    for kind in ("tutorial", "twinflow"):
+        with pytest.raises(UserError, match="order is 1 .* sees t - r / 2 alone"):
+            small_config(f"objective.form={kind}", *half_r)
+        small_config(f"objective.form={kind}", half_r[0], *DIT)
+    small_config("objective.form=twinflow", *half_r, "objective.ratios=(1,1,0,1)")

@@ -15,7 +15,7 @@ from twinflow_jax.config.files import overridden
 from twinflow_jax.data import records
 from twinflow_jax.drawing import Pipeline, text
 from twinflow_jax.errors import UserError
-from twinflow_jax.training import inputs
+from twinflow_jax.training import inputs, loop, setup
 from twinflow_jax.training import records as training_records
 from twinflow_jax.training.loop import Interrupted, train
 
@@ -82,8 +82,9 @@ def write(pipeline, tmp_path_factory):
 @pytest.fixture
 def config(pipeline):
     """A function of records and overrides giving a config."""
-    def make(*overrides: str, variant: str = "", **data):
-        fields = configs.load("configs/emoji.py" + variant).to_dict() | {"model": MODEL}
+    def make(*overrides: str, variant: str = "", file: str = "emoji", **data):
+        fields = configs.load(f"configs/{file}.py{variant}").to_dict()
+        fields |= {"model": fields["model"] | MODEL}
         fields["data"] |= data
         changes = [*FIELDS, f"pipeline={pipeline.checkpoint.folder}", *overrides]
         return configs.Run.of(overridden(fields, changes))
@@ -225,3 +226,34 @@ def test_other_encoders_do_not_mix(write, config, tmp_path):
     made = config(records=(str(one), str(other)))
     with pytest.raises(UserError, match="BertModel 1M 000000, but .* has BertModel"):
         train(made, str(tmp_path / "run"), progress=False)
+
+
+@pytest.mark.parametrize("variant", ["half_r", "gated_1"])
+def test_adapters_see_r_otherwise_on_what_was_trained_on_velocities(
+    write, config, tmp_path, variant
+):
+    """At first they are their base where that was trained, at r = t or 0."""
+    data = {"records": (str(write("lora", {"8x8": 16})),)}
+    flow, jumps = tmp_path / "flow", tmp_path / "jumps"
+    train(config(variant=":flow", **data), str(flow), progress=False)
+    train(config("train.steps=1", **data), str(jumps), progress=False)
+    make = lambda start: config(
+        f"train.init_from={start}", "train.steps=2", file="emoji_lora", variant=f":{variant}",
+        **data,
+    )
+    with pytest.raises(UserError, match="time_conditioning is 'second_embedder' there"):
+        train(make(jumps), str(tmp_path / "refused"), progress=False)
+    assert not (tmp_path / "refused").exists()
+
+    prepared = setup.prepare(make(flow))
+    started = loop.start(prepared, checkpoints.Saver(tmp_path / "none", 1))
+    run, base, params, _ = checkpoints.load_weights(flow)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, *run.model.sample_shape)).astype(np.float32)
+    t, none = np.array([0.9, 0.5, -0.3], np.float32), np.zeros(3, np.float32)
+    cond = jax.tree.map(lambda a: np.repeat(a, 3, axis=0), base.null)
+    wanted = base.apply(params, x, t, t, cond)
+    found = prepared.model.apply(started.params, x, t, none, cond)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    end = train(make(flow), str(tmp_path / "run"), progress=False)
+    assert np.any(prepared.model.apply(end.params, x, t, none, cond) != wanted)

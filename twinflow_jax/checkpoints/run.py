@@ -105,6 +105,8 @@ def read_run(folder: epath.PathLike) -> Run:
         if not isinstance(written, int):
             raise UserError(f"format is {written!r}, no number")
         fields.pop("rows", None)
+        if isinstance(model := fields.get("model"), dict):
+            model.pop("second_embedder", None)  # what is now the default time_conditioning
         run = Run.of(fields)
     except (ValueError, OSError) as error:
         raise UserError(

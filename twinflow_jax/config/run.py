@@ -226,7 +226,14 @@ class Run:
         if self.objective.teacher_decay == 1 and not train.init_from:
             problems.append(
                 "objective.teacher_decay is 1, a frozen teacher, but it would be random weights: "
-                "set train.init_from to a trained run"
+                "set train.init_from to a trained run or an imported checkpoint"
+            )
+        half_r = getattr(self.model, "time_conditioning", "") == "half_r"
+        if half_r and self.objective.any_jumps and self.objective.order == 1:
+            problems.append(
+                "objective.order is 1 with jumps of any length, but model.time_conditioning "
+                "'half_r' sees t - r / 2 alone, the same for many of them: take no any_step rows "
+                "(objective.ratios=(1,1,0,1)), objective.order=2, or another time_conditioning"
             )
         conditional = self.pipeline or self.model.num_classes
         untrained = train.unconditional == "empty" and not (

@@ -15,8 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from twinflow_jax.arrays import AnyArray, Apply
-from twinflow_jax.errors import UserError
-from twinflow_jax.models import adapters, dit, minilm_dit, mlp, qwen_image, sana, unet
+from twinflow_jax.errors import UserError, few
+from twinflow_jax.models import (
+    adapters,
+    conditioning,
+    dit,
+    minilm_dit,
+    mlp,
+    qwen_image,
+    sana,
+    unet,
+)
 from twinflow_jax.models.adapters import Adapter
 from twinflow_jax.models.family import Family, logical_axes
 from twinflow_jax.models.names import flatten
@@ -87,6 +96,13 @@ def config_of(name: Any) -> type[Settings]:
     return FAMILIES[name].config
 
 
+def may_be_new(path: str) -> bool:
+    """Whether weights to start from may lack a parameter, which is then as it is drawn: with it
+    the network is the same, until it trains."""
+    zero = tuple(f"{times.second}/" for times in conditioning.TIMES.values() if times.last)
+    return adapters.is_adapter(path) or path.startswith(zero)
+
+
 def create(fields: Mapping[str, Any], null: Mapping[str, AnyArray] | None = None) -> Model:
     """The network that a config's `model` fields describe, as `build` makes it.
 
@@ -134,6 +150,12 @@ def build(
         paths = tuple(adapters.chosen(adapter.targets, names, family.adapted))
         adapters.check_made(adapter, paths, leaves(*paths))
         boxed, fixed = functools.partial(boxed, adapted=paths), (adapter.frozen,)
+        still = [path for path in leaves() if may_be_new(path) and re.fullmatch(fixed[0], path)]
+        if still:
+            raise UserError(
+                f"adapter.whole leaves {few(still, 1)} at zero, in which model.time_conditioning "
+                f"{settings.time_conditioning!r} sees r: add '{still[0].split('/')[0]}/.*'"
+            )
 
     def apply(params, x_t, t, r, cond):
         return module.apply({"params": params}, x_t, t, r, cond)

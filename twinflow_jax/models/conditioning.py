@@ -4,6 +4,7 @@
 class; {"tokens": (B, L, D), "mask": (B, L)} for text; {} for unconditional networks.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,32 @@ from twinflow_jax.models import names
 from twinflow_jax.models.projections import UNIT_VARIANCE, Dense, dense
 
 SINUSOID_WIDTH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeConditioning:
+    """How a network sees its times: E1(first(t, r)) + weight(t, r) E2(r).
+
+    second: the path of E2, "" where there is none; suffix: of its published name, beside E1's.
+    last: initialises its last kernel.
+    """
+
+    second: str = ""
+    suffix: str = ""
+    first: Callable[[Times, Times], Times] = lambda t, r: t
+    weight: Callable[[Times, Times], Times] = lambda t, r: t - r
+    last: Callable | None = None
+
+
+# second_embedder: TwinFlow's full training; at r = t it is the base network. half_r: its LoRA
+# training; at r = 0 it is. gated: ours; so it is at r = 0, and at first everywhere.
+TIMES = {
+    "second_embedder": TimeConditioning("second_time_embedder", "_2"),
+    "half_r": TimeConditioning(first=lambda t, r: t - r / 2),
+    "gated": TimeConditioning(
+        "gated_time_embedder", "_gated", weight=lambda t, r: r, last=nn.initializers.zeros
+    ),
+}
 
 
 def sinusoid(values: Float[Array, "B"], scale: float = 1.0) -> Float[Array, "B 256"]:
@@ -35,17 +62,19 @@ def sinusoid(values: Float[Array, "B"], scale: float = 1.0) -> Float[Array, "B 2
 class SinusoidEmbedder(nn.Module):
     """The sinusoid of a number and an MLP to the model's width.
 
-    config: has width and dtype. scale: that the number is multiplied by. kernel: an initialiser.
+    config: has width and dtype. scale: that the number is multiplied by. kernel: an initialiser,
+    last: that of the last kernel, where it is another one.
     """
 
     config: Any
     scale: float = 1.0
     kernel: Callable = UNIT_VARIANCE
+    last: Callable | None = None
 
     def setup(self):
-        width = self.config.width
+        width, last = self.config.width, self.last or self.kernel
         self.hidden = dense(self.config, width, (None, None), kernel=self.kernel)
-        self.out = dense(self.config, width, ("embed", None), kernel=self.kernel)
+        self.out = dense(self.config, width, ("embed", None), kernel=last)
 
     def __call__(self, values: Float[Array, "B"]) -> Float[Array, "B D"]:
         return self.out(nn.silu(self.hidden(sinusoid(values, self.scale))))
@@ -74,16 +103,18 @@ class SinusoidTime(nn.Module):
 
     The time itself and its sine and cosine at frequencies pi/2 and pi: slow features, because
     training divides differences over dt = 0.01 by dt, which makes fast ones costly to fit.
+    last: initialises the last kernel.
     """
 
     width: int
+    last: Callable = UNIT_VARIANCE
 
     @nn.compact
     def __call__(self, t: Times) -> Float[Array, "B {self.width}"]:
         angles = t[:, None] * (jnp.pi / 2) * jnp.arange(1, 3)[None]
         features = jnp.concatenate([t[:, None], jnp.cos(angles), jnp.sin(angles)], axis=-1)
         hidden = nn.silu(Dense(self.width)(features))
-        return Dense(self.width)(hidden)
+        return Dense(self.width, kernel_init=self.last)(hidden)
 
 
 class Condition(nn.Module):

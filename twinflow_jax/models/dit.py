@@ -7,6 +7,7 @@ with a leading `layers` axis, so that compile time does not grow with depth.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -160,7 +161,14 @@ class DiT(nn.Module):
         h = Dense(c.width, dtype=c.dtype)(patches)
         h = h + position_features(*grid, c.width).astype(c.dtype)[None]
 
-        times = conditioning.SinusoidTime(c.width)(t) + conditioning.SinusoidTime(c.width)(t - r)
+        # Where the second one is not to see r it still says what it does at r = t: what was
+        # trained there alone, on velocities, is then the base of every conditioning.
+        interval = t - r if c.time_conditioning == "second_embedder" else jnp.zeros_like(t)
+        embedder = functools.partial(conditioning.SinusoidTime, c.width)
+        times = embedder()(c.times.first(t, r)) + embedder()(interval)
+        if c.times.last:
+            gated = embedder(c.times.last, name=c.times.second)
+            times += c.times.weight(t, r)[:, None] * gated(r)
         context = times + conditioning.Condition(c.width, c.num_classes)(cond, rows)
         text = lengths = None
         if "tokens" in cond:

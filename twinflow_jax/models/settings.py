@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from twinflow_jax import keys
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
-from twinflow_jax.models import remat
+from twinflow_jax.models import conditioning, remat
 
 DTYPES = ("float32", "bfloat16")
 
@@ -56,6 +56,15 @@ class LayeredSettings(Settings):
         "none", "which activations of a layer stay for the backward pass",
         choices=tuple(remat.POLICIES),
     )
+    time_conditioning: str = option(
+        "second_embedder", "how the target time r is seen: E1(t) + (t - r) E2(r), in the dits "
+        "E1(t) + E2(t - r); half_r: E1(t - r / 2); gated: E1(t) + r E2(r), E2 zero at first",
+        choices=tuple(conditioning.TIMES),
+    )
+
+    @property
+    def times(self) -> conditioning.TimeConditioning:
+        return conditioning.TIMES[self.time_conditioning]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,8 @@ class Shared(keys.Part):
 
     section: ClassVar[str] = "objective"
     guidance = 0.0  # a key only of the forms that have it
+    learns_jumps = True  # otherwise r = t in every row
+    any_jumps = False  # whether jumps of any length from one t are among them
 
     form: str = option("", "the form of the loss, a name in objectives.FORMS")
     teacher_decay: float = option(
@@ -47,3 +49,5 @@ class Twinned(Shared):
     dt: float = option(0.01, "length of the step along the known velocity", above=0, below=1)
     clip: float = option(1.0, "limit on the RCGM error; 0 is none", least=0)
     rectify_weight: float = option(0.5, "weight of the rectification loss; 0 is none", least=0)
+
+    any_jumps = True

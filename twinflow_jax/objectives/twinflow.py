@@ -111,6 +111,14 @@ class Config(Twinned):
             )
 
     @property
+    def learns_jumps(self) -> bool:
+        return self.order >= 1 and self.consistency_ratio > 0
+
+    @property
+    def any_jumps(self) -> bool:
+        return self.learns_jumps and self.ratios[ROLES.index("any_step")] > 0
+
+    @property
     def rectifies(self) -> bool:
         return self.rectify_weight > 0 and self.consistency_ratio == 1
 
@@ -206,10 +214,9 @@ def loss(
         )
 
     target = v
-    learns_jumps = config.order >= 1 and config.consistency_ratio > 0
     real = at["any_step"].stop  # the adversarial rows, last, learn no jumps
     carrier = Carrier(apply, twins if config.merge_passes else [])
-    if learns_jumps and totals["one_step"] + totals["any_step"] and real:
+    if config.learns_jumps and totals["one_step"] + totals["any_step"] and real:
         corrected = rcgm.target(
             carrier, frozen if config.teacher_decay == 1 else teacher,
             v_pred[:real], x_t[:real], v[:real], t[:real], r[:real],

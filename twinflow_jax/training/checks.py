@@ -108,7 +108,17 @@ def check_start(run: Run) -> None:
       UserError: says what is missing or differs.
     """
     source = run.train.init_from
-    if not source or imported.is_imported(source):
+    if not source:
+        return
+    if imported.is_imported(source):
+        checkpoint = imported.open_imported(source)
+        theirs = checkpoint.config("transformer").time_conditioning
+        ours = getattr(run.model, "time_conditioning", theirs)
+        if checkpoint.knows_r and ours != theirs:
+            raise UserError(
+                f"train.init_from {source} was trained with model.time_conditioning {theirs!r}, "
+                f"here it is {ours!r}: take that, or the model that it was trained from"
+            )
         return
     if adapting.is_imported(source):
         theirs = ranks_of(checkpoints.open_start(source))
@@ -134,6 +144,9 @@ def check_start(run: Run) -> None:
         for one in (other, run)
     )
     free = {"model.remat", "model.dtype"}  # of computing, not of the weights
+    conditioning = "model.time_conditioning"
+    if not other.objective.learns_jumps and theirs.get(conditioning) == "second_embedder":
+        free.add(conditioning)  # seen at r = t alone, where it is the base of all
     differing = [
         f"{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"
         for k in sorted((theirs.keys() | ours) - free, key=lambda k: (k != "model.name", k))
@@ -188,6 +201,7 @@ def check_pipeline(pipeline: str, family: TextToImage, settings: Settings) -> No
             )
         return
     theirs = theirs_of("transformer")
+    theirs = dataclasses.replace(theirs, time_conditioning=settings.time_conditioning)
     ours, theirs = (names.flatten(network.abstract(c)[0]) for c in (settings, theirs))
     differing = [
         path for path in ours.keys() | theirs

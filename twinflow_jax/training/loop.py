@@ -14,12 +14,11 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from twinflow_jax import buckets, checkpoints, data, files, parallel, seeds
+from twinflow_jax import buckets, checkpoints, data, files, models, parallel, seeds
 from twinflow_jax.checkpoints import store
 from twinflow_jax.config import Run, to_json
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
-from twinflow_jax.models.adapters import is_adapter
 from twinflow_jax.parallel import flags, hosts
 from twinflow_jax.training import checks, inputs, loggers, page, setup, state
 from twinflow_jax.training.log import Log
@@ -239,7 +238,7 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
     train, model = prepared.run.train, prepared.model
     if train.init_from:
         arrays, leaves = checkpoints.open_start(train.init_from), names.flatten(abstract.params)
-        fresh = [path for path in leaves if path not in arrays and is_adapter(path)]
+        fresh = [path for path in leaves if path not in arrays and models.may_be_new(path)]
 
         def drawn():
             initial = names.flatten(model.init(seeds.initial(train.seed)))

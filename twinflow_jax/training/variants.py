@@ -1,10 +1,13 @@
 """Variants of a config file, and what the configs of text-to-image families have in common."""
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable
 
 import ml_collections
 
+from twinflow_jax import config as configs
 from twinflow_jax import models
 from twinflow_jax.errors import UserError
 
@@ -26,6 +29,47 @@ def choose(
     if variant not in variants:
         raise UserError(f"no variant {variant!r}; choose from {', '.join(variants)}")
     return variants[variant]()
+
+
+def lora(
+    file: pathlib.Path, variant: str, **variants: Callable[[], ml_collections.ConfigDict]
+) -> ml_collections.ConfigDict:
+    """Adapters of the network that a text-to-image config trains whole, as released for LoRA.
+
+    variant: order2, order1, tiny (of order 2), or one of `variants`.
+    Raises:
+      UserError: there is none of that name.
+    """
+    def released(order: int) -> ml_collections.ConfigDict:
+        config = adapted(f"{file}:paper", order)
+        config.optimizer.learning_rate, config.train.steps = 1e-4, 7000
+        return config
+
+    # A random network is zero before its last projection learns: all have adapters.
+    tiny = functools.partial(adapted, f"{file}:tiny", 2, rank=4, targets=("all",))
+    orders = {f"order{order}": functools.partial(released, order) for order in (2, 1)}
+    return choose(variant, **orders, tiny=tiny, **variants)
+
+
+def adapted(
+    path: str, order: int, rank: int = 64, targets: tuple[str, ...] = ("released",)
+) -> ml_collections.ConfigDict:
+    """The config of a path with adapters in place of all weights.
+
+    order: 2, where averaged adapters are the teacher, or 1, where the base is; without any_step
+    rows, since those of one t - r / 2 could not be told apart.
+    """
+    config = configs.load(path)
+    config.adapter.update(rank=rank, targets=targets)
+    if order == 1:
+        config.objective.update(
+            order=1, teacher_decay=1.0, guidance=4.0, ratios=(1.0, 1.0, 0.0, 1.0)
+        )
+    with config.unlocked():
+        config.model.time_conditioning = "half_r"
+    config.optimizer.update(name="adamw", betas=(0.9, 0.99), clip_norm=1.0)
+    config.train.weights = "bfloat16"
+    return config
 
 
 def shrink(

@@ -31,16 +31,23 @@ LENGTHS = (5, 3)
 
 
 def oracle(config: Config) -> torch.nn.Module:
-    """diffusers' module, every tensor random, with a second embedder where the config says so."""
+    """diffusers' module, every tensor random, which sees r as the config says."""
     torch.manual_seed(0)
     module = QwenImageTransformer2DModel(
         num_layers=config.layers, num_attention_heads=config.heads,
         attention_head_dim=config.head_dim, joint_attention_dim=config.text_width,
         axes_dims_rope=config.rope_axes, zero_cond_t=config.zero_cond_t,
     )
-    if config.second_embedder:
-        module.time_text_embed_2 = type(module.time_text_embed)(config.width)
-        module.time_text_embed.register_forward_hook(functools.partial(_add_second, module))
+    if config.time_conditioning == "half_r":
+        see = functools.partial(_see_half_r, module)
+        module.time_text_embed.register_forward_pre_hook(see)
+    else:
+        second = "time_text_embed" + {"second_embedder": "_2", "gated": "_gated"}[
+            config.time_conditioning
+        ]
+        setattr(module, second, type(module.time_text_embed)(config.width))
+        hook = functools.partial(_add_second, module, second)
+        module.time_text_embed.register_forward_hook(hook)
     with torch.no_grad():
         for key, p in module.named_parameters():
             if p.ndim > 1:
@@ -50,11 +57,18 @@ def oracle(config: Config) -> torch.nn.Module:
     return module
 
 
-def _add_second(module, _, args, out):
-    """E1(t) + (t - r) E2(r), by TwinFlow's definition; the rows at t = 0 have no second term."""
+def _see_half_r(module, _, args):
+    """E1(t - r/2), by TwinFlow's LoRA code."""
+    return args[0] - module.r / 2, *args[1:]
+
+
+def _add_second(module, name, _, args, out):
+    """E1(t) + (t - r) E2(r), by TwinFlow's definition, or E1(t) + r E2(r); the rows at t = 0 have
+    no second term."""
     t, hidden = args[0], args[1]
     r = module.r
-    second = module.time_text_embed_2(r, hidden) * (t[: len(r)] - r)[:, None]
+    weight = r if name.endswith("gated") else t[: len(r)] - r
+    second = getattr(module, name)(r, hidden) * weight[:, None]
     return out + torch.cat([second, torch.zeros_like(out[len(r) :])])
 
 
@@ -136,12 +150,13 @@ def error(config: Config, references=()) -> float:
     ("changes", "references"),
     [
         ({}, ()),  # 5x3 tokens, t of both signs, r on both sides of it
-        ({"second_embedder": False}, ()),
+        ({"time_conditioning": "half_r"}, ()),
+        ({"time_conditioning": "gated"}, ()),
         ({"zero_cond_t": True}, ()),
         ({}, [(4, 14)]),  # the reference is the larger image: text starts after it
         ({"zero_cond_t": True}, [(4, 14), (6, 2)]),
     ],
-    ids=["odd", "base", "zero_cond_t alone", "reference", "zero_cond_t"],
+    ids=["odd", "half_r", "gated", "zero_cond_t alone", "reference", "zero_cond_t"],
 )
 def test_parity(changes, references):
     assert error(dataclasses.replace(SMALL, **changes), references) <= 2e-5
@@ -237,6 +252,14 @@ def test_equal_times_ignore_the_second_embedder():
     oracles.assert_equal_times_ignore_the_second_embedder(apply, SMALL, params, ours)
 
 
+def test_gated_is_the_base_at_zero():
+    config = dataclasses.replace(SMALL, time_conditioning="gated")
+    params, _, ours, _ = pair(config)
+    oracles.assert_gated_is_the_base_at_zero(apply, config, params, ours)
+    drawn = jax.jit(Transformer(config).init)(jax.random.key(0), *ours)["params"]
+    assert not np.any(flax.core.meta.unbox(drawn)["gated_time_embedder"]["out"]["kernel"])
+
+
 def test_initialisation():
     """A fresh network is zero everywhere, but not blind: its output layer gets a gradient."""
     ours = inputs(SMALL)
@@ -252,7 +275,8 @@ def test_initialisation():
     ("second", "keys", "count"), [(False, 1933, 20_430_401_088), (True, 1937, 20_440_630_848)]
 )
 def test_published_names(second, keys, count):
-    config = dataclasses.replace(Config.from_published(PUBLISHED), second_embedder=second)
+    sees = "second_embedder" if second else "half_r"
+    config = dataclasses.replace(Config.from_published(PUBLISHED), time_conditioning=sees)
     leaves = names.flatten(flax.core.meta.unbox(abstract(config)))
     assert all(leaf.dtype == jnp.float32 for leaf in leaves.values())
     shapes = transformer.table(config).shapes({path: leaf.shape for path, leaf in leaves.items()})

@@ -59,12 +59,19 @@ def published(config: Config) -> dict:
 
 
 def oracle(config: Config) -> torch.nn.Module:
-    """diffusers' module, every tensor random, with a second embedder where the config says so."""
+    """diffusers' module, every tensor random, which sees r as the config says."""
     torch.manual_seed(0)
     module = SanaTransformer2DModel(**published(config))
-    if config.second_embedder:
-        module.time_embed_2 = AdaLayerNormSingle(config.width)
-        module.time_embed.register_forward_hook(functools.partial(_add_second, module))
+    if config.time_conditioning == "half_r":
+        see = lambda _, args: (args[0] - module.scaled_r / 2, *args[1:])
+        module.time_embed.register_forward_pre_hook(see)
+    else:
+        second = "time_embed" + {"second_embedder": "_2", "gated": "_gated"}[
+            config.time_conditioning
+        ]
+        setattr(module, second, AdaLayerNormSingle(config.width))
+        hook = functools.partial(_add_second, module, second)
+        module.time_embed.register_forward_hook(hook)
     with torch.no_grad():
         for key, p in module.named_parameters():
             if key.endswith("scale_shift_table"):
@@ -76,11 +83,12 @@ def oracle(config: Config) -> torch.nn.Module:
     return module
 
 
-def _add_second(module, _, args, outputs):
-    """m1(t) + (t - r) m2(r) for both outputs, by TwinFlow's definition."""
-    seconds = module.time_embed_2(module.scaled_r, hidden_dtype=torch.float32)
+def _add_second(module, name, _, args, outputs):
+    """m1(t) + (t - r) m2(r) for both outputs, by TwinFlow's definition, or m1(t) + r m2(r)."""
+    seconds = getattr(module, name)(module.scaled_r, hidden_dtype=torch.float32)
+    weight = module.r if name.endswith("gated") else module.interval
     return tuple(
-        out + second * module.interval[:, None]
+        out + second * weight[:, None]
         for out, second in zip(outputs, seconds, strict=True)
     )
 
@@ -114,7 +122,7 @@ def inputs(config: Config, seed: int = 1):
 def theirs(config: Config, module, x_t, t, r, cond) -> torch.Tensor:
     """The oracle's velocity, channels last; tensors in and out."""
     scale = 1.0 if config.guidance_embeds else 1000.0
-    module.scaled_r, module.interval = scale * r, t - r
+    module.scaled_r, module.r, module.interval = scale * r, r, t - r
     guidance = {"guidance": 0.1 * cond["guidance"]} if config.guidance_embeds else {}
     return module(
         x_t.permute(0, 3, 1, 2), cond["tokens"], scale * t,
@@ -154,11 +162,12 @@ def error(config: Config) -> float:
         (SMALL, {}),
         (SMALL, {"qk_norm": True}),
         (SPRINT, {}),
-        (SPRINT, {"second_embedder": False}),
+        (SPRINT, {"time_conditioning": "half_r"}),
+        (SPRINT, {"time_conditioning": "gated"}),
         (Config(sample_shape=(5, 3, 32), layers=1), {}),
         (SPRINT, {"layers": 1, "heads": 70, "cross_heads": 20, "cross_head_dim": 112}),
     ],
-    ids=["1.0", "1.5", "Sprint", "Sprint base", "0.6B width", "1.6B width"],
+    ids=["1.0", "1.5", "Sprint", "half_r", "gated", "0.6B width", "1.6B width"],
 )
 def test_parity(config, changes):
     assert error(dataclasses.replace(config, **changes)) <= 2e-5
@@ -302,6 +311,15 @@ def test_equal_times_ignore_the_second_embedder():
     oracles.assert_equal_times_ignore_the_second_embedder(apply, SMALL, params, ours)
 
 
+def test_gated_is_the_base_at_zero():
+    config = dataclasses.replace(SMALL, time_conditioning="gated")
+    params, _, ours, _ = pair(config)
+    oracles.assert_gated_is_the_base_at_zero(apply, config, params, ours)
+    init = quick(lambda config, *args: Transformer(config).init(*args))
+    drawn = flax.core.meta.unbox(init(config, jax.random.key(0), *ours)["params"])
+    assert not np.any(drawn["gated_time_embedder"]["time"]["out"]["kernel"])
+
+
 def test_initialisation():
     """A fresh network is zero everywhere, and each part has its own scale."""
     ours = inputs(SMALL)
@@ -333,7 +351,8 @@ def test_initialisation():
 @pytest.mark.parametrize("second", [False, True])
 def test_published_names(changes, keys, count, second):
     config = Config.from_published(PUBLISHED | changes)
-    config = dataclasses.replace(config, second_embedder=second)
+    sees = "second_embedder" if second else "half_r"
+    config = dataclasses.replace(config, time_conditioning=sees)
     extra = {1152: 9_593_856, 2240: 35_714_560}[config.width] if second else 0
     leaves = names.flatten(flax.core.meta.unbox(abstract(config)))
     assert all(leaf.dtype == jnp.float32 for leaf in leaves.values())

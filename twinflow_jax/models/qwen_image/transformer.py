@@ -1,7 +1,8 @@
 """The Qwen-Image transformer: 60 double-stream blocks over image patches and text tokens.
 
 The same function as diffusers' QwenImageTransformer2DModel, with TwinFlow's second time: the
-modulation starts from E1(t) + (t - r) E2(r). Two things are laid out otherwise than there.
+modulation starts from E1(t) + (t - r) E2(r), or sees r otherwise (`conditioning.TIMES`). Two
+things are laid out otherwise than there.
 Images come first and text last in the joint sequence, so that one length per row masks the
 padding; position comes from rotary angles alone, so the order makes no difference. And the
 AdaLN projections, a third of the weights, act on one vector per row: they stand outside the
@@ -67,9 +68,6 @@ class Config(TextSettings):
     )
     zero_cond_t: bool = option(
         False, "whether reference images are modulated as at t = 0 (Edit-2511)"
-    )
-    second_embedder: bool = option(
-        True, "whether r has an embedder; without, r is ignored"
     )
 
     splits_tokens = True
@@ -323,11 +321,12 @@ class Transformer(nn.Module):
         text = rms_norm(EPSILON, c.dtype, name="text_norm")(cond["tokens"])
         text = dense(c, c.width, ("text", None), name="text_in")(text)
 
+        times = c.times
         embedder = SinusoidEmbedder(c, 1000.0, name="time_embedder")
-        context = embedder(t).astype(jnp.float32)
-        if c.second_embedder:
-            second = SinusoidEmbedder(c, 1000.0, name="second_time_embedder")
-            context += (t - r)[:, None] * second(r)
+        context = embedder(times.first(t, r)).astype(jnp.float32)
+        if times.second:
+            second = SinusoidEmbedder(c, 1000.0, last=times.last, name=times.second)
+            context += times.weight(t, r)[:, None] * second(r)
         context = nn.silu(context)[:, None]
         image_context = context
         if c.zero_cond_t and len(images) > 1:
@@ -385,9 +384,11 @@ _BLOCK = tuple(
 
 
 def table(config: Config) -> names.NameTable:
-    """The published tensors' names; the second embedder starts as a copy of the first."""
-    first = embedder_names("time_text_embed.timestep_embedder", "time_embedder")
-    second = embedder_names("time_text_embed_2.timestep_embedder", "second_time_embedder")
+    """The published tensors' names; TwinFlow's second embedder starts as a copy of the first."""
+    name, times = "time_text_embed", config.times
+    first = embedder_names(f"{name}.timestep_embedder", "time_embedder")
+    second = embedder_names(f"{name}{times.suffix}.timestep_embedder", times.second)
+    start = lambda key: {} if times.last else {"copy_of": key, "group": names.KNOWS_R}
     single = (
         *names.linear("img_in", "image_in"),
         ("txt_norm.weight", "text_norm/scale", "same"),
@@ -396,9 +397,8 @@ def table(config: Config) -> names.NameTable:
         *names.linear("norm_out.linear", "final_modulation"),
         *names.linear("proj_out", "out"),
     )
-    copies = tuple(
-        names.Rule(*rule, copy_of=source[0], group=names.KNOWS_R)
-        for rule, source in zip(second, first, strict=True)
+    of_r = (
+        names.Rule(*rule, **start(source[0])) for rule, source in zip(second, first, strict=True)
     )
     modulation = names.linear("img_mod.1", "image") + names.linear("txt_mod.1", "text")
     rotated = re.compile("/(query|key)(_norm)?/")
@@ -409,7 +409,7 @@ def table(config: Config) -> names.NameTable:
     return names.NameTable(
         rules=(
             *(names.Rule(*rule) for rule in single),
-            *(copies if config.second_embedder else ()),
+            *(of_r if times.second else ()),
             *names.stack("transformer_blocks", modulation, "modulation"),
             *block,
         ),

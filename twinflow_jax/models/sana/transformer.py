@@ -1,8 +1,9 @@
 """The SANA transformer: linear self-attention, text cross-attention and a convolutional MLP.
 
 The same function as diffusers' SanaTransformer2DModel for SANA 1.0, 1.5 and Sprint, with
-TwinFlow's second time: both outputs of the time's AdaLN-single become m1(t) + (t - r) m2(r).
-There is no positional embedding: the MLPs' 3x3 convolutions tell where a token is.
+TwinFlow's second time: both outputs of the time's AdaLN-single become m1(t) + (t - r) m2(r), or
+see r otherwise (`conditioning.TIMES`). There is no positional embedding: the MLPs' 3x3
+convolutions tell where a token is.
 """
 
 import dataclasses
@@ -71,7 +72,6 @@ class Config(TextSettings):
     guidance_embeds: bool = option(False, "whether the guidance scale has an embedder (Sprint)")
     guidance_embeds_scale: float = option(0.1, "that the guidance scale is multiplied by")
     timestep_scale: float = option(1.0, "that diffusers multiplies its times by", above=0)
-    second_embedder: bool = option(True, "whether r has an embedder; without, r is ignored")
 
     def problems(self) -> list[str]:
         return settings.not_positive(self, ("mlp_width",)) + super().problems()
@@ -141,14 +141,16 @@ class AdaLNSingle(nn.Module):
     """`(time (B,), guidance (B,) or None) -> (modulation (B, 6, D), embedding (B, D))`, float32.
 
     The modulation is that of all blocks, the embedding that of the output; numbers come scaled.
+    last: initialises the last kernel of the embedding, and so both where it is zero.
     """
 
     config: Config
+    last: Callable | None = None
 
     @nn.compact
     def __call__(self, time: Float[Array, "B"], guidance: Float[Array, "B"] | None = None):
         c, normal = self.config, nn.initializers.normal(0.02)
-        embedder = functools.partial(SinusoidEmbedder, c, kernel=normal)
+        embedder = functools.partial(SinusoidEmbedder, c, kernel=normal, last=self.last)
         embedding = embedder(name="time")(time).astype(jnp.float32)
         if guidance is not None:
             embedding += embedder(name="guidance")(guidance)
@@ -270,11 +272,14 @@ class Transformer(nn.Module):
         # SANA's training starts from 0.01.
         text = rms_norm(RMS_EPSILON, c.dtype, "text_norm", scale=0.01)(text)
 
-        modulation, embedding = AdaLNSingle(c, name="time_embedder")(c.time_scale * t, guidance)
-        if c.second_embedder:
-            second = AdaLNSingle(c, name="second_time_embedder")(c.time_scale * r)
-            modulation += (t - r)[:, None, None] * second[0]
-            embedding += (t - r)[:, None] * second[1]
+        times = c.times
+        first = AdaLNSingle(c, name="time_embedder")
+        modulation, embedding = first(c.time_scale * times.first(t, r), guidance)
+        if times.second:
+            second = AdaLNSingle(c, times.last, name=times.second)(c.time_scale * r)
+            weight = times.weight(t, r)
+            modulation += weight[:, None, None] * second[0]
+            embedding += weight[:, None] * second[1]
 
         lengths = cond["mask"].astype(jnp.int32).sum(1)
         h = run_layers(
@@ -304,7 +309,7 @@ def _attention(key: str, path: str, input_bias: bool, qk_norm: bool):
 
 
 def table(config: Config) -> names.NameTable:
-    """The published tensors' names; a second embedder that is missing starts at random.
+    """The published tensors' names; TwinFlow's second embedder, if missing, starts at random.
 
     It embeds r alone, also beside guidance, and has the keys of TwinFlow's wrapper for SANA.
     """
@@ -322,10 +327,13 @@ def table(config: Config) -> names.NameTable:
         ("scale_shift_table", "final_modulation", "same"),
         *names.linear("proj_out", "out"),
     )
+    times, key = config.times, f"time_embed{config.times.suffix}"
     second = (
-        *embedder_names("time_embed_2.emb.timestep_embedder", "second_time_embedder/time"),
-        *names.linear("time_embed_2.linear", "second_time_embedder/modulation"),
+        *embedder_names(f"{key}.emb.timestep_embedder", f"{times.second}/time"),
+        *names.linear(f"{key}.linear", f"{times.second}/modulation"),
     )
+    normal = lambda key: 0.02 if key.endswith("weight") else 0.0
+    start = lambda key: {} if times.last else {"normal": normal(key), "group": names.KNOWS_R}
     block = (
         ("scale_shift_table", "modulation", "same"),
         *_attention("attn1", "self_attention", False, config.qk_norm),
@@ -336,16 +344,10 @@ def table(config: Config) -> names.NameTable:
         ("ff.conv_depth.bias", "mlp/depthwise/bias", "same"),
         ("ff.conv_point.weight", "mlp/out/kernel", "pointwise"),
     )
-    random = tuple(
-        names.Rule(
-            *rule, normal=0.02 if rule[0].endswith("weight") else 0.0, group=names.KNOWS_R
-        )
-        for rule in second
-    )
     return names.NameTable(
         rules=(
             *(names.Rule(*rule) for rule in single),
-            *(random if config.second_embedder else ()),
+            *(names.Rule(*rule, **start(rule[0])) for rule in second if times.second),
             *names.stack("transformer_blocks", block, "layers"),
         ),
         layers=config.layers,
