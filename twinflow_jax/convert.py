@@ -206,8 +206,7 @@ def adapter_merge(args) -> int:
     from twinflow_jax.checkpoints import adapting, imported
 
     checkpoint, (source, factor) = imported.open_imported(args.base), args.source
-    network, config = checkpoint.network("transformer"), checkpoint.config("transformer")
-    adapter = adapting.open_adapter(source, network, config)
+    adapter = adapting.open_for(checkpoint, source)
     for note in adapter.file.notes:
         print(note)
     error = adapting.merge(checkpoint, adapter, factor, args.target)

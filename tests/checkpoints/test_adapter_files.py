@@ -84,7 +84,7 @@ class Base:
 
     def ours(self, *files: pathlib.Path, factor: float = 1.0) -> np.ndarray:
         """Our output with these files' adapters on the network."""
-        opened = [adapting.open_adapter(file, self.network, self.config) for file in files]
+        opened = [adapting.open_adapter(file, self.network, self.config, True) for file in files]
         leaves = adapting.put([(one, factor) for one in opened], self.network, self.config)
         put_on = {path: leaf.read().result() for path, leaf in leaves.items()}
         params = names.unflatten(self.params | put_on)
@@ -384,7 +384,7 @@ def test_merging_and_what_it_costs(small, kept, tmp_path, capsys):
 
     narrow = tmp_path / "narrow"
     importing.import_folder(str(small.folder / "published"), str(narrow), "bfloat16", 1, False)
-    weak = adapting.open_adapter(folder, small.network, small.config)
+    weak = adapting.open_for(small.checkpoint, folder)
     costs = [
         adapting.merge(imported.open_imported(narrow), weak, factor, tmp_path / str(factor), False)
         for factor in (1.0, 0.01)

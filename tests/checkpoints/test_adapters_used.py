@@ -23,18 +23,24 @@ from twinflow_jax.models import names
 from twinflow_jax.training import checks
 
 
-@pytest.fixture(scope="module")
-def trained(checkpoint, tmp_path_factory) -> pathlib.Path:
-    """A run of adapters and of the second embedder, with random values."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
+SECOND = {  # the embedder of each time conditioning
+    "second_embedder": "second_time_embedder", "gated": "gated_time_embedder", "half_r": "",
+}
+
+
+@pytest.fixture(scope="module", params=["second_embedder"])
+def trained(request, checkpoint, tmp_path_factory) -> pathlib.Path:
+    """A run of adapters and of what embeds r, with random values."""
+    workdir, time = tmp_path_factory.mktemp("trained") / "run", request.param
+    whole = [f"{SECOND[time]}/.*"] if SECOND[time] else []
     run = Run.of({
         "model": {"name": "qwen_image"}, "pipeline": str(checkpoint),
         "objective": objectives.preset("released", guidance=0.0),
         "train": {"ema_decay": 0.0, "keep": 1, "init_from": str(checkpoint)},
-        "adapter": {"rank": 3, "targets": ["released"], "whole": ["second_time_embedder/.*"]},
+        "adapter": {"rank": 3, "targets": ["released"], "whole": whole},
     })
     small = imported.open_imported(checkpoint).config("transformer")
-    run = dataclasses.replace(run, model=small)
+    run = dataclasses.replace(run, model=dataclasses.replace(small, time_conditioning=time))
     leaves = names.flatten(models.build(run.model, adapter=run.adapter).abstract_params())
     rng = np.random.default_rng(SEED)
     values = {
@@ -49,42 +55,62 @@ def trained(checkpoint, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.parametrize("trained", SECOND, indirect=True)
 def test_a_run_in_a_file_is_the_run(trained, checkpoint, tmp_path, capsys):
     """Its adapters and what trained whole, bit for bit, on the base from the file."""
+    time = checkpoints.read_run(trained).model.time_conditioning
     assert convert("export", trained, tmp_path / "no") == 2
     assert "convert adapter export" in capsys.readouterr().err
     for form in dialects.FORMATS:
         out = tmp_path / form
         assert convert("adapter", "export", trained, out, "--format", form) == 0
-        assert "second embedder" in (out / "README.md").read_text()
+        portable = "any pipeline" in (out / "README.md").read_text()
+        assert portable == (time != "second_embedder")
         base = imported.open_imported(checkpoint)
-        network, config = base.network("transformer"), base.config("transformer")
-        opened = adapting.open_adapter(out, network, config)
+        opened = adapting.open_for(base, out)
         assert not opened.file.notes
-        put_on = adapting.put([(opened, 1.0)], network, config)
+        put_on = adapting.put([(opened, 1.0)], base.network("transformer"), opened.config)
         arrays = checkpoints.open_weights(trained)[1]
         for path in arrays:
-            if "lora_" in path or "second_" in path:
+            if "lora_" in path or SECOND[time] and SECOND[time] in path:
                 ours, theirs = (one[path].read().result() for one in (put_on, arrays))
                 np.testing.assert_array_equal(ours, theirs)
         assert put_on.keys() < arrays.keys()
     said = opened.said
     assert {said[f"twinflow_{key}"] for key in ("rank", "alpha", "step", "time", "order")} == {
-        "3", "7", "second_embedder", "2"
+        "3", "7", time, "2"
     }
     assert said["twinflow_targets"] == "released" and said["twinflow_base"] == "pipeline"
+    assert (out / "whole.safetensors").exists() == bool(SECOND[time])
+    if not SECOND[time]:
+        return
     (out / "whole.safetensors").unlink()
     assert convert("adapter", "import", out, tmp_path / "kept", "--base", checkpoint) == 2
     assert "whole.safetensors, which is not beside it" in capsys.readouterr().err
 
 
-def test_an_adapter_of_another_base_is_not_merged(trained, checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("trained", ["gated"], indirect=True)
+def test_merged_into_its_base_and_no_other(trained, checkpoint, tmp_path, capsys):
     other = tmp_path / "other"
-    random.write_random("qwen_image", other, SEED)
+    record = random.write_random("qwen_image", other, SEED).record
+    record["networks"]["transformer"]["added"] = imported.open_imported(
+        checkpoint
+    ).record["networks"]["transformer"]["added"]  # as of a base model
+    (other / "checkpoint.json").write_text(json.dumps(record))
     out = tmp_path / "out"
     assert convert("adapter", "export", trained, out) == 0
     assert convert("adapter", "merge", checkpoint, out, tmp_path / "merged") == 0
-    assert imported.open_imported(tmp_path / "merged").knows_r
+    merged = imported.open_imported(tmp_path / "merged")
+    assert merged.knows_r and merged.config("transformer").time_conditioning == "gated"
+    kernel = "gated_time_embedder/out/kernel"
+    np.testing.assert_array_equal(*(
+        one[kernel].read().result()
+        for one in (merged.arrays("transformer"), checkpoints.open_weights(trained)[1])
+    ))
+    assert convert("export", tmp_path / "merged", tmp_path / "back") == 0
+    assert "time_text_embed_gated.timestep_embedder.linear_1.bias" in read(
+        tmp_path / "back" / "transformer"
+    )
     assert convert("adapter", "merge", other, out, tmp_path / "new") == 2
     assert "was trained on other weights: pipeline (" in capsys.readouterr().err
     assert convert("adapter", "import", out, tmp_path / "kept", "--base", other) == 2
@@ -99,6 +125,7 @@ def draw(out: pathlib.Path, *arguments) -> tuple[str, np.ndarray]:
     return file.name, np.asarray(Image.open(file), int)
 
 
+@pytest.mark.parametrize("trained", ["gated"], indirect=True)
 def test_pictures_with_adapters_put_on(trained, checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     assert convert("adapter", "export", trained, out) == 0
@@ -124,15 +151,15 @@ def test_pictures_with_adapters_put_on(trained, checkpoint, tmp_path, capsys):
     assert gap(once[1], of_run) > gap(half[1], of_run) > 1
 
 
-def test_time_conditioning_has_to_be_that_of_the_network(trained, checkpoint, tmp_path, capsys):
+def test_time_conditioning_has_to_be_that_of_the_network(trained, tmp_path, capsys):
     assert convert("adapter", "export", trained, tmp_path / "out") == 0
     file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     header = tensors.metadata(epath.Path(file)) | {"twinflow_time": "gated"}
     safetensors.torch.save_file(safetensors.torch.load_file(file), file, header)
-    arguments = ("--checkpoint", checkpoint, "--out", tmp_path / "no", "--prompt", "a fox",
+    arguments = ("--checkpoint", trained, "--out", tmp_path / "no", "--prompt", "a fox",
                  "--adapter", file)
     assert call(sample, *map(str, arguments)) == 2
-    assert "time conditioning gated, this network has second_emb" in capsys.readouterr().err
+    assert "time conditioning gated, this network with second_emb" in capsys.readouterr().err
 
 
 def test_training_starts_from_an_imported_adapter(trained, checkpoint, tmp_path):

@@ -24,6 +24,7 @@ from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError, few
 from twinflow_jax.models import adapters, names
+from twinflow_jax.models.conditioning import TIMES
 from twinflow_jax.models.family import Network
 from twinflow_jax.models.names import Rule
 
@@ -70,10 +71,11 @@ def places(network: Network, config) -> Places:
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """What is put on a network: low-rank adapters and, by published key, weights that trained whole
-    beside them and take the others' place."""
+    beside them and take the others' place. config: of the network, as they were trained on it."""
 
     file: dialects.AdapterFile
     whole: dict[str, tensors.Tensor]
+    config: Any
 
     @property
     def said(self) -> dict[str, str]:
@@ -107,17 +109,11 @@ class Adapter:
         return made
 
 
-def time_of(config) -> str:
-    """How a network is told its target time."""
-    return getattr(config, "time_conditioning", "second_embedder")
-
-
 def base_digest(arrays: Mapping[str, Any], table: names.NameTable) -> str:
     """Of the weights that adapters are on: the same in whichever dtype they are, and whatever was
     added to them to know their target time."""
-    return store.fingerprint(
-        {rule.path: arrays[rule.path] for rule in table.rules if not rule.optional}
-    )
+    known = [rule.path for rule in table.rules if not rule.optional and rule.path in arrays]
+    return store.fingerprint({path: arrays[path] for path in known})
 
 
 def is_imported(folder: epath.PathLike) -> bool:
@@ -143,28 +139,30 @@ def read_record(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def open_adapter(
-    source: epath.PathLike, network: Network, config, alpha: float | None = None
+    source: epath.PathLike, network: Network, config, free: bool, alpha: float | None = None
 ) -> Adapter:
     """A file of adapters, the folder of one, or an imported one, for a network of a config.
 
-    alpha: of all modules, in place of what the file says.
+    free: whether the network's weights know no target time yet, so that it is the adapter's to say
+    how they are told. alpha: of all modules, in place of what the file says.
     Raises:
-      UserError: it cannot be read, or does not fit: modules, shapes, or how the network is told
-        its target time.
+      UserError: it cannot be read, or does not fit: modules, shapes, or the time conditioning.
     """
     source = epath.Path(source)
     if is_imported(source):
         alpha = read_record(source)["alpha"]
-    spots = places(network, config)
-    file = dialects.read(source, {k: spot.channels for k, spot in spots.items()}, alpha)
-    mine, theirs = time_of(config), file.ours.get("twinflow_time", "")
-    if theirs not in ("", mine):
+    texts = tensors.metadata(dialects.find(source))
+    mine, theirs = config.time_conditioning, texts.get("twinflow_time", config.time_conditioning)
+    if theirs != mine and not (free and theirs in TIMES):
         raise UserError(
-            f"{file.path} was trained with the time conditioning {theirs}, this network has "
-            f"{mine}: take a base with the same"
+            f"{source} was trained with the time conditioning {theirs}, this network with {mine}: "
+            "take one with the same"
         )
+    config = dataclasses.replace(config, time_conditioning=theirs)
+    modules = {name: spot.channels for name, spot in places(network, config).items()}
+    file = dialects.read(source, modules, alpha)
     if "twinflow_whole" not in file.ours:
-        return Adapter(file, {})
+        return Adapter(file, {}, config)
     beside = file.path.parent / dialects.WHOLE
     if not beside.exists():
         raise UserError(
@@ -180,7 +178,7 @@ def open_adapter(
     ]
     if wrong or halves:
         raise UserError(f"{beside} is not of this network: {few(wrong + halves)}")
-    return Adapter(file, whole)
+    return Adapter(file, whole, config)
 
 
 def other_base(adapter: Adapter, arrays: Mapping[str, Any], table: names.NameTable) -> str:
@@ -234,8 +232,7 @@ def import_adapter(
     Raises:
       UserError: it does not fit the checkpoint, is of another base, or the target is taken.
     """
-    network, config = checkpoint.network("transformer"), checkpoint.config("transformer")
-    adapter = open_adapter(source, network, config, alpha)
+    adapter = open_for(checkpoint, source, alpha)
     _refuse_other_base(adapter, checkpoint)
     record = {
         "format": FORMAT, "family": checkpoint.family, "source": str(source), "alpha": alpha,
@@ -264,16 +261,33 @@ def _refuse_other_base(adapter: Adapter, checkpoint: Imported) -> None:
         raise UserError(f"{problem}: take the checkpoint of that base")
 
 
-def start(folder: epath.PathLike) -> store.Arrays:
-    """The weights of an imported adapter's base, with the adapter on them.
+def open_for(
+    checkpoint: Imported, source: epath.PathLike, alpha: float | None = None
+) -> Adapter:
+    """`open_adapter` for the transformer of an imported checkpoint."""
+    network, config = checkpoint.network("transformer"), checkpoint.config("transformer")
+    return open_adapter(source, network, config, not checkpoint.knows_r, alpha)
+
+
+def open_imported(folder: epath.PathLike) -> tuple[Imported, Adapter]:
+    """An imported adapter, with the checkpoint that it was imported for.
 
     Raises:
       UserError: either cannot be read.
     """
     checkpoint = imported.open_imported(read_record(folder)["base"])
-    network, config = checkpoint.network("transformer"), checkpoint.config("transformer")
-    opened = open_adapter(folder, network, config)
-    return checkpoint.arrays("transformer") | put([(opened, 1.0)], network, config)
+    return checkpoint, open_for(checkpoint, folder)
+
+
+def start(folder: epath.PathLike) -> store.Arrays:
+    """The weights of an imported adapter's base, with the adapter on them.
+
+    Raises:
+      UserError: as `open_imported`.
+    """
+    checkpoint, adapter = open_imported(folder)
+    network = checkpoint.network("transformer")
+    return checkpoint.arrays("transformer") | put([(adapter, 1.0)], network, adapter.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +337,7 @@ def export_trained(
         "family": run.model.name, "base": _name(run.train.init_from),
         "base_digest": base_digest(base, table), "rank": run.adapter.rank,
         "alpha": run.adapter.rank, "targets": ",".join(run.adapter.targets),
-        "time": time_of(run.model), "objective": run.objective.form, "order": order,
+        "time": run.model.time_conditioning, "objective": run.objective.form, "order": order,
         "sampler": "few steps" if order else "base", "step": step,
     } | ({"whole": ",".join(run.adapter.whole)} if whole else {})
     said = {f"{dialects.OURS}{key}": str(value) for key, value in said.items()}
@@ -343,7 +357,7 @@ def export_imported(
     record, target = read_record(folder), epath.Path(target)
     network = _network(record["family"])
     config = network.config.from_published(record["published"])
-    adapter = open_adapter(folder, network, config)
+    adapter = open_adapter(folder, network, config, free=True)
     path = adapter.file.path
     if form is None:
         with files.whole_folder(target, path.stat().length):
@@ -352,7 +366,7 @@ def export_imported(
         return target / path.name
     dtype = dtype or adapter.file.dtype.name
     return _write(
-        target, record["family"], form, adapter.file.low, places(network, config), dtype,
+        target, record["family"], form, adapter.file.low, places(network, adapter.config), dtype,
         adapter.said, adapter.whole,
     )
 
@@ -383,6 +397,10 @@ The network was told the target time r by a second embedder, E1(t) + E2(r) (t - 
 of adapters do not have: what they load computes r = t, right for many steps and wrong for few. For
 few steps use `twinflow_jax` (`sample --adapter`).
 """
+STOCK = """
+The network was told the target time r so that at r = 0, where few steps are drawn, it is the
+published one with these adapters: any pipeline that loads them draws in few steps.
+"""
 BESIDE = f"""
 `{dialects.WHOLE}` holds weights that trained whole beside the adapters. Loaders of adapters do not
 take it; `twinflow_jax` does, where both files lie together.
@@ -407,8 +425,9 @@ def _write(
         if whole:
             arrays = (tensors.contiguous(whole[key].read()).astype(kind) for key in shapes)
             tensors.write(target / dialects.WHOLE, shapes, arrays)
-        second = said.get("twinflow_time") == "second_embedder"
-        notes = (SECOND if second else "") + (BESIDE if whole else "")
+        time = said.get("twinflow_time")
+        notes = (SECOND if time == "second_embedder" else STOCK if time else "")
+        notes += BESIDE if whole else ""
         readme = README.format(
             name=target.name, base=said.get("twinflow_base") or family, file=file.name, notes=notes
         )
@@ -428,46 +447,63 @@ def merge(
       UserError: the adapter is of another base, or the target is taken.
     """
     _refuse_other_base(adapter, checkpoint)
-    network, config = checkpoint.network("transformer"), checkpoint.config("transformer")
-    arrays, leaves = checkpoint.arrays("transformer"), put([(adapter, factor)], network, config)
-    changed = {f"{path}/kernel" for path in adapters.ranks_of(leaves)}
-    changed |= {path for path in leaves if not adapters.is_adapter(path)}
-    target, record = epath.Path(target), dict(checkpoint.record)
-    folders = {imported.array_folder(checkpoint.folder, "transformer", path) for path in changed}
-    kept = list(_files(checkpoint.folder, folders | {checkpoint.folder / imported.RECORD}))
-    total = sum(file.stat().length for file in kept)
-    total += sum(tensors.nbytes(arrays[k].dtype.numpy_dtype, arrays[k].shape) for k in changed)
-    lost = wanted = 0.0
+    network, arrays = checkpoint.network("transformer"), checkpoint.arrays("transformer")
+    leaves = put([(adapter, factor)], network, adapter.config)
+    kernels = {path: arrays[f"{path}/kernel"] for path in adapters.ranks_of(leaves)}
+    whole = {path: leaf for path, leaf in leaves.items() if not adapters.is_adapter(path)}
+    place = lambda folder, path: imported.array_folder(folder, "transformer", path)
+    changed = [*whole, *(f"{path}/kernel" for path in kernels)]
+    changed = {place(checkpoint.folder, path) for path in changed}
+    kept = list(_files(checkpoint.folder, changed | {checkpoint.folder / imported.RECORD}))
+    total = sum(file.stat().length for file in kept) + sum(
+        tensors.nbytes(one.dtype.numpy_dtype, one.shape)
+        for one in (*kernels.values(), *whole.values())
+    )
+    target, lost, wanted = epath.Path(target), 0.0, 0.0
     with files.whole_folder(target, total), store.bytes_bar("merge", total, progress) as bar:
         for file in kept:
-            place = target / file.relative_to(checkpoint.folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.copy(place)
+            there = target / file.relative_to(checkpoint.folder)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            file.copy(there)
             bar.update(file.stat().length)
-        for path in sorted(changed):
-            old = arrays[path]
+        for path, leaf in whole.items():
+            like = arrays.get(path, next(iter(kernels.values())))
+            values = store.read(leaf).astype(like.dtype.numpy_dtype)
+            store.write(store.create(place(target, path), values.shape, values.dtype), values)
+            bar.update(values.nbytes)
+        for path, old in kernels.items():
             layout = old.chunk_layout
             new = store.create(
-                imported.array_folder(target, "transformer", path), old.shape,
-                old.dtype.numpy_dtype, layout.write_chunk.shape, layout.read_chunk.shape,
+                place(target, f"{path}/kernel"), old.shape, old.dtype.numpy_dtype,
+                layout.write_chunk.shape, layout.read_chunk.shape,
             )
-            rows = layout.write_chunk.shape[0]
+            a, b = (store.read(leaves[f"{path}/{leaf}"]) for leaf in ("lora_a", "lora_b"))
+            rows = layout.write_chunk.shape[0]  # of the input, or layers
             for start in range(0, old.shape[0], rows):
                 part = slice(start, start + rows)
                 before = store.read(old[part])
-                delta = _delta(leaves, path, part, before)
+                delta = a[part] @ (b[part] if a.ndim == 3 else b)
                 after = (before.astype(np.float32) + delta).astype(before.dtype)
+                store.write(new[part], after)
                 gained = after.astype(np.float32) - before.astype(np.float32)
                 lost += float(np.square(gained - delta, dtype=np.float64).sum())
                 wanted += float(np.square(delta, dtype=np.float64).sum())
-                store.write(new[part], after)
                 bar.update(before.nbytes)
-        record["source"] = f"{record['source']}, with {adapter.file.path.name} x {factor:g} in it"
-        if adapter.said.get("twinflow_time"):  # which makes it know r
-            own = record["networks"]["transformer"]
-            record["networks"] = record["networks"] | {"transformer": own | {"added": []}}
-        files.write(target / imported.RECORD, json.dumps(record, indent=2).encode())
+        record = json.dumps(_merged(checkpoint, adapter, factor), indent=2)
+        files.write(target / imported.RECORD, record.encode())
     return (lost / wanted) ** 0.5 if wanted else 0.0
+
+
+def _merged(checkpoint: Imported, adapter: Adapter, factor: float) -> dict[str, Any]:
+    """The record of a checkpoint with an adapter in it."""
+    record = dict(checkpoint.record)
+    record["source"] = f"{record['source']}, with {factor:g} x {adapter.file.path.name} in it"
+    if adapter.said:  # it was trained to know r
+        network = record["networks"]["transformer"] | {
+            "added": [], "settings": {"time_conditioning": adapter.config.time_conditioning}
+        }
+        record["networks"] = record["networks"] | {"transformer": network}
+    return record
 
 
 def _files(folder: epath.Path, but: Collection[epath.Path]) -> Iterator[epath.Path]:
@@ -477,14 +513,3 @@ def _files(folder: epath.Path, but: Collection[epath.Path]) -> Iterator[epath.Pa
             yield from _files(entry, but)
         elif entry not in but:
             yield entry
-
-
-def _delta(
-    leaves: store.Arrays, path: str, part: slice, before: np.ndarray
-) -> Float[np.ndarray, "..."]:
-    """What the rows, or layers, of a weight gain; before: those rows."""
-    if path in leaves:
-        return store.read(leaves[path][part]) - before.astype(np.float32)
-    a, b = (leaves[path.removesuffix("kernel") + leaf] for leaf in ("lora_a", "lora_b"))
-    b = b[part] if before.ndim == 3 else b  # of layers, each has its own
-    return store.read(a[part]) @ store.read(b)

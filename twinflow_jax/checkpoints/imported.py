@@ -102,11 +102,14 @@ class Imported:
         return self.record["networks"][name]
 
     def config(self, name: str):
-        """Our config of a network: read anew from the published one, where there is one."""
+        """Our config of a network: read anew from the published one, where there is one, with the
+        settings that training gave it."""
         network = self.network(name)
         if not network.published:
             return network.config()
-        return network.config.from_published(self.recorded(name)["published"])
+        recorded = self.recorded(name)
+        config = network.config.from_published(recorded["published"])
+        return dataclasses.replace(config, **recorded.get("settings", {}))
 
     @property
     def knows_r(self) -> bool:

@@ -197,12 +197,16 @@ def _put_on(pipeline: Pipeline, given: Sequence[tuple[str, float]]) -> Pipeline:
         return pipeline
     network, config = pipeline.checkpoint.network("transformer"), pipeline.config("transformer")
     arrays, opened = pipeline.arrays("transformer"), []
+    free = not pipeline.knows_r
     for source, factor in given:
-        adapter = adapting.open_adapter(source, network, config)
+        adapter = adapting.open_adapter(source, network, config, free)
+        config, free = adapter.config, free and not adapter.said
         other = adapting.other_base(adapter, arrays, imported.layout(network, config)[0])
         for note in (*adapter.file.notes, *([other] if other else ())):
             warnings.warn(f"{source}: {note}", stacklevel=3)
         opened.append((adapter, factor))
     leaves = adapting.put(opened, network, config, arrays)
     few = any("twinflow_time" in adapter.said for adapter, _ in opened)
-    return dataclasses.replace(pipeline, put_on=leaves, few=few, ranks=ranks_of(leaves))
+    return dataclasses.replace(
+        pipeline, settings=config, put_on=leaves, few=few, ranks=ranks_of(leaves)
+    )

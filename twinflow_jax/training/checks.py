@@ -121,6 +121,7 @@ def check_start(run: Run) -> None:
             )
         return
     if adapting.is_imported(source):
+        adapter = adapting.open_imported(source)[1]
         theirs = ranks_of(checkpoints.open_start(source))
         model = models.build(run.model, adapter=run.adapter)
         ours = ranks_of(names.flatten(model.abstract_params()))
@@ -128,10 +129,13 @@ def check_start(run: Run) -> None:
             f"{path} has rank {rank} there, {ours.get(path, 0)} here"
             for path, rank in theirs.items() if rank != ours.get(path, 0)
         ]
+        time = adapter.config.time_conditioning
+        if adapter.said and time != run.model.time_conditioning:
+            differing.append(f"model.time_conditioning is {time!r} there")
         if differing:
             raise UserError(
-                f"train.init_from {source} has other adapters ({few(differing)}): set adapter.rank "
-                "and adapter.targets so, or merge it (convert adapter merge) and start from that"
+                f"train.init_from {source} has other adapters ({few(differing)}): set the run so, "
+                "or merge it (convert adapter merge) and start from that"
             )
         return
     other = checkpoints.open_weights(source)[0]
