@@ -141,7 +141,9 @@ def run_export(args) -> int:
         print(f"{args.source} is in {args.target}")
         return 0
     family = checkpoint.text_to_image
-    knows_r = "transformer" in checkpoint.parts and (trained or checkpoint.knows_r)
+    knows_r = "transformer" in checkpoint.parts and checkpoint.knows_r and (
+        checkpoint.config("transformer").time_conditioning == "second_embedder"
+    )
     readme = README.format(
         library="transformers" if set(checkpoint.parts) <= {*family.encoders} else "diffusers",
         name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
@@ -236,7 +238,10 @@ def open_weights(args):
         )
     base = args.pipeline or checkpoints.pipeline_of(args.source, run)
     which = "raw" if args.raw else "average"
-    return imported.open_imported(base), arrays, f", trained for {step} steps ({which} weights)"
+    checkpoint = imported.open_imported(base)
+    if "transformer" in checkpoint.parts:
+        checkpoint = checkpoint.knowing_r(run.model.time_conditioning)
+    return checkpoint, arrays, f", trained for {step} steps ({which} weights)"
 
 
 if __name__ == "__main__":

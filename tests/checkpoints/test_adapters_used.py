@@ -112,7 +112,7 @@ def test_merged_into_its_base_and_no_other(trained, checkpoint, tmp_path, capsys
         tmp_path / "back" / "transformer"
     )
     assert convert("adapter", "merge", other, out, tmp_path / "new") == 2
-    assert "was trained on other weights: pipeline (" in capsys.readouterr().err
+    assert "was trained on other weights, pipeline (" in capsys.readouterr().err
     assert convert("adapter", "import", out, tmp_path / "kept", "--base", other) == 2
     assert not (tmp_path / "new").exists() and not (tmp_path / "kept").exists()
 
@@ -234,7 +234,7 @@ BAD = {
     "NaN": (lambda all: all.update({f"{Q}.alpha": np.array(np.nan, "f4")}), rf"finite.*{Q}.alpha"),
     "renamed": (
         lambda all: all.update({"transformer.three.lora_A.weight": all.pop(f"{Q}.lora_A.weight")}),
-        r"1 of 4 modules are unknown here \(1\): transformer.three.lora_A.weight",
+        r"1 of 4 modules are not of this network \(1\): transformer.three.lora_A.weight",
     ),
     "mixed": (
         lambda all: all.update({"lora_unet_out.lora_up.weight": all.pop(f"{OUT}.lora_B.weight")}),
@@ -287,6 +287,8 @@ def test_everything_wrong_is_listed_together(tmp_path):
     ({"text_encoder.q.lora_A.weight": ONE}, {}, "holds no adapter of this network's modules"),
     (pairs(), {"lora_adapter_metadata": "{"}, "the header holds no config of peft's"),
     (pairs(), header(**{"transformer.lora_alpha": "x"}), "the header holds no config of peft's"),
+    (pairs(), header(lora_alpha=float("nan")), "the header holds no config of peft's .alpha nan"),
+    (pairs(), header(lora_alpha=1, alpha_pattern={"(": 1}), "the header holds no config of peft's"),
     (pairs(), header(**{"transformer.use_dora": True}), "not supported .1.: use_dora=True"),
     (pairs(), header(**{"transformer.bias": "all"}), "not supported .1.: bias=all"),
     (pairs(alpha=True), header(lora_alpha=2), "in the tensors than in the config.*: .*alpha 1, 2"),

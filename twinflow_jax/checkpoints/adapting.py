@@ -186,10 +186,8 @@ def other_base(adapter: Adapter, arrays: Mapping[str, Any], table: names.NameTab
     said = adapter.said
     if said.get("twinflow_base_digest", (mine := base_digest(arrays, table))) == mine:
         return ""
-    return (
-        f"{adapter.file.path} was trained on other weights: {said.get('twinflow_base', '')} "
-        f"({said['twinflow_base_digest']}), these are {mine}"
-    )
+    base = f"{said.get('twinflow_base', '')} ({said['twinflow_base_digest']})"
+    return f"was trained on other weights, {base}, than these ({mine})"
 
 
 def put(
@@ -208,7 +206,7 @@ def put(
         for path, array in (arrays or {}).items() if adapters.is_adapter(path)
     }
     for adapter, factor in given:
-        if adapter.whole and (factor != 1 or any(one.whole for one, _ in given if one != adapter)):
+        if adapter.whole and (factor != 1 or any(one.whole for one, _ in given if one is not adapter)):
             raise UserError(
                 f"{adapter.file.path} has weights that trained whole, which neither take a factor "
                 "nor go beside others': use it alone of its kind, as it is"
@@ -258,7 +256,7 @@ def _copy_beside(path: epath.Path, target: epath.Path) -> None:
 def _refuse_other_base(adapter: Adapter, checkpoint: Imported) -> None:
     table = imported.layout(checkpoint.network("transformer"), checkpoint.config("transformer"))[0]
     if problem := other_base(adapter, checkpoint.arrays("transformer"), table):
-        raise UserError(f"{problem}: take the checkpoint of that base")
+        raise UserError(f"{adapter.file.path} {problem}: take the checkpoint of that base")
 
 
 def open_for(
@@ -496,14 +494,10 @@ def merge(
 
 def _merged(checkpoint: Imported, adapter: Adapter, factor: float) -> dict[str, Any]:
     """The record of a checkpoint with an adapter in it."""
-    record = dict(checkpoint.record)
-    record["source"] = f"{record['source']}, with {factor:g} x {adapter.file.path.name} in it"
     if adapter.said:  # it was trained to know r
-        network = record["networks"]["transformer"] | {
-            "added": [], "settings": {"time_conditioning": adapter.config.time_conditioning}
-        }
-        record["networks"] = record["networks"] | {"transformer": network}
-    return record
+        checkpoint = checkpoint.knowing_r(adapter.config.time_conditioning)
+    source = f"{checkpoint.record['source']}, with {factor:g} x {adapter.file.path.name} in it"
+    return checkpoint.record | {"source": source}
 
 
 def _files(folder: epath.Path, but: Collection[epath.Path]) -> Iterator[epath.Path]:

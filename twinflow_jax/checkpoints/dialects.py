@@ -225,7 +225,7 @@ def _by_module(
         if len(ways) > 1:
             wrong["several spellings in one file"] += ways.values()
     if unknown:
-        wrong[f"{len(unknown)} of {len(seen)} modules are unknown here"] += unknown.values()
+        wrong[f"{len(unknown)} of {len(seen)} modules are not of this network"] += unknown.values()
     return dict(keys)
 
 
@@ -276,9 +276,8 @@ def _config(
     beside = path.parent / BESIDE if path.name == FORMATS["peft"].file else None
     where = "the header" if HEADER in texts else BESIDE
     try:
-        text = texts.get(HEADER) or (
-            beside.read_text() if beside and beside.exists() else "{}"
-        )
+        none = beside is None or not beside.exists()
+        text = texts.get(HEADER) or ("{}" if none else beside.read_text())
         config = dict(json.loads(text))
         if where != BESIDE:  # of all networks of a pipeline, each with its name, or of one
             own = {k.removeprefix(NETWORK): v for k, v in config.items() if k.startswith(NETWORK)}
@@ -287,10 +286,12 @@ def _config(
             if config.get(key, usual) not in (usual, None):
                 wrong[f"{where} asks for what is not supported"].append(f"{key}={config[key]}")
         patterns = dict(config.get("alpha_pattern") or {})
-        for value in (config.get("lora_alpha") or 0, *patterns.values()):
-            float(value)
+        for pattern, value in [*patterns.items(), ("", config.get("lora_alpha") or 0)]:
+            re.compile(pattern)
+            if not math.isfinite(float(value)):
+                raise ValueError(f"alpha {value}")
         return config
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, re.error) as error:
         raise UserError(f"{path}: {where} holds no config of peft's ({reason(error)})") from error
 
 

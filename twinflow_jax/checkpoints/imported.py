@@ -122,6 +122,14 @@ class Imported:
         table = self.network("transformer").table(self.config("transformer"))
         return added.isdisjoint(table.group(names.KNOWS_R))
 
+    def knowing_r(self, time_conditioning: str) -> "Imported":
+        """The same checkpoint, its transformer trained with a target time, seen so."""
+        own = self.recorded("transformer") | {
+            "added": [], "settings": {"time_conditioning": time_conditioning}
+        }
+        networks = self.record["networks"] | {"transformer": own}
+        return dataclasses.replace(self, record=self.record | {"networks": networks})
+
     def arrays(self, name: str) -> store.Arrays:
         """The arrays of a network by path, open and not yet read.
 
