@@ -184,19 +184,19 @@ def adapter_import(args) -> int:
 
 def adapter_export(args) -> int:
     from twinflow_jax import checkpoints
-    from twinflow_jax.checkpoints import adapting
+    from twinflow_jax.checkpoints import adapted, adapting
 
     if adapting.is_imported(args.source):
         if args.raw or args.at_step is not None:
             raise UserError(f"{args.source} is an imported adapter: --raw, --at-step are for runs")
         if args.dtype and not args.format:
             raise UserError("--dtype needs --format: without, what was imported stays as it came")
-        file = adapting.export_imported(args.source, args.target, args.format, args.dtype)
+        file = adapted.export_imported(args.source, args.target, args.format, args.dtype)
     else:
         run, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
         if not run.adapter.rank:
             raise UserError(f"{args.source} trained no adapters: use convert export")
-        file = adapting.export_trained(
+        file = adapted.export_trained(
             run, arrays, checkpoints.base_of(run), step, args.target, args.format or FORMATS[0],
             args.dtype,
         )
@@ -205,13 +205,13 @@ def adapter_export(args) -> int:
 
 
 def adapter_merge(args) -> int:
-    from twinflow_jax.checkpoints import adapting, imported
+    from twinflow_jax.checkpoints import adapted, adapting, imported
 
     checkpoint, (source, factor) = imported.open_imported(args.base), args.source
     adapter = adapting.open_for(checkpoint, source)
     for note in adapter.file.notes:
         print(note)
-    error = adapting.merge(checkpoint, adapter, factor, args.target)
+    error = adapted.merge(checkpoint, adapter, factor, args.target)
     print(f"{args.base} with {source} is in {args.target}")
     print(f"rounding to the weights' dtype cost {error:.1%} of what the adapter adds; kept apart "
           "(sample --adapter) it costs nothing")

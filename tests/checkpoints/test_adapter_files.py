@@ -27,8 +27,9 @@ from tests.checkpoints.folders import SEED, convert
 from tests.models import oracles
 from tests.qwen_folder import randomise
 from tests.sana_folder import without_class
+from twinflow_jax import convert as verb
 from twinflow_jax import models
-from twinflow_jax.checkpoints import adapting, dialects, imported, importing
+from twinflow_jax.checkpoints import adapted, adapting, dialects, imported, importing
 from twinflow_jax.models import names
 
 FAMILIES = {
@@ -283,6 +284,7 @@ def kept(small) -> tuple[pathlib.Path, Truth]:
 @pytest.mark.parametrize("form", dialects.FORMATS)
 def test_ours_in_other_hands(form, small, kept, tmp_path, capsys):
     folder, truth = kept
+    assert tuple(dialects.FORMATS) == verb.FORMATS
     status = convert("adapter", "export", folder, tmp_path / "out", "--format", form)
     if form not in (models.FAMILIES[small.family].adapter_forms or dialects.FORMATS):
         assert status == 2 and "no tool loads adapters of sana" in capsys.readouterr().err
@@ -329,10 +331,10 @@ def test_the_same_bytes_again(small, kept, tmp_path):
         return
     program = """if True:
         import sys
-        from twinflow_jax.checkpoints import adapting
+        from twinflow_jax.checkpoints import adapted
         for where in sys.argv[2:]:
             form, dtype = where.rpartition("/")[2].split("_")
-            adapting.export_imported(sys.argv[1], f"{where}/adapter", form, dtype)"""
+            adapted.export_imported(sys.argv[1], f"{where}/adapter", form, dtype)"""
     started = []
     for seed in "01":
         targets = [str(tmp_path / seed / f"{form}_{dtype}") for form, dtype in wanted]
@@ -386,7 +388,7 @@ def test_merging_and_what_it_costs(small, kept, tmp_path, capsys):
     importing.import_folder(str(small.folder / "published"), str(narrow), "bfloat16", 1, False)
     weak = adapting.open_for(small.checkpoint, folder)
     costs = [
-        adapting.merge(imported.open_imported(narrow), weak, factor, tmp_path / str(factor), False)
+        adapted.merge(imported.open_imported(narrow), weak, factor, tmp_path / str(factor), False)
         for factor in (1.0, 0.01)
     ]
     assert costs[0] < 0.03 and 0.1 < costs[1] < 0.9, costs

@@ -22,7 +22,6 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.training import checks
 
-
 SECOND = {  # the embedder of each time conditioning
     "second_embedder": "second_time_embedder", "gated": "gated_time_embedder", "half_r": "",
 }
