@@ -16,7 +16,7 @@ from PIL import Image
 from tests.checkpoints.folders import SEED, bits, convert, read
 from tests.test_verbs import call
 from twinflow_jax import checkpoints, models, objectives, sample
-from twinflow_jax.checkpoints import adapting, dialects, imported, random, tensors
+from twinflow_jax.checkpoints import adapting, dialects, imported, random, store, tensors
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
@@ -122,6 +122,15 @@ def draw(out: pathlib.Path, *arguments) -> tuple[str, np.ndarray]:
     assert call(sample, *map(str, (*fixed, *arguments))) == 0
     [file] = out.iterdir()
     return file.name, np.asarray(Image.open(file), int)
+
+
+def test_the_digest_of_weights_sees_all_of_their_adapters():
+    arrays = {name: np.ones((3, 4), np.float32) for name in "abcdefgh"}
+    low = {f"a/lora_{end}": np.ones((4, 2), np.float32) for end in "ab"}
+    changed = low | {"a/lora_b": low["a/lora_b"].copy()}
+    changed["a/lora_b"][3, 1] += 1e-6
+    digests = [store.fingerprint(arrays | more) for more in ({}, low, changed)]
+    assert len(set(digests)) == 3
 
 
 @pytest.mark.parametrize("trained", ["gated"], indirect=True)

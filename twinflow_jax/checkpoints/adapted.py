@@ -63,15 +63,18 @@ def export_trained(
         if not frozen.fullmatch(rule.path)
         for layer, key in enumerate(table.keys(rule))
     }
-    order = getattr(run.objective, "order", "")
+    # At r = t alone, where nothing but flow matching is, a second embedder is not seen.
+    few, time = run.objective.learns_jumps, run.model.time_conditioning
     said = {
         "family": run.model.name, "base": _name(run.train.init_from),
         "base_digest": adapting.base_digest(base, table), "rank": run.adapter.rank,
         "alpha": run.adapter.rank, "targets": ",".join(run.adapter.targets),
-        "time": run.model.time_conditioning, "objective": run.objective.form, "order": order,
-        "sampler": "few steps" if order else "base", "step": step,
-    } | ({"whole": ",".join(run.adapter.whole)} if whole else {})
-    said = {f"{dialects.OURS}{key}": str(value) for key, value in said.items()}
+        "time": time if few or time != "second_embedder" else "",
+        "objective": run.objective.form, "order": getattr(run.objective, "order", ""),
+        "sampler": dialects.FEW if few else "base", "step": step,
+        "whole": ",".join(run.adapter.whole) if whole else "",
+    }
+    said = {f"{dialects.OURS}{key}": str(value) for key, value in said.items() if value != ""}
     return _write(target, run.model.name, form, low, spots, dtype or "float32", said, whole)
 
 
@@ -92,8 +95,7 @@ def export_imported(
     path = adapter.file.path
     if form is None:
         with files.whole_folder(target, path.stat().length):
-            path.copy(target / path.name)
-            adapting.copy_beside(path, target)
+            adapting.keep(adapter, target, path.name)
         return target / path.name
     dtype = dtype or adapter.file.dtype.name
     spots = adapting.places(network, adapter.config)
@@ -156,8 +158,8 @@ def _write(
         if whole:
             arrays = (tensors.contiguous(whole[key].read()).astype(kind) for key in shapes)
             tensors.write(target / dialects.WHOLE, shapes, arrays)
-        time = said.get("twinflow_time")
-        notes = (SECOND if time == "second_embedder" else STOCK if time else "")
+        time = said.get("twinflow_time", "")
+        notes = SECOND if time == "second_embedder" else STOCK if time else ""
         notes += BESIDE if whole else ""
         readme = README.format(
             name=target.name, base=said.get("twinflow_base") or family, file=file.name, notes=notes
@@ -227,7 +229,7 @@ def merge(
 
 def _merged(checkpoint: Imported, adapter: Adapter, factor: float) -> dict[str, Any]:
     """The record of a checkpoint with an adapter in it."""
-    if adapter.said:  # it was trained to know r
+    if adapter.time:
         checkpoint = checkpoint.knowing_r(adapter.config.time_conditioning)
     source = f"{checkpoint.record['source']}, with {factor:g} x {adapter.file.path.name} in it"
     return checkpoint.record | {"source": source}

@@ -79,6 +79,11 @@ class Adapter:
         """What its header says of where it comes from, {} for others' files."""
         return self.file.ours
 
+    @property
+    def time(self) -> str:
+        """The time conditioning that it needs, "" where it goes with any."""
+        return self.said.get("twinflow_time", "")
+
     def leaves(self, spots: Places, table: names.NameTable) -> dict[str, np.ndarray]:
         """As parameters of the network, by path, float32: ranks of layers are filled up with zeros
         to the largest."""
@@ -237,18 +242,22 @@ def import_adapter(
     }
     path, target = adapter.file.path, epath.Path(target)
     with files.whole_folder(target, path.stat().length):
-        peft = path.name == dialects.FORMATS["peft"].file
-        path.copy(target / (path.name if peft else "adapter.safetensors"))
-        copy_beside(path, target)
+        keep(adapter, target, path.name if _is_pefts(path) else "adapter.safetensors")
         files.write(target / RECORD, json.dumps(record, indent=2).encode())
     return adapter
 
 
-def copy_beside(path: epath.Path, target: epath.Path) -> None:
-    """Copies what belongs to a file of adapters."""
-    for name in (dialects.BESIDE, dialects.WHOLE):
-        if (path.parent / name).exists():
-            (path.parent / name).copy(target / name)
+def _is_pefts(path: epath.Path) -> bool:
+    return path.name == dialects.FORMATS["peft"].file
+
+
+def keep(adapter: Adapter, target: epath.Path, name: str) -> None:
+    """Copies an adapter's file to a folder under a name, with what belongs to it."""
+    path = adapter.file.path
+    path.copy(target / name)
+    for beside, belongs in ((dialects.BESIDE, _is_pefts(path)), (dialects.WHOLE, adapter.whole)):
+        if belongs and (path.parent / beside).exists():
+            (path.parent / beside).copy(target / beside)
 
 
 def refuse_other_base(adapter: Adapter, checkpoint: Imported) -> None:

@@ -50,6 +50,7 @@ HEADER = "lora_adapter_metadata"  # of diffusers, SimpleTuner: peft's config as 
 NETWORK = "transformer."  # begins its fields in diffusers' header
 BESIDE = "adapter_config.json"  # the same, in peft's own folders
 OURS = "twinflow_"  # begins what our headers say besides
+FEW = "few steps"  # what those of `twinflow_sampler` are for that learn jumps
 WHOLE = "whole.safetensors"  # beside adapters of ours: the weights that trained whole with them
 
 TEXT_ENCODER = re.compile(r"(base_model\.model\.)?text_encoders?(_\d)?\.|lora_te\d?_")

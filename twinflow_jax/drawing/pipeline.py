@@ -17,6 +17,7 @@ from etils import epath
 
 from twinflow_jax import checkpoints, parallel
 from twinflow_jax.checkpoints import adapting, imported, store
+from twinflow_jax.checkpoints.dialects import FEW
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
@@ -200,13 +201,13 @@ def _put_on(pipeline: Pipeline, given: Sequence[tuple[str, float]]) -> Pipeline:
     free = not pipeline.knows_r
     for source, factor in given:
         adapter = adapting.open_adapter(source, network, config, free)
-        config, free = adapter.config, free and not adapter.said
+        config, free = adapter.config, free and not adapter.time
         other = adapting.other_base(adapter, arrays, imported.layout(network, config)[0])
         for note in (*adapter.file.notes, *([other] if other else ())):
             warnings.warn(f"{source}: {note}", stacklevel=3)
         opened.append((adapter, factor))
     leaves = adapting.put(opened, network, config, arrays)
-    few = any("twinflow_time" in adapter.said for adapter, _ in opened)
+    few = any(adapter.said.get("twinflow_sampler") == FEW for adapter, _ in opened)
     return dataclasses.replace(
         pipeline, settings=config, put_on=leaves, few=few, ranks=ranks_of(leaves)
     )

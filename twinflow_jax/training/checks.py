@@ -129,9 +129,8 @@ def check_start(run: Run) -> None:
             f"{path} has rank {rank} there, {ours.get(path, 0)} here"
             for path, rank in theirs.items() if rank != ours.get(path, 0)
         ]
-        time = adapter.config.time_conditioning
-        if adapter.said and time != run.model.time_conditioning:
-            differing.append(f"model.time_conditioning is {time!r} there")
+        if adapter.time not in ("", run.model.time_conditioning):
+            differing.append(f"model.time_conditioning is {adapter.time!r} there")
         if differing:
             raise UserError(
                 f"train.init_from {source} has other adapters ({few(differing)}): set the run so, "
