@@ -13,6 +13,7 @@ from tests.checkpoints.folders import (
     edit,
     read,
     weight_file,
+    write_run,
 )
 
 
@@ -49,6 +50,15 @@ def test_export_of_a_run(base, run, checkpoint, tmp_path):
     # and what was exported is imported again, its own second embedder included
     assert convert("import", tmp_path / "raw", tmp_path / "again") == 0
     assert convert("verify", tmp_path / "raw", tmp_path / "again") == 0
+
+
+def test_export_of_a_run_without_a_second_embedder(base, checkpoint, tmp_path):
+    half = {"left_out": "second_time_embedder", "time_conditioning": "half_r"}
+    run = write_run(checkpoint, tmp_path / "run", **half)
+    assert convert("export", run, tmp_path / "out", "--raw") == 0
+    theirs = read(base / "transformer")
+    assert_same(read(tmp_path / "out" / "transformer"), {k: v + 1 for k, v in theirs.items()})
+    assert "E1(t)" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_run_of_another_network_is_not_exported(source, run, tmp_path, capsys):
