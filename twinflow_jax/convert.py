@@ -141,13 +141,11 @@ def run_export(args) -> int:
         print(f"{args.source} is in {args.target}")
         return 0
     family = checkpoint.text_to_image
-    knows_r = "transformer" in checkpoint.parts and checkpoint.knows_r and (
-        checkpoint.config("transformer").time_conditioning == "second_embedder"
-    )
+    knows_r = "transformer" in checkpoint.parts and checkpoint.knows_r
     readme = README.format(
         library="transformers" if set(checkpoint.parts) <= {*family.encoders} else "diffusers",
         name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
-        note=family.export_note if knows_r else "",
+        note=family.note(checkpoint.config("transformer").times) if knows_r else "",
     ).strip() + "\n"
     exporting.export_folder(checkpoint, args.target, args.dtype, trained, readme)
     print(f"{args.source} is in {args.target}")

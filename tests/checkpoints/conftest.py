@@ -5,7 +5,10 @@ import shutil
 
 import pytest
 
-from twinflow_jax.checkpoints import importing
+from twinflow_jax import checkpoints, objectives
+from twinflow_jax.checkpoints import imported, importing
+from twinflow_jax.config import Run
+from twinflow_jax.models import names
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +40,20 @@ def source(base, tmp_path):
 @pytest.fixture(scope="session")
 def run(checkpoint, tmp_path_factory):
     """A run's folder with trained weights: its arrays by path, the checkpoint's plus 1."""
-    from tests.checkpoints.folders import write_run
-
-    return write_run(checkpoint, tmp_path_factory.mktemp("trained") / "run")
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    described = Run.of(
+        {
+            "model": {"name": "qwen_image"}, "pipeline": str(checkpoint),
+            "objective": objectives.preset("released", guidance=0.0),
+            "train": {"ema_decay": 0.9, "keep": 1},
+        }
+    )
+    arrays = imported.open_imported(checkpoint).arrays("transformer")
+    values = {path: array.read().result() + 1 for path, array in arrays.items()}
+    average = {path: array * 2 for path, array in values.items()}
+    with checkpoints.claim(workdir, described):
+        saver = checkpoints.Saver(workdir, keep=1)
+        saver.save(7, {"params": names.unflatten(values), "average": names.unflatten(average)})
+        saver.wait()
+        saver.close()
+    return workdir

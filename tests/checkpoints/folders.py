@@ -9,11 +9,7 @@ import torch
 from diffusers import QwenImagePipeline
 
 from tests.test_verbs import call
-from twinflow_jax import checkpoints, objectives
 from twinflow_jax import convert as verb
-from twinflow_jax.checkpoints import imported
-from twinflow_jax.config import Run
-from twinflow_jax.models import names
 
 CONVERT = pathlib.Path(verb.__file__)
 NETWORKS = ("transformer", "vae", "text_encoder")
@@ -22,26 +18,6 @@ SEED = int(np.random.default_rng().integers(1 << 30))
 
 def convert(*arguments) -> int:
     return call(verb, *map(str, arguments))
-
-
-def write_run(checkpoint, workdir, left_out: str = "nothing", **model):
-    """A run's folder with trained weights: the checkpoint's plus 1, but for those left out."""
-    described = Run.of(
-        {
-            "model": {"name": "qwen_image"} | model, "pipeline": str(checkpoint),
-            "objective": objectives.preset("released", guidance=0.0),
-            "train": {"ema_decay": 0.9, "keep": 1},
-        }
-    )
-    arrays = imported.open_imported(checkpoint).arrays("transformer")
-    values = {path: a.read().result() + 1 for path, a in arrays.items() if left_out not in path}
-    average = {path: array * 2 for path, array in values.items()}
-    with checkpoints.claim(workdir, described):
-        saver = checkpoints.Saver(workdir, keep=1)
-        saver.save(7, {"params": names.unflatten(values), "average": names.unflatten(average)})
-        saver.wait()
-        saver.close()
-    return workdir
 
 
 def weight_file(folder: pathlib.Path) -> pathlib.Path:

@@ -13,7 +13,7 @@ from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import exporting, imported, random
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
-from twinflow_jax.training import setup
+from twinflow_jax.training import checks, setup
 from twinflow_jax.training.loop import train
 
 TINY = "configs/qwen20b_tpu.py:tiny"
@@ -96,6 +96,31 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(overrides, mess
     with pytest.raises(UserError, match=message):
         train(tiny(*overrides), str(tmp_path / "run"), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_sees_r_otherwise_is_no_start(run, tmp_path):
+    source = run / "random"
+    other = tiny(f"train.init_from={source}", "model.time_conditioning=gated")
+    says = "trained with model.time_conditioning 'second_embedder', here it is 'gated'"
+    with pytest.raises(UserError, match=says):
+        train(other, str(tmp_path / "run"), progress=False)
+    assert not (tmp_path / "run").exists()
+    record = json.loads((source / "checkpoint.json").read_text())
+    table = tiny().family.text_to_image.networks["transformer"].table(tiny().model)
+    record["networks"]["transformer"]["added"] = sorted(table.group(names.KNOWS_R))
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "checkpoint.json").write_text(json.dumps(record))
+    checks.check_start(tiny(f"train.init_from={base}", "model.time_conditioning=gated"))
+
+
+def test_a_record_of_before_is_read(run, tmp_path):
+    """Of when a network had a second embedder or none."""
+    fields = json.loads((run / "config.json").read_text())
+    del fields["model"]["time_conditioning"]
+    fields["model"]["second_embedder"] = True
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert checkpoints.read_run(tmp_path) == checkpoints.read_run(run)
 
 
 def test_the_published_variants_name_the_published_network():

@@ -148,14 +148,15 @@ def build(
             if re.fullmatch(adapter.frozen, f"{path}/kernel")
         }
         paths = tuple(adapters.chosen(adapter.targets, names, family.adapted))
-        adapters.check_made(adapter, paths, leaves(*paths))
-        boxed, fixed = functools.partial(boxed, adapted=paths), (adapter.frozen,)
-        still = [path for path in leaves() if may_be_new(path) and re.fullmatch(fixed[0], path)]
+        made = leaves(*paths)
+        adapters.check_made(adapter, paths, made)
+        still = [path for path in made if may_be_new(path) and re.fullmatch(adapter.frozen, path)]
         if still:
             raise UserError(
                 f"adapter.whole leaves {few(still, 1)} at zero, in which model.time_conditioning "
                 f"{settings.time_conditioning!r} sees r: add '{still[0].split('/')[0]}/.*'"
             )
+        boxed, fixed = functools.partial(boxed, adapted=paths), (adapter.frozen,)
 
     def apply(params, x_t, t, r, cond):
         return module.apply({"params": params}, x_t, t, r, cond)

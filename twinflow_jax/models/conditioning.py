@@ -26,7 +26,7 @@ class TimeConditioning:
     """How a network sees its times: E1(first(t, r)) + weight(t, r) E2(r).
 
     second: the path of E2, "" where there is none; suffix: of its published name, beside E1's.
-    last: initialises its last kernel.
+    last: initialises its last kernel. note: for those who load exported weights elsewhere.
     """
 
     second: str = ""
@@ -34,15 +34,24 @@ class TimeConditioning:
     first: Callable[[Times, Times], Times] = lambda t, r: t
     weight: Callable[[Times, Times], Times] = lambda t, r: t - r
     last: Callable | None = None
+    note: str = ""
 
+
+NOTE = """\
+The transformer was trained with two times, the present t and the target r: its time embedding is
+{}. One- and few-step sampling tells the network r = 0, where that is E1(t), as
+diffusers' own class computes it. Sampling in many steps, of r = t, needs twinflow_jax."""
 
 # second_embedder: TwinFlow's full training; at r = t it is the base network. half_r: its LoRA
 # training; at r = 0 it is. gated: ours; so it is at r = 0, and at first everywhere.
 TIMES = {
     "second_embedder": TimeConditioning("second_time_embedder", "_2"),
-    "half_r": TimeConditioning(first=lambda t, r: t - r / 2),
+    "half_r": TimeConditioning(
+        first=lambda t, r: t - r / 2, note=NOTE.format("E1(t - r/2)")
+    ),
     "gated": TimeConditioning(
-        "gated_time_embedder", "_gated", weight=lambda t, r: r, last=nn.initializers.zeros
+        "gated_time_embedder", "_gated", weight=lambda t, r: r, last=nn.initializers.zeros,
+        note=NOTE.format("E1(t) + r E2(r), with E2 under keys that are new (`*_gated.*`)"),
     ),
 }
 

@@ -17,6 +17,7 @@ from twinflow_jax import contracts
 from twinflow_jax.arrays import AnyArray, Images, Latents
 from twinflow_jax.errors import reason
 from twinflow_jax.models import adapters, names
+from twinflow_jax.models.conditioning import TimeConditioning
 from twinflow_jax.models.names import NameTable
 from twinflow_jax.models.settings import Settings, TextSettings
 
@@ -211,8 +212,8 @@ class TextToImage:
     the base model's own sampling. no_guidance: the guidance that is none, 1 or, where its pipeline
     counts what goes beyond that, 0. shifted_twice: how its pipeline uses a scheduler with static
     shifting (`sampling.schedules.static_shift`).
-    export_note: what somebody who loads an export elsewhere must know about r. tiny: published
-    configs of networks of a few megabytes, which with random weights try everything.
+    export_note: `note` of a second embedder. tiny: published configs of networks of a few
+    megabytes, which with random weights try everything.
     """
 
     networks: dict[str, Network]
@@ -229,6 +230,10 @@ class TextToImage:
     not plain guidance; scale: 1 for none."""
     no_guidance: float = 1.0
     shifted_twice: bool = False
+
+    def note(self, times: TimeConditioning) -> str:
+        """What somebody who loads an export elsewhere must know about r."""
+        return times.note or self.export_note
 
     @property
     def encoders(self) -> dict[str, TextNetwork]:
