@@ -120,6 +120,18 @@ def whole(text: str) -> int:
     return number
 
 
+def scaled(text: str) -> tuple[str, float]:
+    """The path and the factor, 1 where there is none, of "PATH:0.8".
+
+    Raises:
+      UserError: as `files.path` and `finite`.
+    """
+    path, _, factor = text.rpartition(":")
+    if path and re.fullmatch(r"[-+.\d][-+.\deE]*", factor):
+        return files.path(path), finite(factor)
+    return files.path(text), 1.0
+
+
 def size(text: str) -> tuple[int, int]:
     """`(width, height)` in pixels of "768x512", or of "512", a square.
 

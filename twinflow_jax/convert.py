@@ -1,16 +1,21 @@
-"""Import published checkpoints, export trained ones, compare the two.
+"""Import published checkpoints, export trained ones, compare the two; adapters (LoRA) likewise.
 
     python -m twinflow_jax.convert import Qwen/Qwen-Image checkpoints/qwen_image
     python -m twinflow_jax.convert export runs/qwen exported/qwen --dtype bfloat16
     python -m twinflow_jax.convert verify Qwen/Qwen-Image checkpoints/qwen_image
+    python -m twinflow_jax.convert adapter import fox.safetensors adapters/fox \\
+        --base checkpoints/qwen_image
+    python -m twinflow_jax.convert adapter export runs/lora exported/lora --format diffusers
+    python -m twinflow_jax.convert adapter merge checkpoints/qwen_image adapters/fox:0.8 \\
+        checkpoints/qwen_fox
 
 SRC is a pipeline folder as diffusers writes it (transformer/, vae/, text_encoder/, tokenizer/),
 the folder of one network, or a hub id that is in the local cache, perhaps with a folder of it:
-inclusionAI/TwinFlow/FOLDER. Paths may be local or gs://.
+inclusionAI/TwinFlow/FOLDER. Paths may be local or gs://. Files of adapters are those of diffusers,
+ComfyUI, kohya, peft and the tools that write likewise (docs/adapters.md), told apart by their keys.
 """
 
 import argparse
-import dataclasses
 
 from etils import epath
 
@@ -18,6 +23,8 @@ from twinflow_jax import arguments, files
 from twinflow_jax.errors import UserError, run_verb
 
 DTYPES = ("float32", "bfloat16")
+SINGLE_DTYPES = (*DTYPES, "float8_e4m3fn")
+FORMATS = ("diffusers", "comfyui", "kohya", "peft")  # of adapters: checkpoints.dialects.FORMATS
 
 README = """\
 # {name}
@@ -30,7 +37,11 @@ Written by twinflow_jax from `{source}`{weights}. `{library}` loads this folder.
 
 def main() -> int:
     args = parse()
-    return {"import": run_import, "export": run_export, "verify": run_verify}[args.verb](args)
+    return {
+        "import": run_import, "export": run_export, "verify": run_verify,
+        "adapter import": adapter_import, "adapter export": adapter_export,
+        "adapter merge": adapter_merge,
+    }[args.verb](args)
 
 
 def parse() -> argparse.Namespace:
@@ -52,23 +63,58 @@ def parse() -> argparse.Namespace:
                       help="an imported checkpoint, or a run's --workdir")
     verb.add_argument("target", type=files.path, metavar="DST")
     verb.add_argument(
-        "--dtype", choices=DTYPES,
-        help="of the transformer (default: as it was trained or published)",
+        "--dtype", choices=SINGLE_DTYPES,
+        help="of the transformer (default: as it was trained or published); float8_e4m3fn: of its "
+        "large matrices, in a single file",
     )
+    verb.add_argument("--single-file", action="store_true",
+                      help="the transformer alone, DST being a file, as ComfyUI loads it")
     _weights(verb)
     verb = verbs.add_parser("verify", help="compare a published folder with a checkpoint")
     verb.add_argument("source", type=files.path, metavar="SRC")
     verb.add_argument("target", type=files.path, metavar="CHECKPOINT",
                       help="imported, or a run's --workdir")
     _weights(verb)
+    _adapter(verbs.add_parser("adapter", help="files of adapters (LoRA)"))
     return parser.parse_args()
 
 
+def _adapter(parser: argparse.ArgumentParser) -> None:
+    parser = parser.add_subparsers(dest="adapter", required=True)
+    verb = parser.add_parser("import", help="any tool's file into an adapter of ours")
+    verb.set_defaults(verb="adapter import")
+    verb.add_argument("source", type=files.path, metavar="SRC", help="a file, or its folder")
+    verb.add_argument("target", type=files.path, metavar="DST")
+    verb.add_argument("--base", type=files.path, required=True, metavar="CHECKPOINT",
+                      help="the imported checkpoint that it is for")
+    verb.add_argument("--alpha", type=arguments.finite,
+                      help="of all modules (default: as the file says, or the rank)")
+    verb = parser.add_parser("export", help="a run's adapters, or imported ones, into a folder")
+    verb.set_defaults(verb="adapter export")
+    verb.add_argument("source", type=files.path, metavar="SRC",
+                      help="a run's --workdir, or an imported adapter")
+    verb.add_argument("target", type=files.path, metavar="DST")
+    verb.add_argument("--format", choices=FORMATS,
+                      help="default: diffusers, of what was imported as it came")
+    verb.add_argument("--dtype", choices=DTYPES, help="default: as it was trained or came")
+    _of_run(verb)
+    verb = parser.add_parser("merge", help="an adapter into the weights of its base")
+    verb.set_defaults(verb="adapter merge")
+    verb.add_argument("base", type=files.path, metavar="CHECKPOINT", help="imported")
+    verb.add_argument("source", type=arguments.scaled, metavar="ADAPTER[:SCALE]",
+                      help="a file of adapters, or an imported one")
+    verb.add_argument("target", type=files.path, metavar="DST")
+
+
 def _weights(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--raw", action="store_true", help="a run's raw weights, not the average")
-    verb.add_argument("--at-step", type=int, help="a run's checkpoint (default: the newest)")
+    _of_run(verb)
     verb.add_argument("--pipeline", type=files.path,
                       help="the imported checkpoint of a run (default: as it says)")
+
+
+def _of_run(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--raw", action="store_true", help="a run's raw weights, not the average")
+    verb.add_argument("--at-step", type=int, help="a run's checkpoint (default: the newest)")
 
 
 def run_import(args) -> int:
@@ -87,9 +133,15 @@ def run_import(args) -> int:
 def run_export(args) -> int:
     from twinflow_jax.checkpoints import exporting
 
+    if args.dtype not in (None, *DTYPES) and not args.single_file:
+        raise UserError(f"--dtype {args.dtype} is for --single-file: no folder has it")
     checkpoint, trained, text = open_weights(args)
+    if args.single_file:
+        exporting.export_single(checkpoint, args.target, args.dtype, trained)
+        print(f"{args.source} is in {args.target}")
+        return 0
     family = checkpoint.text_to_image
-    knows_r = "transformer" in checkpoint.parts and (trained or checkpoint.knows_r)
+    knows_r = "transformer" in checkpoint.parts and checkpoint.knows_r
     readme = README.format(
         library="transformers" if set(checkpoint.parts) <= {*family.encoders} else "diffusers",
         name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
@@ -115,6 +167,55 @@ def run_verify(args) -> int:
     return 1 if differs else 0
 
 
+def adapter_import(args) -> int:
+    from twinflow_jax.checkpoints import adapting, imported
+
+    base = imported.open_imported(args.base)
+    adapter = adapting.import_adapter(args.source, base, args.target, args.alpha)
+    for note in adapter.file.notes:
+        print(note)
+    ranks = sorted({low.shape[0] for low in adapter.file.low.values()})
+    print(f"{len(adapter.file.low)} modules of rank {', '.join(map(str, ranks))}")
+    print(f"{args.source} is in {args.target}")
+    return 0
+
+
+def adapter_export(args) -> int:
+    from twinflow_jax import checkpoints
+    from twinflow_jax.checkpoints import adapted, adapting
+
+    if adapting.is_imported(args.source):
+        if args.raw or args.at_step is not None:
+            raise UserError(f"{args.source} is an imported adapter: --raw, --at-step are for runs")
+        if args.dtype and not args.format:
+            raise UserError("--dtype needs --format: without, what was imported stays as it came")
+        file = adapted.export_imported(args.source, args.target, args.format, args.dtype)
+    else:
+        run, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
+        if not run.adapter.rank:
+            raise UserError(f"{args.source} trained no adapters: use convert export")
+        file = adapted.export_trained(
+            run, arrays, checkpoints.base_of(run), step, args.target, args.format or FORMATS[0],
+            args.dtype,
+        )
+    print(f"{args.source} is in {file}")
+    return 0
+
+
+def adapter_merge(args) -> int:
+    from twinflow_jax.checkpoints import adapted, adapting, imported
+
+    checkpoint, (source, factor) = imported.open_imported(args.base), args.source
+    adapter = adapting.open_for(checkpoint, source)
+    for note in adapter.file.notes:
+        print(note)
+    error = adapted.merge(checkpoint, adapter, factor, args.target)
+    print(f"{args.base} with {source} is in {args.target}")
+    print(f"rounding to the weights' dtype cost {error:.1%} of what the adapter adds; kept apart "
+          "(sample --adapter) it costs nothing")
+    return 0
+
+
 def open_weights(args):
     """`(imported checkpoint, trained arrays or None, a phrase that says which weights)`."""
     from twinflow_jax import checkpoints
@@ -129,12 +230,15 @@ def open_weights(args):
         return imported.open_imported(args.source), None, ""
     run, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
     if run.adapter.rank:
-        raise UserError(f"{args.source} trained adapters, which cannot be exported yet")
+        raise UserError(
+            f"{args.source} trained adapters: convert adapter export writes them, and convert "
+            "adapter merge puts what it wrote into their base"
+        )
     base = args.pipeline or checkpoints.pipeline_of(args.source, run)
     which = "raw" if args.raw else "average"
-    checkpoint = dataclasses.replace(
-        imported.open_imported(base), time_conditioning=run.model.time_conditioning
-    )
+    checkpoint = imported.open_imported(base)
+    if "transformer" in checkpoint.parts:
+        checkpoint = checkpoint.knowing_r(run.model.time_conditioning)
     return checkpoint, arrays, f", trained for {step} steps ({which} weights)"
 
 

@@ -19,7 +19,7 @@ from twinflow_jax.errors import UserError, run_verb
 CLASS_ONLY = ("classes", "pairs")
 TEXT_ONLY = (
     "prompt", "prompts", "embeddings", "save_embeddings", "save_latents", "size", "batch", "base",
-    "guidance", "negative", "dtype", "tile", "pipeline",
+    "guidance", "negative", "dtype", "tile", "pipeline", "adapter",
 )
 
 
@@ -90,6 +90,9 @@ def parse() -> argparse.Namespace:
     group.add_argument("--tile", type=int, help="decode larger pictures in tiles of these pixels")
     group.add_argument("--pipeline", type=files.path,
                        help="the imported checkpoint of a run (default: as it says)")
+    group.add_argument("--adapter", action="append", type=arguments.scaled, metavar="FILE[:SCALE]",
+                       help="put adapters (LoRA) on: any tool's file, or an imported one; may be "
+                       "given again, and they add up")
     arguments.add_sampler(parser)
     return parser.parse_args()
 

@@ -1,6 +1,7 @@
 """Runs on disk: their config, checkpoints of their state, and the weights to sample from."""
 
 from twinflow_jax.checkpoints.run import (
+    base_of,
     check_claim,
     claim,
     load_weights,
@@ -13,6 +14,6 @@ from twinflow_jax.checkpoints.run import (
 from twinflow_jax.checkpoints.saver import Saver
 
 __all__ = [
-    "Saver", "check_claim", "claim", "load_weights", "open_start", "open_weights", "pipeline_of",
-    "read_run", "steps_of",
+    "Saver", "base_of", "check_claim", "claim", "load_weights", "open_start", "open_weights",
+    "pipeline_of", "read_run", "steps_of",
 ]

@@ -3,8 +3,10 @@
 import collections
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 import tensorstore as ts
 from etils import epath
@@ -43,6 +45,7 @@ class Stored:
 
 
 Tensors = dict[str, Stored | tensors.Tensor]  # by published key, read when asked for
+Wanted = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape by published key
 
 
 def as_published(
@@ -116,6 +119,58 @@ def export_folder(
             files.write(target / "README.md", readme.encode())
 
 
+def export_single(
+    checkpoint: Imported, target: epath.PathLike, dtype: str | None = None,
+    trained: store.Arrays | None = None, progress: bool = True,
+) -> None:
+    """Writes the transformer as one file of published keys, as ComfyUI loads it.
+
+    dtype: as `export_folder`; float8_e4m3fn is of the matrices of blocks, beside bfloat16.
+    Raises:
+      UserError: as `export_folder`, or the target is taken.
+    """
+    target = epath.Path(target)
+    if target.exists() or target.suffix != ".safetensors":
+        raise UserError(f"{target} is there, or is no NAME.safetensors: choose another file")
+    network = as_published(checkpoint, "transformer", trained)
+    eight = dtype == "float8_e4m3fn"
+    own = {} if trained else checkpoint.record["networks"]["transformer"].get("widened", {})
+
+    def kind(key: str, tensor) -> np.dtype:
+        if eight and len(tensor.shape) == 2 and re.search(r"\.\d+\.", key):
+            return np.dtype(dtype)
+        return np.dtype(("bfloat16" if eight else dtype) or own.get(key, tensor.dtype))
+
+    wanted = {key: (kind(key, tensor), tensor.shape) for key, tensor in network.items()}
+    total = sum(tensors.nbytes(*entry) for entry in wanted.values())
+    files.check_room(target, total)
+    with store.bytes_bar("export", total, progress) as bar:
+        _write_file(target, network, _ordered(wanted), bar)
+
+
+def _ordered(wanted: Wanted) -> Wanted:
+    """Larger elements first, so that all are aligned, then by name: as the library writes them."""
+    return dict(sorted(wanted.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+
+
+def _write_file(file: epath.Path, network: Tensors, wanted: Wanted, bar: tqdm) -> None:
+    """A file of the wanted tensors of a network."""
+    def make() -> Iterator[np.ndarray]:
+        for key, (dtype, _) in wanted.items():
+            array = tensors.contiguous(network[key].read())
+            if dtype.itemsize == 1:  # beyond its range it has NaN only
+                most = float(ml_dtypes.finfo(dtype).max)
+                array = np.clip(array.astype(np.float32), -most, most)
+            yield array.astype(dtype, copy=False)
+
+    def read() -> Iterator[np.ndarray]:
+        for array in store.ahead(make()):
+            yield array
+            bar.update(array.nbytes)
+
+    tensors.write(file, wanted, read())
+
+
 def _unwrapped(data: bytes, checkpoint: Imported) -> bytes:
     """A model_index.json, naming the published classes instead of a trainer's wrappers."""
     index = json.loads(data)
@@ -128,34 +183,26 @@ def _unwrapped(data: bytes, checkpoint: Imported) -> bytes:
     return json.dumps(index | wrapped, indent=2).encode() if wrapped else data
 
 
-def _write_network(folder: epath.Path, stem: str, network: Tensors, wanted, bar: tqdm) -> None:
+def _write_network(
+    folder: epath.Path, stem: str, network: Tensors, wanted: Wanted, bar: tqdm
+) -> None:
     """Writes one network's weights, in shards with an index where they are large."""
     shards: list[dict] = [{}]
     size = 0
-    # Larger elements first, so that all are aligned, then by name: as the library writes them.
-    for key, entry in sorted(wanted.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+    for key, entry in _ordered(wanted).items():
         if shards[-1] and size + tensors.nbytes(*entry) > SHARD:
             shards.append({})
             size = 0
         shards[-1][key] = entry
         size += tensors.nbytes(*entry)
 
-    def make(keys) -> Iterator[np.ndarray]:
-        for key in keys:
-            yield tensors.contiguous(network[key].read()).astype(wanted[key][0], copy=False)
-
-    def read(keys) -> Iterator[np.ndarray]:
-        for array in store.ahead(make(keys)):
-            yield array
-            bar.update(array.nbytes)
-
     if len(shards) == 1:
-        tensors.write(folder / f"{stem}.safetensors", shards[0], read(shards[0]))
+        _write_file(folder / f"{stem}.safetensors", network, shards[0], bar)
         return
     place = {}
     for i, shard in enumerate(shards):
         name = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors.write(folder / name, shard, read(shard))
+        _write_file(folder / name, network, shard, bar)
         place |= dict.fromkeys(shard, name)
     total = sum(tensors.nbytes(*entry) for entry in wanted.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}

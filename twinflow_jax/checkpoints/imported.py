@@ -44,12 +44,10 @@ def layout(network: Network, config) -> tuple[names.NameTable, dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """A complete imported checkpoint. time_conditioning: of the transformer, where a run's is to
-    take its place."""
+    """A complete imported checkpoint."""
 
     folder: epath.Path
     record: dict[str, Any]
-    time_conditioning: str = "second_embedder"
 
     @property
     def family(self) -> str:
@@ -104,14 +102,14 @@ class Imported:
         return self.record["networks"][name]
 
     def config(self, name: str):
-        """Our config of a network: read anew from the published one, where there is one."""
+        """Our config of a network: read anew from the published one, where there is one, with the
+        settings that training gave it."""
         network = self.network(name)
         if not network.published:
             return network.config()
-        config = network.config.from_published(self.recorded(name)["published"])
-        if name != "transformer":
-            return config
-        return dataclasses.replace(config, time_conditioning=self.time_conditioning)
+        recorded = self.recorded(name)
+        config = network.config.from_published(recorded["published"])
+        return dataclasses.replace(config, **recorded.get("settings", {}))
 
     @property
     def knows_r(self) -> bool:
@@ -123,6 +121,14 @@ class Imported:
         added = set(self.recorded("transformer")["added"])
         table = self.network("transformer").table(self.config("transformer"))
         return added.isdisjoint(table.group(names.KNOWS_R))
+
+    def knowing_r(self, time_conditioning: str) -> "Imported":
+        """The same checkpoint, its transformer trained with a target time, seen so."""
+        own = self.recorded("transformer") | {
+            "added": [], "settings": {"time_conditioning": time_conditioning}
+        }
+        networks = self.record["networks"] | {"transformer": own}
+        return dataclasses.replace(self, record=self.record | {"networks": networks})
 
     def arrays(self, name: str) -> store.Arrays:
         """The arrays of a network by path, open and not yet read.

@@ -12,7 +12,7 @@ from etils import epath
 
 from twinflow_jax import buckets, files, holders, models, seeds
 from twinflow_jax import config as configs
-from twinflow_jax.checkpoints import imported, store
+from twinflow_jax.checkpoints import adapting, imported, store
 from twinflow_jax.checkpoints.imported import FORMAT
 from twinflow_jax.checkpoints.saver import Saver, stored
 from twinflow_jax.config import RANDOM, Run
@@ -161,24 +161,34 @@ def open_weights(
 
 
 def open_start(source: epath.PathLike) -> store.Arrays:
-    """The weights of an imported checkpoint's transformer or of a run, `train.init_from`.
+    """The weights of an imported checkpoint's transformer, of an imported adapter and its base, or
+    of a run: `train.init_from`.
 
     Raises:
       UserError: as `open_weights`.
     """
+    if adapting.is_imported(source):
+        return adapting.start(source)
     if imported.is_imported(source):
         return imported.open_imported(source).arrays("transformer")
     return open_weights(source)[1]
 
 
+def base_of(run: Run) -> store.Arrays:
+    """The weights that a run's adapters are on.
+
+    Raises:
+      UserError: as `open_start`.
+    """
+    if run.train.init_from:
+        return open_start(run.train.init_from)
+    params = names.flatten(jax.jit(models.build(run.model).init)(seeds.initial(run.train.seed)))
+    return {path: ts.array(np.asarray(leaf)) for path, leaf in params.items()}
+
+
 def _with_base(run: Run, arrays: store.Arrays) -> store.Arrays:
     """Arrays of a run's checkpoint, with those that it left to the base of its adapters."""
-    if not run.adapter.rank:
-        return arrays
-    if run.train.init_from:
-        return open_start(run.train.init_from) | arrays
-    params = names.flatten(jax.jit(models.build(run.model).init)(seeds.initial(run.train.seed)))
-    return {path: ts.array(np.asarray(leaf)) for path, leaf in params.items()} | arrays
+    return base_of(run) | arrays if run.adapter.rank else arrays
 
 
 def pipeline_of(folder: epath.PathLike, run: Run) -> str:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from twinflow_jax import buckets
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
+from twinflow_jax.models.adapters import is_adapter
 
 Arrays = dict[str, ts.TensorStore]
 T = TypeVar("T")
@@ -152,8 +153,13 @@ def sampled(arrays: Mapping[str, Any]) -> bytes:
 
 
 def fingerprint(arrays: Mapping[str, Any]) -> str:
-    """Of weights, as `sampled`: another one for others."""
-    return hashlib.sha256(sampled(arrays)).hexdigest()[:12]
+    """Of weights, as `sampled`, and of all that their adapters hold: another one for others."""
+    low = {path: array for path, array in sorted(arrays.items()) if is_adapter(path)}
+    digest = hashlib.sha256(sampled({k: a for k, a in arrays.items() if k not in low}))
+    for path, array in low.items():
+        values = read(array) if isinstance(array, ts.TensorStore) else np.asarray(array)
+        digest.update(path.encode() + values.astype(np.float32).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

@@ -8,7 +8,7 @@ checkpoint in a bucket allows neither. The format is simple: 8 bytes with the he
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +29,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
+PLAIN = {"format": "pt"}  # what the libraries that read such files want their headers to say
 BLOCK = 128  # rows that are transposed at once: they stay in a core's cache
 
 
@@ -82,6 +83,19 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
     Raises:
       UserError: not a safetensors file, truncated, or with a header that does not fit its data.
     """
+    return _read_header(file)[0]
+
+
+def metadata(file: epath.Path) -> dict[str, str]:
+    """The texts in a file's header.
+
+    Raises:
+      UserError: as `read_header`.
+    """
+    return _read_header(file)[1]
+
+
+def _read_header(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         size = file.stat().length
         with file.open("rb") as handle:
@@ -93,11 +107,9 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error})") from error
     try:
-        tensors = {
-            key: _entry(file, 8 + length, **entry)
-            for key, entry in json.loads(header).items()
-            if key != "__metadata__"
-        }
+        entries = json.loads(header)
+        texts = {k: str(v) for k, v in (entries.pop("__metadata__", None) or {}).items()}
+        tensors = {key: _entry(file, 8 + length, **entry) for key, entry in entries.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} has a corrupt header ({error})") from error
     end = 8 + length
@@ -109,7 +121,7 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is truncated: {size:,} bytes of {end:,}")
     if end < size:
         raise UserError(f"{file} has {size - end:,} bytes too many at its end")
-    return tensors
+    return tensors, texts
 
 
 def _entry(file: epath.Path, start: int, dtype, shape, data_offsets) -> Tensor:
@@ -127,14 +139,14 @@ def _entry(file: epath.Path, start: int, dtype, shape, data_offsets) -> Tensor:
 
 def write(
     file: epath.Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]],
-    arrays: Iterable[np.ndarray],
+    arrays: Iterable[np.ndarray], texts: Mapping[str, str] = PLAIN,
 ) -> None:
     """Writes a file tensor by tensor; it appears complete or not at all. Makes its folder.
 
-    shapes: dtype and shape of each key; arrays: the tensors, in the same order. OSError where
-    the file cannot be written.
+    shapes: dtype and shape of each key; arrays: the tensors, in the same order. texts: of the
+    header. OSError where the file cannot be written.
     """
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    header, place = {"__metadata__": dict(texts)}, 0
     for key, (dtype, shape) in shapes.items():
         end = place + nbytes(dtype, shape)
         header[key] = {

@@ -38,7 +38,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     """
     count = 1 if args.count is None else args.count
     pipeline = open_pipeline(
-        args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline
+        args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline, args.adapter or ()
     )
     shape = denoising.latent_shape(pipeline, args.size and args.size[::-1])
     tile = codec.tile_of(pipeline, args.tile)
@@ -63,6 +63,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
         weights=store.fingerprint(pipeline.arrays("transformer")),
         autoencoder=pipeline.checkpoint.identity("vae"), tile=tile,
         without=null.fingerprint(0) if null else None, **way.settings,
+        **({"adapters": args.adapter} if args.adapter else {}),  # what their weights say besides
     )
     out, latents = epath.Path(args.out), []
     pages = [

@@ -7,19 +7,21 @@ decides how much memory drawing takes; or it stays, for somebody who draws again
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Hashable, Iterator
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from twinflow_jax import checkpoints, models, parallel
-from twinflow_jax.checkpoints import imported, store
+from twinflow_jax import checkpoints, parallel
+from twinflow_jax.checkpoints import adapting, imported, store
+from twinflow_jax.checkpoints.dialects import FEW
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
-from twinflow_jax.models.adapters import Adapter
+from twinflow_jax.models.adapters import added, ranks_of
 from twinflow_jax.models.family import TextToImage
 
 
@@ -48,17 +50,21 @@ class Pipeline:
     """The networks of an imported checkpoint, and perhaps a run's transformer in their stead.
 
     dtype: of computation and of the loaded weights. trained: the run's arrays, with `settings`,
-    its transformer's config, its `adapter`, and the step that they are of.
+    its transformer's config, and the step that they are of. put_on: arrays of adapters from files,
+    which take the place of the transformer's; few: whether those were trained for few steps. ranks:
+    of the transformer's adapters (`models.adapters.added`).
     """
 
     checkpoint: Imported
     dtype: str
     trained: store.Arrays | None = None
     settings: Any = None
-    adapter: Adapter = Adapter()
     step: int | None = None
     clock: Clock = dataclasses.field(default_factory=Clock)
     progress: bool = True
+    put_on: store.Arrays = dataclasses.field(default_factory=dict)
+    few: bool = False
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     _kept: dict[str, Any] | None = None
     _programs: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
@@ -73,12 +79,13 @@ class Pipeline:
         Raises:
           UserError: there is no transformer.
         """
-        return self.trained is not None or self.checkpoint.knows_r
+        return self.trained is not None or self.few or self.checkpoint.knows_r
 
     def arrays(self, name: str) -> store.Arrays:
         """A network's stored weights."""
-        trained = name == "transformer" and self.trained is not None
-        return self.trained if trained else self.checkpoint.arrays(name)
+        if name != "transformer":
+            return self.checkpoint.arrays(name)
+        return (self.trained or self.checkpoint.arrays(name)) | self.put_on
 
     def config(self, name: str):
         """Our config of a network, computing in this pipeline's dtype."""
@@ -114,10 +121,8 @@ class Pipeline:
     def abstract(self, name: str):
         """The shapes, dtypes and layouts of a network's loaded weights."""
         config, network = self.config(name), self.checkpoint.network(name)
-        abstract, axes = network.abstract(config)
-        if name == "transformer" and self.adapter.rank:
-            model = models.build(config, adapter=self.adapter)
-            abstract, axes = model.abstract_params(), model.axes()
+        with added(self.ranks if name == "transformer" else {}):
+            abstract, axes = network.abstract(config)
         layouts = parallel.shardings(self.mesh(), abstract, axes)
         dtype = jnp.dtype(self.dtype)
         return jax.tree.map(
@@ -160,14 +165,16 @@ def _free(params) -> None:
 
 def open_pipeline(
     checkpoint: epath.PathLike, run: Run | None = None, dtype: str | None = None, raw: bool = False,
-    step: int | None = None, base: str | None = None,
+    step: int | None = None, base: str | None = None, given: Sequence[tuple[str, float]] = (),
 ) -> Pipeline:
     """The pipeline of an imported checkpoint, or of a run's transformer within one.
 
     run: the run, where `checkpoint` is its folder. base: the imported checkpoint to use
-    instead of the one that the run names. dtype: default bfloat16, float32 on a CPU.
+    instead of the one that the run names. dtype: default bfloat16, float32 on a CPU. given: files
+    of adapters, or imported ones, to put on the transformer, with the factor of each.
     Raises:
-      UserError: either cannot be read, or the run names no imported checkpoint.
+      UserError: any of these cannot be read or does not fit, or the run names no imported
+        checkpoint.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if run is None:
@@ -176,7 +183,31 @@ def open_pipeline(
                 f"{checkpoint} is an imported checkpoint: --raw, --at-step and --pipeline are "
                 "for runs"
             )
-        return Pipeline(imported.open_imported(checkpoint), dtype)
+        return _put_on(Pipeline(imported.open_imported(checkpoint), dtype), given)
     base = base or checkpoints.pipeline_of(checkpoint, run)
     _, arrays, step = checkpoints.open_weights(checkpoint, raw, step)
-    return Pipeline(imported.open_imported(base), dtype, arrays, run.model, run.adapter, step)
+    pipeline = Pipeline(
+        imported.open_imported(base), dtype, arrays, run.model, step, ranks=ranks_of(arrays)
+    )
+    return _put_on(pipeline, given)
+
+
+def _put_on(pipeline: Pipeline, given: Sequence[tuple[str, float]]) -> Pipeline:
+    """The pipeline with adapters from files; says what was taken for granted of them."""
+    if not given:
+        return pipeline
+    network, config = pipeline.checkpoint.network("transformer"), pipeline.config("transformer")
+    arrays, opened = pipeline.arrays("transformer"), []
+    free = not pipeline.knows_r
+    for source, factor in given:
+        adapter = adapting.open_adapter(source, network, config, free)
+        config, free = adapter.config, free and not adapter.time
+        other = adapting.other_base(adapter, arrays, imported.layout(network, config)[0])
+        for note in (*adapter.file.notes, *([other] if other else ())):
+            warnings.warn(f"{source}: {note}", stacklevel=3)
+        opened.append((adapter, factor))
+    leaves = adapting.put(opened, network, config, arrays)
+    few = any(adapter.said.get("twinflow_sampler") == FEW for adapter, _ in opened)
+    return dataclasses.replace(
+        pipeline, settings=config, put_on=leaves, few=few, ranks=ranks_of(leaves)
+    )

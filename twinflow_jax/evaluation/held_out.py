@@ -15,6 +15,7 @@ from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
 from twinflow_jax.drawing import Embeddings, Pipeline, codec, denoising
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import captioned
+from twinflow_jax.models.adapters import ranks_of
 
 BATCH, CHUNK = 64, 256  # pictures drawn, and records read, at once
 Decode = Callable[[HostLatents], HostImages]
@@ -70,7 +71,9 @@ def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> 
             f"{settings.sample_shape}"
         )
     return Run(
-        Pipeline(checkpoint, settings.dtype, arrays, settings, run.adapter, progress=False), step,
+        Pipeline(
+            checkpoint, settings.dtype, arrays, settings, progress=False, ranks=ranks_of(arrays)
+        ), step,
         run.data.text_tokens, run.objective.guidance,
     )
 

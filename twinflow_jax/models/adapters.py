@@ -67,6 +67,14 @@ def is_adapter(path: str) -> bool:
     return re.fullmatch(LEAVES, path) is not None
 
 
+def ranks_of(leaves: Mapping[str, Any]) -> dict[str, int]:
+    """Of the projections that have an adapter among leaves by path, for `added`."""
+    return {
+        path.removesuffix("/lora_a"): leaf.shape[-1]
+        for path, leaf in leaves.items() if path.endswith("/lora_a")
+    }
+
+
 def added(paths: Mapping[str, int]):
     """Networks that are initialised inside have adapters of these ranks beside the kernels of the
     modules at these paths."""

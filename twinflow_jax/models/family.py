@@ -254,6 +254,7 @@ class Family:
 
     fixed: patterns of the paths of its parameters that are never trained, such as a published table
     of positions. adapted: lists of its projections that have adapters, by the name of the list.
+    adapter_forms: of files of adapters, in which other tools load this family's; () for all.
     """
 
     config: type[Settings]
@@ -261,6 +262,7 @@ class Family:
     text_to_image: TextToImage | None = None
     fixed: tuple[str, ...] = ()
     adapted: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    adapter_forms: tuple[str, ...] = ()
 
     def projections(self, config: Settings) -> dict[str, str]:
         """Published names of projections by path; none where nothing publishes the network."""

@@ -24,7 +24,8 @@ from twinflow_jax.encoding.encode import batch_of
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import captioned, features, held_out
 from twinflow_jax.evaluation.classifier import Classifier
-from twinflow_jax.models import attention, efficientnet
+from twinflow_jax.models import attention, efficientnet, names
+from twinflow_jax.models.adapters import ranks_of
 from twinflow_jax.models.family import lengths
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo, plan
@@ -156,6 +157,8 @@ def programs(
     """
     with tempfile.TemporaryDirectory() as folder:
         blank = _blank(run, epath.Path(folder)) if run.family.text_to_image else None
+        model = models.build(run.model, adapter=run.adapter)
+        ranks = ranks_of(names.flatten(model.abstract_params())) if run.adapter.rank else {}
         host = tuple(one for one in devices if one.process_index == devices[0].process_index)
         for verb in verbs:
             if verb == "train":
@@ -163,7 +166,7 @@ def programs(
             else:
                 dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
             pipeline = None if blank is None else Rehearsal(
-                blank, dtype, settings=run.model, adapter=run.adapter, progress=False,
+                blank, dtype, settings=run.model, ranks=ranks, progress=False,
                 of_host=host, verb=verb,
             )
             if verb == "train":

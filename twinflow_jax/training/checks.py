@@ -5,12 +5,13 @@ import os
 
 import jax
 
-from twinflow_jax import checkpoints, data
-from twinflow_jax.checkpoints import imported
+from twinflow_jax import checkpoints, data, models
+from twinflow_jax.checkpoints import adapting, imported
 from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.data.records import Records
 from twinflow_jax.errors import UserError, few
 from twinflow_jax.models import names
+from twinflow_jax.models.adapters import ranks_of
 from twinflow_jax.models.family import TextToImage
 from twinflow_jax.models.settings import Settings
 from twinflow_jax.training.setup import Setup, on_device
@@ -124,6 +125,23 @@ def check_start(run: Run) -> None:
             raise UserError(
                 f"train.init_from {source} was trained with model.time_conditioning {theirs!r}, "
                 f"here it is {ours!r}: take that, or the model that it was trained from"
+            )
+        return
+    if adapting.is_imported(source):
+        adapter = adapting.open_imported(source)[1]
+        theirs = ranks_of(checkpoints.open_start(source))
+        model = models.build(run.model, adapter=run.adapter)
+        ours = ranks_of(names.flatten(model.abstract_params()))
+        differing = [
+            f"{path} has rank {rank} there, {ours.get(path, 0)} here"
+            for path, rank in theirs.items() if rank != ours.get(path, 0)
+        ]
+        if adapter.time not in ("", run.model.time_conditioning):
+            differing.append(f"model.time_conditioning is {adapter.time!r} there")
+        if differing:
+            raise UserError(
+                f"train.init_from {source} has other adapters ({few(differing)}): set the run so, "
+                "or merge it (convert adapter merge) and start from that"
             )
         return
     other = checkpoints.open_weights(source)[0]

@@ -57,4 +57,5 @@ FAMILY = family.Family(
         **family.of_one_encoder(prompt.tokenize, embed),
     ),
     adapted={"attention": ATTENTION, "released": RELEASED},
+    adapter_forms=("diffusers", "peft"),
 )
