@@ -3,6 +3,7 @@
     python benchmarks/compare.py digits --out runs/compare_digits
     python benchmarks/compare.py mnist --out runs/compare --methods twinflow,rcgm --trials 16
     python benchmarks/compare.py emoji --out runs/compare_emoji   # after configs/emoji.py's :flow
+    python benchmarks/compare.py digits_lora --out runs/compare_lora --trials 3
 
 For each seed a network learns velocities first; every method goes on from there, for as many
 forward-equivalents as the study's first makes in its steps (a pass with gradient is three, an exact
@@ -10,14 +11,16 @@ derivative one). With --trials N each method gets N random settings, all with th
 rate times .5, 1 or 2, the guidance times 0 to 1.5, and keys of its own; trial 0 is its preset with
 the study's rate and guidance. The --finalists best by Frechet distance at one evaluation, and
 trial 0, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png. Scores
-are those of `twinflow evaluate`. What is done stays in --out: the same command goes on. On one GPU
-give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a JAX_COMPILATION_CACHE_DIR.
+are those of `twinflow evaluate`; the start's own stand beside. What is done stays in --out: the
+same command goes on. On one GPU give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a
+JAX_COMPILATION_CACHE_DIR.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import random
@@ -53,7 +56,7 @@ class Method:
 class Study:
     """What all methods share. start: steps that learn velocities first, or a run that did. steps:
     of the first method, after them; the others make as many forwards. guided: whether a search
-    varies the guidance."""
+    varies the guidance. shared: overrides of all, of the start too."""
 
     config: str
     judge: tuple[str, ...]
@@ -62,11 +65,12 @@ class Study:
     methods: dict[str, Method]
     accuracy: str = "accuracy"
     guided: bool = True
+    shared: Settings = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def own(self) -> Settings:
-        """The config's own values, by key."""
-        return configs.flatten(configs.load(self.config).to_dict())
+        """The config's values and the shared ones, by key."""
+        return configs.flatten(configs.load(self.config).to_dict()) | self.shared
 
 
 def method(preset: dict[str, object], **search: tuple) -> Method:
@@ -116,11 +120,57 @@ def rivals(guidance: float) -> dict[str, Method]:
     } | {
         name: method(preset(name), **jumps)
         for name in ("meanflow", "meanflow_difference", "improved_meanflow", "alphaflow")
+    } | {name: matching(name, guidance) for name in ("vsd", "dmd", "dmd2", "sid")}
+
+
+def matching(preset: str, guidance: float) -> Method:
+    """Of the scores of two networks, the data's guided as much as a moving teacher comes to. DMD
+    goes without its regression, which takes pairs."""
+    fields = {"regression_weight": 0.0} if preset == "dmd" else {}
+    guided = objectives.preset(preset, real_guidance=1 / (1 - guidance), **fields)
+    own = method(guided, fake_learning_rate=(1e-4, 3e-4, 1e-3), real_guidance=(1.0, 1.5, 2.0))
+    return Method(own.own | {"optimizer.learning_rate": 2e-4}, own.search)
+
+
+def adapters(guidance: float) -> dict[str, Method]:
+    """Ways to train adapters (LoRA), and all weights first. guidance: as its targets come to it,
+    1 being none: a moving teacher's is 1 / (1 - g), a frozen one's 1 + g."""
+    moving, frozen = 1 - 1 / guidance, guidance - 1
+    rates = {"optimizer.learning_rate": (3e-4, 3e-3)}  # beside 1e-3
+
+    def one(
+        rank: int, times: str = "second_embedder", order: int = 2, teacher: float = 0.99
+    ) -> Method:
+        ratios = (1.0, 1.0, 1.0, 1.0) if order == 2 else (1.0, 1.0, 0.0, 1.0)
+        fields = objectives.preset(
+            "released", distance="l2", order=order, teacher_decay=teacher, ratios=ratios,
+            guidance=frozen if teacher == 1 else moving,
+        )
+        gated = {"adapter.whole": ("gated_time_embedder/.*",)} if times == "gated" else {}
+        return Method(method(fields).own | gated | {
+            "model.time_conditioning": times, "adapter.rank": rank,
+            "optimizer.learning_rate": 1e-3,
+        }, rates)
+
+    return {
+        "full": one(0), "rank 4": one(4), "rank 16": one(16), "rank 64": one(64),
+        "half_r": one(16, "half_r"), "gated": one(16, "gated"),
+        "order 1, half_r": one(16, "half_r", 1, 1.0), "order 1, gated": one(16, "gated", 1, 1.0),
+        "order 1": one(16, order=1, teacher=1.0), "student teaches": one(16, teacher=0.0),
+        "base teaches": one(16, teacher=1.0),
     }
 
 
 STUDIES = {
     "digits": Study("configs/digits.py", ("classes",), 1000, 2000, rivals(0.0), guided=False),
+    "digits_lora": Study(
+        "configs/digits.py", ("classes",), 3000, 600, adapters(2.0), guided=False,
+        shared={
+            "model.name": "dit", "model.sample_shape": (8, 8, 1), "model.patch": 2,
+            "model.width": 96, "model.depth": 3, "objective.guidance": 0.0,
+            "train.condition_dropout": 0.1,
+        },
+    ),
     "mnist": Study("configs/mnist.py", ("classes",), 2000, 8000, rivals(0.25)),
     "emoji": Study(
         "configs/emoji.py",
@@ -132,23 +182,29 @@ STUDIES = {
 
 
 def settings(study: Study, name: str, trial: int) -> Settings:
-    """Of one trial: the same for everybody, trial 0 being the method's own."""
+    """Of one trial, no two of which are alike; trial 0 is the method's own, or the start's none."""
+    if name == "start":
+        return {}
     chosen = study.methods[name]
     if trial == 0:
         return chosen.own
-    rng, base = random.Random(f"{name} {trial}"), study.own | chosen.own
-    drawn = {"optimizer.learning_rate": base["optimizer.learning_rate"] * rng.choice(RATES)}
-    if study.guided:
-        drawn["objective.guidance"] = base["objective.guidance"] * rng.choice(GUIDANCE)
-    return chosen.own | drawn | {k: rng.choice(v) for k, v in chosen.search.items()}
+    times = lambda key, by: {key: [(study.own | chosen.own)[key] * factor for factor in by]}
+    space = times("optimizer.learning_rate", RATES) | chosen.search
+    if study.guided and "objective.guidance" in chosen.own:
+        space |= times("objective.guidance", GUIDANCE)
+    points = list(itertools.product(*space.values()))
+    random.Random(name).shuffle(points)
+    return chosen.own | dict(zip(space, points[(trial - 1) % len(points)], strict=True))
 
 
 def cost(study: Study, name: str) -> float:
     """Forward-equivalents of a step, of its batch."""
-    changes = study.methods[name].own | {"train.init_from": "start"}
+    changes = study.shared | study.methods[name].own | {"train.init_from": "start"}
     run = configs.parse(study.config, [f"{key}={value}" for key, value in changes.items()])
     rows = run.data.batch_size
-    return flops.worth(flops.Forward(1, 0), flops.calls(run.bound_objective, rows, (2,))) / rows
+    turns = [objectives.Objective(run.objective, learns) for learns in run.objective.cycle]
+    worth = [flops.worth(flops.Forward(1, 0), flops.calls(turn, rows, (2,))) for turn in turns]
+    return statistics.mean(worth) / rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +226,8 @@ class Run:
     def overrides(self, study: Study, out: pathlib.Path) -> Settings:
         """Of the study's config."""
         if self.method == "start":
-            return {"train.steps": study.start, "train.flow_matching_steps": study.start}
+            steps = {"train.steps": study.start, "train.flow_matching_steps": study.start}
+            return study.shared | steps
         start = study.start
         if isinstance(start, int):
             start = str(Run("start", 0, self.seed).folder(out) / "run")
@@ -179,7 +236,8 @@ class Run:
         chosen = settings(study, self.method, self.trial)
         # Schedules are of the whole training, whose length is the budget's.
         parts = {"objective.anneal_steps": steps, "objective.warmup": steps // 10}
-        return chosen | {key: span for key, span in parts.items() if chosen.get(key)} | {
+        parts = {key: span for key, span in parts.items() if chosen.get(key)}
+        return study.shared | chosen | parts | {
             "train.steps": steps, "train.flow_matching_steps": 0, "train.init_from": start,
         }
 
@@ -226,8 +284,8 @@ def measured(study: Study, run: Run, out: pathlib.Path) -> tuple[int, float, flo
     speed = json.loads(line)
     parsed = configs.parse(study.config, run.changes(study, out))
     prepared = setup.prepare(parsed, jax.devices()[:1])
-    memory = prepared.lower("objective").compile().memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    steps = [prepared.lower(phase).compile().memory_analysis() for phase in prepared.phases]
+    held = max(one.argument_size_in_bytes + one.temp_size_in_bytes for one in steps)
     return speed["step"], speed["useful_seconds"], held
 
 
@@ -249,7 +307,8 @@ def collect(
         steps, seconds, held = measured(study, done[0], out)
         rows.append({
             "method": method, "trial": trial, "seeds": len(done), "scores": values,
-            "steps": steps, "cost": cost(study, method), "seconds": seconds, "bytes": held,
+            "steps": steps, "seconds": seconds, "bytes": held,
+            "cost": 3.0 if method == "start" else cost(study, method),
             "settings": {k: v for k, v in settings(study, method, trial).items()
                          if v != settings(study, method, 0).get(k)},
         })
@@ -342,7 +401,7 @@ def main() -> None:
         for trial in dict.fromkeys([*list(ranked[method])[: args.finalists], 0])
     ]
     finish([Run(*pair, seed) for seed in seeds[1:] for pair in chosen], "seeds")
-    rows = collect(study, args.out, chosen, seeds)
+    rows = collect(study, args.out, [("start", 0), *chosen], seeds)
     (args.out / "rows.json").write_text(json.dumps(rows, indent=1))
     (args.out / "table.md").write_text(table(study, rows))
     images.save(args.out / "table.png", plot(study, rows))

@@ -112,7 +112,7 @@ def case(seed: int = 0):
     rng = np.random.default_rng(seed)
     params = {name: rng.normal(size=3) for name in ("student", "fake", "real")}
     normal = lambda *shape: rng.normal(size=(ROWS, *shape))
-    batch = Batch(normal(DIMENSIONS), {"c": normal(1)}, {"c": normal(1)}, normal(DIMENSIONS))
+    batch = Batch(normal(DIMENSIONS), {"c": normal(1)}, {"c": normal(1)}, noise=normal(DIMENSIONS))
     times = lambda: rng.uniform(0.1, 0.9, ROWS)
     draws = {
         "z": normal(DIMENSIONS), "z_score": normal(DIMENSIONS), "tau": times(),
