@@ -2,6 +2,8 @@
 
     python -m twinflow_jax.plan --config configs/qwen20b_tpu.py --topology v5p:4x4x4
     python -m twinflow_jax.plan --config configs/qwen20b_tpu.py --topology v5p-128 --search
+    python -m twinflow_jax.plan --config configs/sana16b_tpu.py --topology v5p:4x4x4 \\
+        --objective released rcgm meanflow_difference dmd2
 
 The TPU compiler itself says what fits and what moves (`pip install -e ".[pod]"`, no TPU and no
 weights needed, a minute or two for each plan); seconds are a model. Several topologies, strategies
@@ -21,7 +23,8 @@ from twinflow_jax.errors import UserError, run_verb
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU would only be in the way
 
 SEARCHED = {
-    "strategy": ("gather_layers", "gather_once"), "remat": ("full", "dots"), "scale": (1, 2),
+    "objective": (None,), "strategy": ("gather_layers", "gather_once"),
+    "remat": ("full", "dots"), "scale": (1, 2),
 }
 
 
@@ -51,8 +54,8 @@ def main() -> int:
     plans = []
     bar = tqdm(variants, unit="plan", disable=not sys.stderr.isatty() or len(variants) == 1)
     bar.write(report.HEADER) if len(variants) > 1 else None
-    for where, strategy, remat, scale in bar:
-        run = varied(args.config, overrides, strategy, remat, scale)
+    for where, objective, strategy, remat, scale in bar:
+        run = varied(args.config, overrides, objective, strategy, remat, scale)
         try:
             if args.mode == "sample":
                 plans.append(plan.sample(run, where, args.steps, hlo_file))
@@ -71,6 +74,9 @@ def main() -> int:
     elif any(not p.refused for p in plans):
         best = min((p for p in plans if not p.refused), key=lambda p: p.overlapped / p.rows)
         print(f"\nfastest per image:\n{report.details(best)}")
+    if args.objective and len(plans) > 1:
+        names = [each for _, each, *_ in variants]
+        print(f"\n{report.by_objective(names, plans)}")
     if args.plot:
         report.plot(plans, args.plot)
     return 0 if any(not p.refused for p in plans) else 1
@@ -87,6 +93,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--mode", choices=("train", "sample"), default="train")
     parser.add_argument("--steps", type=arguments.whole, default=1,
                         help="evaluations, with --mode sample")
+    parser.add_argument("--objective", nargs="+", metavar="PRESET",
+                        help="presets of objectives, instead of the config's objective")
     parser.add_argument("--strategy", nargs="+", help="instead of mesh.strategy")
     parser.add_argument("--remat", nargs="+", help="instead of model.remat")
     parser.add_argument("--scale", nargs="+", type=arguments.whole,
@@ -108,11 +116,14 @@ def choices(args, name: str) -> tuple:
     return tuple(given) if given else SEARCHED[name] if args.search else (None,)
 
 
-def varied(file: str, overrides: list[str], strategy, remat, scale):
-    """The run with another strategy, rematerialisation and multiple of its batch."""
+def varied(file: str, overrides: list[str], objective, strategy, remat, scale):
+    """The run with another objective, strategy, rematerialisation and multiple of its batch."""
     from twinflow_jax import config as configs
+    from twinflow_jax import objectives
 
-    more = [f"mesh.strategy={strategy}"] if strategy else []
+    fields = objectives.preset(objective) if objective else {}
+    more = [f"objective.{name}={value}" for name, value in fields.items()]
+    more += [f"mesh.strategy={strategy}"] if strategy else []
     more += [f"model.remat={remat}"] if remat else []
     run = configs.parse(file, [*overrides, *more])
     rows = run.data.batch_size * (scale or 1)

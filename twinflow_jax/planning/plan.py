@@ -24,7 +24,8 @@ class Plan:
     """One config on one topology. Bytes, FLOPs and seconds are of one device and one step.
 
     refused: why it does not compile, "" where it does. parts: bytes of what a device holds; the
-    program's own come on top of peak_bytes.
+    program's own come on top of peak_bytes. passes: forwards of the batch that a step makes, in the
+    mean over turns, "gradients" of which have one and "derivatives" an exact derivative.
     analytic: FLOPs of the declared calls, matmul and attention. forwards: of the whole batch,
     that a step is worth. mean: FLOPs of the run's steps on average, this one's being 1.
     collectives: bytes by kind, "(looped)" inside loops.
@@ -37,6 +38,7 @@ class Plan:
     rows: int
     chips: int
     refused: str = ""
+    passes: dict[str, float] = dataclasses.field(default_factory=dict)
     parts: dict[str, int] = dataclasses.field(default_factory=dict)
     peak_bytes: int = 0
     hbm_bytes: int = 0
@@ -95,7 +97,7 @@ def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
     )
     parts = {
         "weights": on_device(state.params), "optimizer": on_device(state.opt_state),
-        "averages": on_device((state.teacher, state.average)),
+        "teacher": on_device(state.teacher), "average": on_device(state.average),
         "auxiliary networks": on_device(state.auxiliary), "batch": on_device(batch),
     }
     one = flops.forward(prepared.model, run.data.text_tokens)
@@ -103,7 +105,15 @@ def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
     remat = prepared.model.config.remat
     work = flops.step(one, prepared.evaluations(phase), remat, row_parts)
     lower = lambda: prepared.lower(phase, lowering_platforms=("tpu",))
-    base = _base(run, topology, remat, steps=run.train.steps, mean=mean, notes=notes)
+    calls = [call for turn in turns for call in prepared.evaluations(turn)]
+    share = lambda kind: sum(c.rows * kind(c) for c in calls) / run.data.batch_size / len(turns)
+    passes = {
+        "forwards": share(lambda c: True), "gradients": share(lambda c: c.trained or c.through),
+        "derivatives": share(lambda c: c.derived),
+    }
+    base = _base(
+        run, topology, remat, steps=run.train.steps, mean=mean, notes=notes, passes=passes
+    )
     return _compiled(base, lower, prepared.strategy.mesh, parts, one, work, hlo_file)
 
 

@@ -72,6 +72,26 @@ def details(plan: Plan) -> str:
     return "\n".join(lines + [f"note: {note}" for note in plan.notes])
 
 
+def by_objective(names: Sequence[str], plans: Sequence[Plan]) -> str:
+    """What each objective holds on a device and passes through its networks."""
+    kinds = ("weights", "optimizer", "teacher", "average", "auxiliary networks", "activations")
+    lines = [
+        f"{'objective':<26}{'forwards':>9}{'gradients':>10}{'derivs':>7}"
+        + "".join(f"{kind.split()[0]:>12}" for kind in kinds) + f"{'GiB':>8}{'step s':>8}"
+    ]
+    for name, plan in zip(names, plans, strict=True):
+        passes = "".join(f"{plan.passes.get(key, 0):>{width}.2f}" for key, width in (
+            ("forwards", 9), ("gradients", 10), ("derivatives", 7)
+        ))
+        if plan.refused:
+            lines.append(f"{name:<26}{passes}  {plan.refused.partition(';')[0]}")
+            continue
+        parts = "".join(f"{plan.parts.get(kind, 0) / GIB:>12.2f}" for kind in kinds)
+        seconds = plan.overlapped * plan.mean
+        lines.append(f"{name:<26}{passes}{parts}{plan.peak_bytes / GIB:>8.2f}{seconds:>8.2f}")
+    return "\n".join(lines)
+
+
 def parameters(topology: str, model: models.Model, mesh: AnyMesh) -> str:
     """Where each weight of a network lies on a mesh, the largest on a device first; and why it is
     not split further."""
