@@ -95,7 +95,7 @@ def test_rows_one_by_one_are_the_batch(small_config, teacher):
                 objective, model.apply, *given, micro, fixed=model.fixed
             ),
             compiler_options={"xla_backend_optimization_level": 0},
-        )(params, theirs, batch, draws)
+        )({"student": params}, theirs, batch, draws)
         for micro in (1, 4)
     ]
     (loss, _), whole = found[0]
