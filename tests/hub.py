@@ -19,9 +19,9 @@ Files = dict[str, bytes]  # by name
 
 
 class Refused(Exception):
-    def __init__(self, status: int, message: str):
+    def __init__(self, status: int, message: str, **told: str):
         super().__init__(message)
-        self.status = status
+        self.status, self.told = status, {"error": message} | told
 
 
 class Server(ThreadingHTTPServer):
@@ -90,8 +90,7 @@ class Handler(BaseHTTPRequestHandler):
             status = 200
         except Refused as error:
             status, headers = error.status, {"X-Error-Message": str(error)}
-            told = {"error": str(error), "url": self.hub.address}  # of what is there already
-            data = json.dumps(told).encode()
+            data = json.dumps(error.told).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **headers}.items():
             self.send_header(name, value)
@@ -110,11 +109,12 @@ class Handler(BaseHTTPRequestHandler):
             name = f"{told['organization']}/{told['name']}"
             if told["organization"] != USER:
                 raise Refused(403, f"You have no rights in the namespace {told['organization']}")
+            url = f"{self.hub.address}/{name}"
             if name in self.hub.repositories:
-                raise Refused(409, "You already created this model repo")
+                raise Refused(409, "You already created this model repo", url=url)
             self.hub.put(name, {".gitattributes": b"*.bin filter=lfs\n"})
             self.hub.private[name] = told.get("private", told.get("visibility") == "private")
-            return as_json({"url": f"{self.hub.address}/{name}"})
+            return as_json({"url": url})
         if path == "/api/validate-yaml":
             return as_json({"errors": [], "warnings": []})
         if found := re.fullmatch(r"/put/(\w+)", path):

@@ -98,8 +98,9 @@ class Repository:
     def _told(self) -> Iterator:
         """The hub's interface; what fails inside, as Refused."""
         import huggingface_hub as library  # slow to import, and needed by few
+        from huggingface_hub.utils import logging
 
-        library.logging.set_verbosity_error()  # it raises what it gave up
+        logging.set_verbosity_error()  # it raises what it gave up
         token = library.get_token()
         if not token:
             raise Refused(f"hub {self.name}: it takes a token: set HF_TOKEN, or hf auth login")
