@@ -20,9 +20,6 @@ from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import steps_of
 from twinflow_jax.errors import UserError
 
-# Of the hub's library, which users do not see.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ARGUMENTS = [
     "--config", "configs/digits.py", "--config.model.width=32", "--config.model.depth=1",
@@ -32,20 +29,6 @@ ARGUMENTS = [
 ]
 REPOSITORY = "user/run"
 CARRIED = f"--config.train.hub={REPOSITORY}"
-
-
-@pytest.fixture
-def hub(monkeypatch) -> Hub:
-    """An empty one, which this process and those that it starts take for the Hugging Face hub."""
-    hub = Hub()
-    for name, value in hub.environment.items():
-        monkeypatch.setenv(name, value)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    yield hub
-    hub.close()
 
 
 def trained(workdir: pathlib.Path, steps: int, *more: str) -> int:
