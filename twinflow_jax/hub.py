@@ -111,5 +111,5 @@ class Repository:
             if status is None and getattr(error, "errno", None) is not None:
                 raise  # of this machine's files
             means = MEANS.get(status, "it does not answer as it should")
-            says = reason(error).replace(token, "TOKEN")
+            says = re.sub(r"\?\S+", "", reason(error)).replace(token, "TOKEN")  # no signed address
             raise Refused(f"hub {self.name}: {means} ({says})") from error
