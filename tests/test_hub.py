@@ -157,7 +157,9 @@ def test_a_folder_that_is_ahead_wins_and_another_run_is_refused(hub, tmp_path, c
     assert trained(tmp_path / "run", 4, CARRIED) == 0
     assert files(tmp_path / "run", "checkpoints") == before
     assert steps_there(hub) == [2, 4]
-    capsys.readouterr()
+    assert "pushing step 4 to hub user/run" in capsys.readouterr().out
+    assert trained(tmp_path / "run", 4, CARRIED) == 0
+    assert "pushing" not in capsys.readouterr().out
     assert trained(tmp_path / "other", 4, CARRIED, "--config.train.seed=7") == 2
     assert capsys.readouterr().err == (
         "error: hub user/run holds another run (train.seed is 42 there, 7 here): choose another "

@@ -63,6 +63,7 @@ class Carrier(buckets.Copying):
         hub.show_progress(False)  # training has a bar of its own
         with self._unless_refused():
             commit, there = self._meet()
+            self._pushed = max(there, default=0)
             if there[-1:] > steps_of(self._folder)[-1:]:
                 with holders.held(self._folder / IN_USE, self._folder):
                     self._bring(commit, there[-1])
@@ -116,7 +117,8 @@ class Carrier(buckets.Copying):
     def _check(self, commit: str, names: list[str], begun: bool) -> None:
         """Refuses a repository as check_claim does a folder. begun: whether it has checkpoints."""
         place = f"hub {self._hub.name}"
-        if not begun and not all(name.startswith((*CARRIED, *OTHERS)) for name in names):
+        known = all(name.startswith((*CARRIED, *OTHERS)) for name in names)
+        if not (RECORD in names if begun else known):
             raise UserError(f"{place} is not empty and holds no run: choose another train.hub")
         if RECORD in names:
             with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +141,6 @@ class Carrier(buckets.Copying):
             file.replace(target)
         (self._folder / part).parent.mkdir(exist_ok=True)
         (stage / part).replace(self._folder / part)
-        self._pushed = step
 
     def _copy(self) -> None:
         step = steps_of(self._folder)[-1:]
