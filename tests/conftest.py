@@ -53,3 +53,25 @@ def compiled(monkeypatch) -> list:
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", count)
     return programs
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """An empty hub, which this process and those that it starts take for the Hugging Face hub."""
+    import warnings
+
+    from huggingface_hub import constants
+
+    from tests.hub import Hub
+
+    hub = Hub()
+    for name, value in hub.environment.items():
+        monkeypatch.setenv(name, value)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with warnings.catch_warnings():  # of its library's own, which users do not see
+        warnings.filterwarnings("ignore", "Use 'content=")
+        yield hub
+    hub.close()

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -17,8 +18,8 @@ nbformat = pytest.importorskip("nbformat")
 
 
 @pytest.mark.slow
-def test_one_step_sana(tmp_path):
-    """Twice, as in two sessions: the second finds everything done."""
+def test_one_step_sana(hub, tmp_path):
+    """Twice, as in two sessions: the second finds everything done, its run on the hub alone."""
     sana_folder.write(tmp_path)
     (tmp_path / "pictures").mkdir()
     digits = load_digits()
@@ -32,6 +33,7 @@ def test_one_step_sana(tmp_path):
     settings = names | {
         "CODE": ROOT, "VENV": sys.prefix, "BASE": tmp_path / "pipeline", "SIZE": "64",
         "PICTURES": tmp_path / "pictures", "CONFIG": "configs/sana06b_kaggle.py:tiny",
+        "HUB": "user/sana",
     }
     notebook = nbformat.read(ROOT / "notebooks" / "kaggle_sana.ipynb", as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
@@ -40,7 +42,9 @@ def test_one_step_sana(tmp_path):
         '\nos.environ["PATH"]', f'\nos.environ.update({text})\nos.environ["PATH"]'
     )
     for _ in range(2):
+        shutil.rmtree(tmp_path / "kept" / "run", ignore_errors=True)
         nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3").execute()
+    assert "comes from hub user/sana" in (tmp_path / "scratch" / "log").read_text()
     run = json.loads((tmp_path / "kept" / "run" / "config.json").read_text())
     assert run["train"]["init_from"] == str(tmp_path / "scratch" / "base")
     shown = [
@@ -49,5 +53,6 @@ def test_one_step_sana(tmp_path):
     ]
     assert len(shown) == 2  # the last sheet of training, and what was drawn
     exported = tmp_path / "scratch" / "one_step"
-    assert (exported / "model_index.json").exists()
+    assert (exported / "model_index.json").read_bytes() == hub.files("user/sana-one-step")[
+        "model_index.json"]
     assert (exported / "transformer" / "diffusion_pytorch_model.safetensors").exists()

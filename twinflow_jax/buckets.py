@@ -36,28 +36,20 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.resolve()
 
 
-class Mirror:
-    """Where the files of a folder that are appended to lie: there, or for a bucket in a folder of
-    this machine, whose files are copied there in the background.
+class Copying:
+    """A copy that one thread keeps up to date in the background. writes: whether there is one."""
 
-    Where another process begins, it `names` those that it goes on with. Only what a checkpoint
-    would be ahead of has to be waited for, by `settle`.
-    """
-
-    def __init__(self, target: epath.PathLike, names: Iterable[str] = (), writes: bool = True):
-        self._target, self._writes = epath.Path(target), writes and is_remote(target)
-        self.folder, self._copied = self._target, {}
-        if is_remote(target):
-            self._own = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-            self.folder = epath.Path(self._own.name)
-            for name in names:
-                if (self._target / name).exists():
-                    (self._target / name).copy(self.folder / name)
+    def __init__(self, writes: bool):
+        self._writes = writes
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._running: concurrent.futures.Future | None = None
 
+    def _copy(self) -> None:
+        """Copies what has changed."""
+        raise NotImplementedError
+
     def copy(self) -> None:
-        """Copies what has changed, unless that is going on."""
+        """Begins to copy what has changed, unless that is going on."""
         if self._writes and (self._running is None or self._running.done()):
             self._running = self._thread.submit(self._copy)
 
@@ -66,16 +58,36 @@ class Mirror:
         if self._writes:
             self._thread.submit(self._copy).result()
 
+    def close(self) -> None:
+        self.settle()
+        self._thread.shutdown()
+
+
+class Mirror(Copying):
+    """Where the files of a folder that are appended to lie: there, or for a bucket in a folder of
+    this machine, whose files are copied there in the background.
+
+    Where another process begins, it `names` those that it goes on with. Only what a checkpoint
+    would be ahead of has to be waited for, by `settle`.
+    """
+
+    def __init__(self, target: epath.PathLike, names: Iterable[str] = (), writes: bool = True):
+        super().__init__(writes and is_remote(target))
+        self._target = epath.Path(target)
+        self.folder, self._copied = self._target, {}
+        if is_remote(target):
+            self._own = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            self.folder = epath.Path(self._own.name)
+            for name in names:
+                if (self._target / name).exists():
+                    (self._target / name).copy(self.folder / name)
+
     def _copy(self) -> None:
         for file in sorted(pathlib.Path(self.folder).rglob("[!.]*")):  # hidden ones are not whole
             changed = file.stat().st_mtime_ns
             if file.is_file() and self._copied.get(file) != changed:
                 (self._target / file.relative_to(self.folder)).write_bytes(file.read_bytes())
                 self._copied[file] = changed
-
-    def close(self) -> None:
-        self.settle()
-        self._thread.shutdown()
 
 
 def explained(error: BaseException) -> UserError | None:

@@ -1,7 +1,7 @@
 """Import published checkpoints, export trained ones, compare the two; adapters (LoRA) likewise.
 
     python -m twinflow_jax.convert import Qwen/Qwen-Image checkpoints/qwen_image
-    python -m twinflow_jax.convert export runs/qwen exported/qwen --dtype bfloat16
+    python -m twinflow_jax.convert export runs/qwen exported/qwen --dtype bfloat16 --push you/qwen
     python -m twinflow_jax.convert verify Qwen/Qwen-Image checkpoints/qwen_image
     python -m twinflow_jax.convert adapter import fox.safetensors adapters/fox \\
         --base checkpoints/qwen_image
@@ -16,23 +16,16 @@ ComfyUI, kohya, peft and the tools that write likewise (docs/adapters.md), told 
 """
 
 import argparse
+import pathlib
 
 from etils import epath
 
-from twinflow_jax import arguments, files
+from twinflow_jax import arguments, buckets, files, hub
 from twinflow_jax.errors import UserError, run_verb
 
 DTYPES = ("float32", "bfloat16")
 SINGLE_DTYPES = (*DTYPES, "float8_e4m3fn")
 FORMATS = ("diffusers", "comfyui", "kohya", "peft")  # of adapters: checkpoints.dialects.FORMATS
-
-README = """\
-# {name}
-
-Written by twinflow_jax from `{source}`{weights}. `{library}` loads this folder.
-
-{note}
-"""
 
 
 def main() -> int:
@@ -69,6 +62,7 @@ def parse() -> argparse.Namespace:
     )
     verb.add_argument("--single-file", action="store_true",
                       help="the transformer alone, DST being a file, as ComfyUI loads it")
+    _push(verb)
     _weights(verb)
     verb = verbs.add_parser("verify", help="compare a published folder with a checkpoint")
     verb.add_argument("source", type=files.path, metavar="SRC")
@@ -97,6 +91,7 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--format", choices=FORMATS,
                       help="default: diffusers, of what was imported as it came")
     verb.add_argument("--dtype", choices=DTYPES, help="default: as it was trained or came")
+    _push(verb)
     _of_run(verb)
     verb = parser.add_parser("merge", help="an adapter into the weights of its base")
     verb.set_defaults(verb="adapter merge")
@@ -104,6 +99,11 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("source", type=arguments.scaled, metavar="ADAPTER[:SCALE]",
                       help="a file of adapters, or an imported one")
     verb.add_argument("target", type=files.path, metavar="DST")
+
+
+def _push(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--push", metavar="USER/NAME", default="",
+                      help="send DST to a model repository of the hub, private if it is new")
 
 
 def _weights(verb: argparse.ArgumentParser) -> None:
@@ -131,24 +131,19 @@ def run_import(args) -> int:
 
 
 def run_export(args) -> int:
-    from twinflow_jax.checkpoints import exporting
+    from twinflow_jax.checkpoints import card, exporting
 
     if args.dtype not in (None, *DTYPES) and not args.single_file:
         raise UserError(f"--dtype {args.dtype} is for --single-file: no folder has it")
-    checkpoint, trained, text = open_weights(args)
+    checkpoint, arrays, trained = open_weights(args)
+    repository = open_hub(args)
     if args.single_file:
-        exporting.export_single(checkpoint, args.target, args.dtype, trained)
-        print(f"{args.source} is in {args.target}")
-        return 0
-    family = checkpoint.text_to_image
-    knows_r = "transformer" in checkpoint.parts and checkpoint.knows_r
-    readme = README.format(
-        library="transformers" if set(checkpoint.parts) <= {*family.encoders} else "diffusers",
-        name=epath.Path(args.target).name, source=checkpoint.record["source"], weights=text,
-        note=family.note(checkpoint.config("transformer").times) if knows_r else "",
-    ).strip() + "\n"
-    exporting.export_folder(checkpoint, args.target, args.dtype, trained, readme)
+        exporting.export_single(checkpoint, args.target, args.dtype, arrays)
+    else:
+        beside = card.make(epath.Path(args.target).name, checkpoint, trained)
+        exporting.export_folder(checkpoint, args.target, args.dtype, arrays, beside)
     print(f"{args.source} is in {args.target}")
+    push(repository, args.target)
     return 0
 
 
@@ -184,6 +179,7 @@ def adapter_export(args) -> int:
     from twinflow_jax import checkpoints
     from twinflow_jax.checkpoints import adapted, adapting
 
+    repository = open_hub(args)
     if adapting.is_imported(args.source):
         if args.raw or args.at_step is not None:
             raise UserError(f"{args.source} is an imported adapter: --raw, --at-step are for runs")
@@ -199,6 +195,7 @@ def adapter_export(args) -> int:
             args.dtype,
         )
     print(f"{args.source} is in {file}")
+    push(repository, args.target)
     return 0
 
 
@@ -217,9 +214,9 @@ def adapter_merge(args) -> int:
 
 
 def open_weights(args):
-    """`(imported checkpoint, trained arrays or None, a phrase that says which weights)`."""
+    """`(imported checkpoint, trained arrays or None, card.Trained or None)`."""
     from twinflow_jax import checkpoints
-    from twinflow_jax.checkpoints import imported
+    from twinflow_jax.checkpoints import card, imported
 
     if imported.is_imported(args.source):
         if args.raw or args.at_step is not None or args.pipeline:
@@ -227,7 +224,7 @@ def open_weights(args):
                 f"{args.source} is an imported checkpoint: --raw, --at-step and --pipeline are "
                 "for runs"
             )
-        return imported.open_imported(args.source), None, ""
+        return imported.open_imported(args.source), None, None
     run, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
     if run.adapter.rank:
         raise UserError(
@@ -235,11 +232,50 @@ def open_weights(args):
             "adapter merge puts what it wrote into their base"
         )
     base = args.pipeline or checkpoints.pipeline_of(args.source, run)
-    which = "raw" if args.raw else "average"
     checkpoint = imported.open_imported(base)
     if "transformer" in checkpoint.parts:
         checkpoint = checkpoint.knowing_r(run.model.time_conditioning)
-    return checkpoint, arrays, f", trained for {step} steps ({which} weights)"
+    return checkpoint, arrays, card.Trained(args.source, run, step, args.raw)
+
+
+def open_hub(args) -> hub.Repository | None:
+    """The repository of --push, before there is something to push.
+
+    Raises:
+      UserError: it is no name, the hub does not make it, it holds a run, or DST is in a bucket.
+    """
+    if not args.push:
+        return None
+    hub.check_name("--push", args.push)
+    if buckets.is_remote(args.target):
+        raise UserError(f"--push sends files of a disk, and {args.target} is in a bucket")
+    repository = hub.Repository(args.push)
+    repository.open()
+    if any(name.startswith("checkpoints/") for name in repository.look()[1]):
+        raise UserError(f"hub {args.push} holds a run: choose another --push")
+    return repository
+
+
+def push(repository: hub.Repository | None, target: str) -> None:
+    """Sends what was exported to a repository, in one commit.
+
+    Raises:
+      UserError: the hub does not take it.
+    """
+    if repository is None:
+        return
+    path = pathlib.Path(target)
+    found = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    root = path if path.is_dir() else path.parent
+    added = {file.relative_to(root).as_posix(): file for file in found}
+    try:
+        repository.commit(repository.look()[0], added, f"export of {path.name}")
+    except hub.Refused as error:
+        raise UserError(
+            f"{target} is written, but not pushed: {error}; `hf upload {repository.name} {target}` "
+            "sends it"
+        ) from error
+    print(f"{target} is in hub {repository.name}")
 
 
 if __name__ == "__main__":

@@ -219,7 +219,8 @@ def test_hub_id_in_the_local_cache(base, tmp_path, monkeypatch, capsys):
         ours = tmp_path / source.replace("/", "_")
         assert convert("import", source, ours) == 0
         assert convert("verify", base, ours) == 0
-        assert imported.open_imported(ours).record["source"] == source
+        record = imported.open_imported(ours).record
+        assert record["source"] == source and record["hub"] == "Somebody/Some-Model"
     for source, message in (
         ("Somebody/Other", "neither a folder nor in the local hub cache"),
         ("Somebody/Some-Model/v2", "no folder v2"), ("a/b c", "no folder a/b c"),

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -75,13 +75,14 @@ def as_published(
 
 def export_folder(
     checkpoint: Imported, target: epath.PathLike, dtype: str | None = None,
-    trained: store.Arrays | None = None, readme: str = "", progress: bool = True,
+    trained: store.Arrays | None = None, beside: Mapping[str, bytes] | None = None,
+    progress: bool = True,
 ) -> None:
     """Writes a folder that diffusers loads.
 
     dtype: of the transformer (default: as trained, or as it was published). trained: arrays of
-    a run, which take the place of the transformer's. readme: for README.md. Everything else has
-    its published dtype, except what was narrowed by the import.
+    a run, which take the place of the transformer's. beside: more files by name (card.make).
+    Everything else has its published dtype, except what was narrowed by the import.
     Raises:
       UserError: the target is taken, there is no room, an array cannot be read, or `dtype` or
         `trained` are given where there is no transformer.
@@ -115,8 +116,8 @@ def export_folder(
             if name == "model_index.json":
                 data = _unwrapped(data, checkpoint)
             files.write(target / name, data)
-        if readme:
-            files.write(target / "README.md", readme.encode())
+        for name, data in (beside or {}).items():
+            files.write(target / name, data)
 
 
 def export_single(

@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from twinflow_jax import files
-from twinflow_jax.checkpoints import imported, published, store, tensors
+from twinflow_jax.checkpoints import card, imported, published, store, tensors
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.checkpoints.published import Part
 from twinflow_jax.models.names import Rule
@@ -65,6 +65,10 @@ def import_folder(
                 for name, part in folder.parts.items()
             },
         }
+        if not epath.Path(source).is_dir():
+            record["hub"] = "/".join(source.split("/")[:2])
+        if found := card.licence(folder.path):
+            record["licence"] = found
         files.write(target / imported.RECORD, json.dumps(record, indent=2).encode())
     return imported.open_imported(target)
 

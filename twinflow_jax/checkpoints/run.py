@@ -19,6 +19,7 @@ from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.errors import UserError, few
 from twinflow_jax.models import names
 
+RECORD = "config.json"
 COMMITTED = "commit_success.txt"  # orbax's, in a bucket: what has it is complete
 IN_USE = "in_use"  # a file that is in a run's folder for as long as it is trained
 
@@ -26,9 +27,9 @@ IN_USE = "in_use"  # a file that is in a run's folder for as long as it is train
 # shared, not what is learned (training.checks says which numbers of steps do not either).
 FREE = (
     "train.steps", "train.log_every", "train.loggers", "train.sample_every",
-    "train.checkpoint_every", "train.keep", "sample.steps", "sample.columns", "sample.prompts",
-    "sample.score_count", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context",
-    "mesh.strategy", "model.remat", "train.micro_steps", "objective.merge_passes",
+    "train.checkpoint_every", "train.keep", "train.hub", "sample.steps", "sample.columns",
+    "sample.prompts", "sample.score_count", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "mesh.context", "mesh.strategy", "model.remat", "train.micro_steps", "objective.merge_passes",
 )
 
 
@@ -43,7 +44,7 @@ def claim(workdir: epath.PathLike, run: Run, rows: str = "") -> Iterator[None]:
     with holders.held(folder / IN_USE, folder):
         check_claim(workdir, run, rows)  # again: nobody else can change it now
         fields = {"format": FORMAT, "rows": rows} | run.fields()
-        files.write(folder / "config.json", json.dumps(fields, indent=2).encode())
+        files.write(folder / RECORD, json.dumps(fields, indent=2).encode())
         yield
 
 
@@ -59,30 +60,39 @@ def check_claim(workdir: epath.PathLike, run: Run, rows: str = "") -> None:
         files.check_folder("--workdir", str(workdir))
     store.absolute(workdir)  # where checkpoints can be
     folder = epath.Path(workdir)
-    record = folder / "config.json"
+    record = folder / RECORD
     if record.exists() and (folder / "checkpoints").exists():
-        mine = configs.flatten(run.fields())
-        other = configs.flatten(read_run(folder).fields())
-        differing = [
-            f"{key} is {other.get(key)!r} there, {mine.get(key)!r} here"
-            for key in sorted(mine.keys() | other.keys())
-            if key not in FREE and mine.get(key) != other.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"{folder} holds another run ({few(differing)}): "
-                "choose another --workdir, or the config that it was started with"
-            )
-        if json.loads(record.read_text()).get("rows", rows) != rows:
-            raise UserError(
-                f"{folder} was started on other records, or pairs, than data now names: choose "
-                "another --workdir, or make again what it was started on"
-            )
+        check_same(folder, run, rows, "--workdir", str(folder))
     elif (
         not record.exists() and folder.exists()
         and any(entry.name != IN_USE for entry in folder.iterdir())
     ):
         raise UserError(f"{folder} is not empty and holds no run: choose another --workdir")
+
+
+def check_same(folder: epath.PathLike, run: Run, rows: str, flag: str, place: str) -> None:
+    """Refuses a folder whose record is another run's. flag, place: what gave it, and its name.
+
+    Raises:
+      UserError: says what differs.
+    """
+    mine = configs.flatten(run.fields())
+    other = configs.flatten(read_run(folder).fields())
+    differing = [
+        f"{key} is {other.get(key)!r} there, {mine.get(key)!r} here"
+        for key in sorted(mine.keys() | other.keys())
+        if key not in FREE and mine.get(key) != other.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{place} holds another run ({few(differing)}): "
+            f"choose another {flag}, or the config that it was started with"
+        )
+    if json.loads((epath.Path(folder) / RECORD).read_text()).get("rows", rows) != rows:
+        raise UserError(
+            f"{place} was started on other records, or pairs, than data now names: choose "
+            f"another {flag}, or make again what it was started on"
+        )
 
 
 def read_run(folder: epath.PathLike) -> Run:
@@ -92,7 +102,7 @@ def read_run(folder: epath.PathLike) -> Run:
       UserError: the folder is no run, or its record cannot be read, or its weights are in a format
         that this version does not read.
     """
-    record = epath.Path(folder) / "config.json"
+    record = epath.Path(folder) / RECORD
     if not record.exists():
         raise UserError(
             f"{folder} is no run: it has no config.json (give the --workdir of training)"

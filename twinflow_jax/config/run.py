@@ -7,7 +7,7 @@ The keys of `model` and `objective` are those of the family's and the form's own
 import dataclasses
 from typing import Any, ClassVar
 
-from twinflow_jax import keys, models, objectives, parallel, seeds
+from twinflow_jax import hub, keys, models, objectives, parallel, seeds
 from twinflow_jax.errors import UserError, noted, tell
 from twinflow_jax.keys import option
 from twinflow_jax.models.adapters import Adapter
@@ -135,6 +135,15 @@ class Train(keys.Part):
     sample_every: int = option(500, "steps between two sheets of samples", least=1)
     checkpoint_every: int = option(500, "steps between two checkpoints", least=1)
     keep: int = option(3, "checkpoints that stay", least=1)
+    hub: str = option(
+        "", "USER/NAME: a model repository of the Hugging Face hub that checkpoints are pushed to, "
+        "and fetched from where they are newer there"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hub:
+            hub.check_name("train.hub", self.hub)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
@@ -60,7 +60,9 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
     try:
         with contextlib.ExitStack() as stack:
             rows = inputs.digest(source)
-            hosts.first(lambda: stack.enter_context(claimed(run, workdir, rows)))
+            carrier = checkpoints.Carrier(workdir, run, rows, hosts.leads())
+            hosts.first(lambda: stack.enter_context(claimed(run, workdir, rows, carrier)))
+            stack.enter_context(contextlib.closing(carrier))
             keep_compiled(workdir)
             saver = checkpoints.Saver(workdir, run.train.keep)
             stack.enter_context(contextlib.closing(saver))
@@ -70,7 +72,7 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
                 steps = compile_phases(prepared, shapes, newest, progress, {})
             with clock.part("inputs"):
                 known = inputs.prepare(run, source, workdir)
-            return loop(prepared, known, shapes, steps, saver, workdir, progress, clock)
+            return loop(prepared, known, shapes, steps, saver, carrier, workdir, progress, clock)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -86,17 +88,25 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
         ) from error
 
 
-def claimed(run: Run, workdir: str, rows: str) -> contextlib.AbstractContextManager:
-    """The folder as this run's, unless it cannot be: then nothing in it is touched."""
+@contextlib.contextmanager
+def claimed(
+    run: Run, workdir: str, rows: str, carrier: checkpoints.Carrier
+) -> Iterator[None]:
+    """The folder as this run's, unless it cannot be: then nothing in it is touched. First comes
+    what the hub has, if that is newer."""
     checkpoints.check_claim(workdir, run, rows)
-    checks.check_length(run, workdir)
     loggers.check(run)
-    return checkpoints.claim(workdir, run, rows)
+    carrier.fetch()
+    checks.check_length(run, workdir)
+    with checkpoints.claim(workdir, run, rows):
+        carrier.claim()
+        yield
 
 
 def loop(
     prepared: setup.Setup, known: inputs.Inputs, shapes: list[tuple[int, ...]], steps: dict,
-    saver: checkpoints.Saver, workdir: str, progress: bool, clock: Clock,
+    saver: checkpoints.Saver, carrier: checkpoints.Carrier, workdir: str, progress: bool,
+    clock: Clock,
 ) -> state.TrainState:
     """The loop itself, from the newest checkpoint of `workdir` to the last step."""
     train, count = prepared.run.train, prepared.run.data.batch_size
@@ -156,6 +166,7 @@ def loop(
             if report:
                 bar.set_postfix_str(f"{log.write(done)} {watch.report(done)}")
                 mirror.copy()
+                carrier.copy()
             if keep:
                 with clock.part("saving"):
                     saver.save(done, state.to_parts(current), mirror.settle)
