@@ -164,11 +164,11 @@ def adapters(guidance: float) -> dict[str, Method]:
 STUDIES = {
     "digits": Study("configs/digits.py", ("classes",), 1000, 2000, rivals(0.0), guided=False),
     "digits_lora": Study(
-        "configs/digits.py", ("classes",), 3000, 600, adapters(2.0), guided=False,
+        "configs/digits.py", ("classes",), 3000, 800, adapters(2.0), guided=False,
         shared={
             "model.name": "dit", "model.sample_shape": (8, 8, 1), "model.patch": 2,
-            "model.width": 96, "model.depth": 3, "objective.guidance": 0.0,
-            "train.condition_dropout": 0.1,
+            "model.width": 64, "model.depth": 2, "objective.guidance": 0.0,
+            "train.condition_dropout": 0.1, "data.batch_size": 64,
         },
     ),
     "mnist": Study("configs/mnist.py", ("classes",), 2000, 8000, rivals(0.25)),
