@@ -32,6 +32,7 @@ import time
 
 import jax
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
 
 from twinflow_jax import config as configs
@@ -345,18 +346,23 @@ def table(study: Study, rows: list[dict]) -> str:
 
 
 def plot(study: Study, rows: list[dict]):
-    """Frechet distance at each number of evaluations, a bar for each method and a dot a seed."""
-    figure, axes = plt.subplots(1, len(EVALUATIONS), figsize=(11, 0.4 * len(rows) + 1),
-                                layout="constrained", sharey=True)
-    names = [row["method"] + (f" {row['trial']}" if row["trial"] else "") for row in rows][::-1]
+    """Frechet distance at each number of evaluations: a dot for each seed, a bar at their mean."""
+    figure, axes = plt.subplots(1, len(EVALUATIONS), figsize=(11, 0.3 * len(rows) + 1),
+                                layout="constrained", sharex=True, sharey=True)
     for axis, nfe in zip(axes, EVALUATIONS, strict=True):
-        values = [row["scores"][nfe]["frechet"] for row in rows][::-1]
-        ours = [row["method"] == "twinflow" for row in rows][::-1]
-        axis.barh(names, [statistics.mean(v) for v in values],
-                  color=["tab:orange" if mine else "tab:blue" for mine in ours], alpha=0.7)
-        for place, of_seeds in enumerate(values):
-            axis.plot(of_seeds, [place] * len(of_seeds), "k.", markersize=4)
+        for place, row in enumerate(rows):
+            values = row["scores"][nfe]["frechet"]
+            color = "tab:orange" if row["method"] == next(iter(study.methods)) else "tab:blue"
+            axis.plot(values, [place] * len(values), ".", color=color)
+            axis.plot(statistics.mean(values), place, "|", color=color, markersize=14)
         axis.set(title=f"{nfe} NFE", xlabel="Frechet distance", xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
+    names = [row["method"] + (f" {row['trial']}" if row["trial"] else "") for row in rows]
+    axes[0].set_yticks(range(len(rows)), names)
+    axes[0].invert_yaxis()
     return report.to_image(figure)
 
 

@@ -151,15 +151,17 @@ def main() -> None:
 
 
 def plot(found: dict, order: list[str]):
-    """A bar for each method, a dot for each seed."""
+    """A dot for each seed, a bar at their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.5), layout="constrained", sharey=True)
     for axis, (toy, distances) in zip(axes, found.items(), strict=True):
-        values = [distances[name] for name in order][::-1]
-        colors = ["tab:orange" if name == "twinflow" else "tab:blue" for name in order][::-1]
-        axis.barh(order[::-1], [statistics.mean(v) for v in values], color=colors, alpha=0.7)
-        for place, of_seeds in enumerate(values):
-            axis.plot(of_seeds, [place] * len(of_seeds), "k.", markersize=4)
+        for place, name in enumerate(order):
+            color = "tab:orange" if name == "twinflow" else "tab:blue"
+            axis.plot(distances[name], [place] * len(distances[name]), ".", color=color)
+            axis.plot(statistics.mean(distances[name]), place, "|", color=color, markersize=14)
         axis.set(title=toy, xlabel="energy distance at 1 NFE", xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(order)), order)
+    axes[0].invert_yaxis()
     return report.to_image(figure)
 
 
