@@ -61,4 +61,3 @@ def test_a_network_on_them_is_that_of_what_they_stand_for(config):
     for a, b in zip(*map(jax.tree.leaves, (mine, same)), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
     assert 1e-4 < apart(mine[1], other[1]) < 0.03
-    print(config.name, apart(mine[1], other[1]), np.sqrt(np.square(other[1]).mean()))
