@@ -13,9 +13,10 @@ import pytest
 
 from twinflow_jax import models, parallel
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import adapters, dit, family, minilm_dit, qwen_image, sana
+from twinflow_jax.models import adapters, dit, family, int8, minilm_dit, qwen_image, sana
 from twinflow_jax.models.stack import run_layers
 from twinflow_jax.parallel import MeshConfig
+from twinflow_jax.training import state
 
 QWEN = qwen_image.transformer.Config(
     sample_shape=(4, 12, 16), layers=2, heads=8, head_dim=8, text_width=24, rope_axes=(2, 2, 4),
@@ -97,27 +98,33 @@ class Everywhere(dict):
         return 8
 
 
-def compare(config, plans=PLANS, adapted=None) -> None:
-    """Run in a process with eight devices; fails where a velocity or gradient differs."""
+def compare(config, plans=PLANS, adapted=None, base=False) -> None:
+    """Run in a process with eight devices; fails where a velocity or gradient differs.
+
+    base: only adapters have a gradient, and stand on kernels in int8.
+    """
     module = MODULES[config.name](config)
     with adapters.added(adapted or {}):
         boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs(config, 1))["params"]
-    abstract, axes = nn.meta.unbox(boxed), family.logical_axes(boxed)
-    leaves, tree = jax.tree.flatten(abstract)
+    axes = family.logical_axes(boxed)
+    leaves, tree = jax.tree.flatten(nn.meta.unbox(boxed))
     rng = np.random.default_rng(1)
     random = lambda leaf: (rng.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5).astype(np.float32)
     params = tree.unflatten([random(leaf) for leaf in leaves])
+    params, fixed = (int8.base(params), (adapters.Adapter().frozen,)) if base else (params, ())
+    abstract = jax.eval_shape(lambda: params)
     quick = {"xla_backend_optimization_level": 0}
 
     def velocity_and_gradients(params, strategy, *inputs):
         held = strategy.hold(params) if strategy else None
 
-        def loss(params):
-            weights = strategy.weights(params, held) if strategy else params
+        def loss(learned):
+            weights = state.whole(learned, params)
+            weights = strategy.weights(weights, held) if strategy else weights
             velocity = module.apply({"params": weights}, *inputs)
             return (velocity**2).mean(), velocity
 
-        return jax.grad(loss, has_aux=True)(params)
+        return jax.grad(loss, has_aux=True)(state.trained(params, fixed))
 
     for mesh_config, name, rows in plans:
         given = inputs(config, rows)
@@ -130,7 +137,7 @@ def compare(config, plans=PLANS, adapted=None) -> None:
         args = jax.device_put(params, strategy.layouts), *jax.device_put(given, over)
         run = jax.jit(
             lambda params, *a: velocity_and_gradients(params, strategy, *a),  # noqa: B023
-            out_shardings=(strategy.layouts, over),
+            out_shardings=(state.trained(strategy.layouts, fixed), over),
         )
         with strategy.applied():
             compiled = run.lower(*args).compile(quick)
@@ -139,19 +146,25 @@ def compare(config, plans=PLANS, adapted=None) -> None:
             error = np.linalg.norm(np.asarray(mine) - want)
             # 1e-7: some gradients are 0, as those of the biases of keys
             assert error <= 1e-5 * np.linalg.norm(want) + 1e-7, (*where, want.shape, error)
-        check_collectives(compiled.as_text(), config, name, mesh, where)
+        check_collectives(compiled.as_text(), config, name, mesh, where, base)
 
 
-def check_collectives(hlo: str, config, name: str, mesh, where) -> None:
-    """No activation of a whole batch is added up, and mapped gradients are born split."""
+def check_collectives(hlo: str, config, name: str, mesh, where, base: bool) -> None:
+    """No activation of a whole batch is added up, mapped gradients are born split, and what is kept
+    in int8 travels so."""
     if config.name == "qwen_image" and mesh.shape["tensor"] == 1:
         image = f"f32[8,12,{config.width}]"
         added_up = [x for x in hlo.splitlines() if "all-reduce(" in x and image in x]
         assert not added_up, (where, added_up)
     assert name == "partitioner" or "reduce-scatter(" in hlo, where
+    gathered = [line for line in hlo.splitlines() if " all-gather(" in line]
+    assert not base or any(" s8[" in line for line in gathered), where
 
 
-@pytest.mark.parametrize("name", ["QWEN", "SANA", "DIT, FEW", "TWO", "QWEN, FEW, Everywhere(a=8)"])
+@pytest.mark.parametrize("name", [
+    "QWEN", "SANA", "DIT, FEW", "TWO", "QWEN, FEW, Everywhere(a=8)",
+    "QWEN, (*FEW, PLANS[1]), Everywhere(a=8), base=True",
+])
 def test_eight_devices_compute_what_one_does(name):
     program = "import tests.conftest; from tests.parallel.test_strategies import *"
     program += f"; compare({name})"

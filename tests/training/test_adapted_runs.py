@@ -9,7 +9,7 @@ import pytest
 from twinflow_jax import checkpoints, models, seeds
 from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names
+from twinflow_jax.models import int8, names
 from twinflow_jax.models.adapters import is_adapter
 from twinflow_jax.training import setup, state
 from twinflow_jax.training.loop import train
@@ -228,6 +228,43 @@ def test_a_run_does_not_go_on_that_sees_r_otherwise(small_config, tmp_path):
         with pytest.raises(UserError, match=says):
             train(other, str(tmp_path / folder), progress=False)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.filterwarnings("ignore:model is of another kind")
+def test_adapters_train_on_a_base_in_int8(small_config, tmp_path):
+    """It stays, is in no checkpoint and comes back from its source, as others are sampled with."""
+    train(small_config("train.steps=1", *DIT), str(tmp_path / "base"), progress=False)
+    source = checkpoints.load_weights(tmp_path / "base")[2]
+    made = names.flatten(jax.jit(int8.base)(source))
+    few = [*ADAPTED, *DIT, f"train.init_from={tmp_path / 'base'}", "train.weights=int8"]
+    run, same = small_config(*few), np.testing.assert_array_equal
+    end = train(run, str(tmp_path / "run"), progress=False)
+    for path, leaf in names.flatten(end.params).items():
+        if is_adapter(path):
+            assert np.any(leaf), path
+        else:
+            jax.tree.map(same, leaf, made[path])
+    assert sum(map(int8.is_quantised, made.values())) == 3
+    for part, tree in state.to_parts(end).items():
+        assert part == "progress" or all(map(is_adapter, names.flatten(tree)))
+
+    (tmp_path / "run" / "checkpoints" / "6").rename(tmp_path / "away")
+    again = train(run, str(tmp_path / "run"), progress=False)
+    jax.tree.map(same, *map(jax.device_get, (end, again)))
+    sampled = names.flatten(checkpoints.load_weights(tmp_path / "run")[2])
+    for path, leaf in names.flatten(source).items():
+        np.testing.assert_array_equal(sampled[path], leaf, path)
+
+    with pytest.raises(UserError, match="train.weights is 'int8' there, 'bfloat16' here"):
+        other = small_config(*few[:-1], "train.weights=bfloat16")
+        train(other, str(tmp_path / "run"), progress=False)
+
+
+def test_int8_is_for_the_kernels_of_a_base(small_config):
+    with pytest.raises(UserError, match="int8.*nothing can train: set adapter.rank"):
+        small_config("train.weights=int8")
+    with pytest.raises(UserError, match="int8.*this network has none of: use bfloat16"):
+        setup.prepare(small_config("train.weights=int8", "adapter.rank=2"))
 
 
 @pytest.mark.filterwarnings("ignore:model is of another kind")

@@ -148,7 +148,7 @@ def compare() -> None:
     def trained(devices, **mesh) -> dict:
         there = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, **mesh))
         prepared = setup.prepare(there, devices)
-        current = prepared.placing(prepared.fresh)(weights)
+        current = prepared.started()(weights)
         placed = jax.tree.map(
             lambda a, want: jax.device_put(a, want.sharding), batch, prepared.abstract_batch()
         )

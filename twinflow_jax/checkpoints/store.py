@@ -24,6 +24,7 @@ from twinflow_jax import buckets
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.models.adapters import is_adapter
+from twinflow_jax.models.int8 import Quantised, is_quantised, quantised
 
 Arrays = dict[str, ts.TensorStore]
 T = TypeVar("T")
@@ -194,7 +195,7 @@ def load(arrays: Arrays, abstract, label: str, progress: bool = True):
     """The tree of jax arrays that `abstract` describes.
 
     abstract: nested dicts of ShapeDtypeStruct with shardings; every device reads only its part,
-    which is cast to the wanted dtype. label: for the progress bar.
+    which is cast to the wanted dtype, or quantised there. label: for the progress bar.
     Raises:
       UserError: an array is missing, has another shape, or cannot be read; all that are missing
         or differ are named.
@@ -204,16 +205,22 @@ def load(arrays: Arrays, abstract, label: str, progress: bool = True):
     if problems:
         raise UserError(f"{label} does not fit its config: {'; '.join(problems)}")
 
-    def one(array, leaf) -> jax.Array:
+    def one(array, leaf) -> jax.Array | Quantised:
+        if is_quantised(leaf):
+            there = jax.tree.map(lambda part: part.sharding, leaf)
+            kernel = jax.ShapeDtypeStruct(
+                leaf.shape, array.dtype.numpy_dtype, sharding=there.values
+            )
+            return jax.jit(quantised, out_shardings=there)(one(array, kernel))
         part = lambda index: read(array[index]).astype(leaf.dtype, copy=False)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
     flat = {}
     with bytes_bar(label, total, progress, leave=False) as bar:
         for path, leaf in wanted.items():
             flat[path] = one(arrays[path], leaf)
-            bar.update(flat[path].nbytes)
+            bar.update(sum(leaf.nbytes for leaf in jax.tree.leaves(flat[path])))
     return names.unflatten(flat)
 
 

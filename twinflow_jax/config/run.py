@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from twinflow_jax import hub, keys, models, objectives, parallel, seeds
 from twinflow_jax.errors import UserError, noted, tell
 from twinflow_jax.keys import option
+from twinflow_jax.models import int8
 from twinflow_jax.models.adapters import Adapter
 from twinflow_jax.models.settings import DTYPES, Settings
 from twinflow_jax.objectives.config import STUDENT, Shared
@@ -108,8 +109,8 @@ class Train(keys.Part):
         42, "of initial weights, data order and all draws", least=0, most=seeds.LARGEST
     )
     weights: str = option(
-        "float32", "that trained weights are kept in; bfloat16 is rounded stochastically",
-        choices=DTYPES,
+        "float32", "that trained weights are kept in, or the base of adapters; bfloat16 is rounded "
+        "stochastically where it trains, int8 is of a base's kernels", choices=(*DTYPES, int8.NAME),
     )
     micro_steps: int = option(1, "parts of a batch whose gradients add up to one update", least=1)
     ema_decay: float = option(
@@ -252,6 +253,11 @@ class Run:
             problems.append(
                 "objective.teacher_decay is 1, a frozen teacher, but it would be random weights: "
                 "set train.init_from to a trained run or an imported checkpoint"
+            )
+        if train.weights == int8.NAME and not self.adapter.rank:
+            problems.append(
+                "train.weights is 'int8', in which nothing can train: set adapter.rank, whose base "
+                "it is for, or train.weights=bfloat16"
             )
         half_r = getattr(self.model, "time_conditioning", "") == "half_r"
         if half_r and self.objective.any_jumps and self.objective.order == 1:

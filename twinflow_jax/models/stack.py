@@ -15,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from twinflow_jax.models import remat
+from twinflow_jax.models import int8, remat
 from twinflow_jax.models.context import setting
 
 AXIS = "layers"  # the first logical axis of every parameter of a stack, and of no other
@@ -72,7 +72,7 @@ def run_layers(
     def loop(carry, weights, per_layer, per_row):
         def layer(carry, own):
             weights, per_layer = own
-            params = placement.fetch(weights)
+            params = int8.dequantised(placement.fetch(weights), module.config.dtype)
             inputs = (*per_layer, *per_row, *constants)
             return network.apply({"params": params}, carry, *inputs)
 

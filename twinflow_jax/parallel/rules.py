@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from twinflow_jax.models import names
+from twinflow_jax.models.int8 import Quantised, is_quantised
 from twinflow_jax.parallel.mesh import BATCH, FSDP, AnyMesh
 
 RULES = {
@@ -49,10 +50,13 @@ def layout(shape: tuple[int, ...], axes: tuple, mesh: AnyMesh) -> tuple[Partitio
 
 
 def shardings(mesh: AnyMesh, abstract, axes):
-    """A layout for each parameter: abstract shapes, and logical axes of the same tree."""
-    return jax.tree.map(
-        lambda leaf, names: NamedSharding(mesh, layout(leaf.shape, names, mesh)[0]), abstract, axes
-    )
+    """A layout for each parameter: abstract shapes, and logical axes of the same tree. Kernels in
+    int8 lie as others do, their scales whole."""
+    def one(leaf, names):
+        of = NamedSharding(mesh, layout(leaf.shape, names, mesh)[0])
+        return Quantised(of, NamedSharding(mesh, PartitionSpec())) if is_quantised(leaf) else of
+
+    return jax.tree.map(one, abstract, axes, is_leaf=is_quantised)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,6 +75,10 @@ class Strategy(abc.ABC):
         with applied(self.mesh), stack.placed(self.placement):
             yield
 
+    def _sent(self, part):
+        """A weight as it travels: in the dtype of computation, unless in int8."""
+        return part if part.dtype == jnp.int8 else part.astype(self.dtype)
+
     def _specs(self, name: str):
         """Of a stack's weights."""
         return jax.tree.map(lambda layout: layout.spec, self.layouts[name])
@@ -100,7 +104,7 @@ class Partitioner(Strategy):
             spec, at = _without_layers(spec), _split_at(_without_layers(spec))
             if at is None:
                 return part
-            part, left = part.astype(self.dtype), _axes_at(spec, at)
+            part, left = self._sent(part), _axes_at(spec, at)
             for i in reversed(range(len(left))):
                 entry = left[:i] or None
                 part = jax.lax.with_sharding_constraint(
@@ -167,7 +171,7 @@ class GatherLayers(Strategy):
         at = _split_at(spec)
         if at is None:
             return part
-        part = part.astype(self.dtype)
+        part = self._sent(part)
         for axis in reversed(_axes_at(spec, at)):
             part = jax.lax.all_gather(part, axis, axis=at, tiled=True)
         return part

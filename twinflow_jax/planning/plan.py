@@ -241,6 +241,7 @@ def levers(strategy: str, remat: str, stays: float, trains: bool = True) -> str:
         elif remat == "full":
             found.append("model.remat=offload")
         if stays > 0.5:
-            found.append("optimizer.moments=bfloat16, train.weights=bfloat16, no averages")
+            weights = "train.weights=bfloat16 (int8 beside adapters)"
+            found.append(f"optimizer.moments=bfloat16, {weights}, no averages")
         found.append("train.micro_steps")
     return ", ".join([*found, "fewer rows", "more chips"])

@@ -221,7 +221,7 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
     def first() -> jax.stages.Lowered:
         with attention.compiled_for(devices[0].platform):
             if run.train.init_from:
-                return prepared.placing(prepared.fresh).trace(whole.params).lower(**where)
+                return prepared.started().trace(whole.params).lower(**where)
             return prepared.initial().trace().lower(**where)
 
     then = [Program("train", "first state", first, 0, "more chips")]

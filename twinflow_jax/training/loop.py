@@ -258,7 +258,7 @@ def start(prepared: setup.Setup, saver: checkpoints.Saver) -> state.TrainState:
         there = names.unflatten({k: leaf for k, leaf in leaves.items() if k not in made})
         loaded = store.load(arrays, there, f"{train.init_from}: transformer")
         whole = names.unflatten(names.flatten(loaded) | made)
-        first = prepared.placing(prepared.fresh)(whole)
+        first = prepared.started()(whole)
     else:
         first = prepared.initial()()
     return first if restored is None else state.from_parts(restored, fixed, first.params)

@@ -32,14 +32,16 @@ class Setup:
     learned: dict[str, objectives.Objective]
     phases: dict[str, Any]
 
-    def placing(self, make):
-        """`make`, jitted, whose state has every part where it belongs."""
-        return jax.jit(make, out_shardings=self.layouts)
-
     def initial(self):
         """Jitted: the state of step 0 with weights drawn anew."""
         key = seeds.initial(self.run.train.seed)
-        return self.placing(lambda: self.fresh(self.model.init(key)))
+        return jax.jit(lambda: self.fresh(self.model.init(key)), out_shardings=self.layouts)
+
+    def started(self):
+        """Jitted: the state of step 0 with given weights. A base is taken over, not copied: it may
+        fill more than half of the memory."""
+        taken = (0,) if self.run.adapter.rank else ()
+        return jax.jit(self.fresh, out_shardings=self.layouts, donate_argnums=taken)
 
     def ahead(
         self, shapes: Sequence[tuple[int, ...]], first: int = 0
@@ -130,13 +132,13 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     abstract = model.abstract_params()
     check_divisible(run.data.batch_size, model, mesh)
     check_tokens(model, mesh, model.sample_shape)
-    strategy = parallel.create(shared.strategy, mesh, abstract, model.axes(), model.dtype)
     decay = run.objective.teacher_decay
     fresh = lambda params: state.create(
         params, optimizer, decay, train.ema_decay, train.weights, model.fixed,
         bool(run.adapter.rank), others,
     )
     shapes = jax.eval_shape(fresh, abstract)
+    strategy = parallel.create(shared.strategy, mesh, shapes.params, model.axes(), model.dtype)
     layouts = state.layouts(shapes, optimizer, strategy.layouts, parallel.replicated(mesh), others)
 
     learned = {}

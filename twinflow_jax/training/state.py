@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from twinflow_jax.models import names
+from twinflow_jax.models import int8, names
 from twinflow_jax.training import ema
 
 
@@ -61,10 +61,14 @@ def create(
     dtype: str = "float32", fixed: tuple[str, ...] = (), on_base: bool = False,
     auxiliary: Mapping[str, optax.GradientTransformation] = {},
 ) -> TrainState:
-    """The state of step 0. dtype: of the weights, of the base alone where there is one; moments and
-    averages have their own. auxiliary: the optimizers of networks that start as the student."""
+    """The state of step 0. dtype: of the weights, of the base alone where there is one, where it
+    may be "int8" (`models.int8`); moments and averages have their own. auxiliary: the optimizers
+    of networks that start as the student."""
     part = trained(params, fixed)
-    cast = jax.tree.map(lambda a: a.astype(dtype), params)
+    if dtype == int8.NAME:
+        cast = int8.base(params)
+    else:
+        cast = jax.tree.map(lambda a: a.astype(dtype), params)
     weights = whole(part, cast) if on_base else cast
     copy = lambda: jax.tree.map(jnp.copy, trained(weights, fixed))
     return TrainState(

@@ -12,6 +12,7 @@ import optax
 from twinflow_jax import parallel, seeds
 from twinflow_jax.arrays import Apply
 from twinflow_jax.config import Train
+from twinflow_jax.models.int8 import dequantised
 from twinflow_jax.objectives import STUDENT, Batch, Objective
 from twinflow_jax.objectives.draws import Draws, counts_of
 from twinflow_jax.training import ema, optimizers
@@ -185,7 +186,7 @@ def make_step(
         metrics = {f"loss/{name}": value for name, value in terms.items()} | {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradients),
-            "parameter_norm": optax.tree.norm(params),
+            "parameter_norm": optax.tree.norm(dequantised(params, "float32")),
         }
         done = state.step + 1
         changed = {"params": params, "opt_state": opt_state, "teacher": teacher, "average": average}

@@ -26,6 +26,7 @@ from twinflow_jax.models.adapters import adapted, low_rank
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import contract_in_place, tokens
 from twinflow_jax.models.conditioning import SinusoidEmbedder, embedder_names
+from twinflow_jax.models.int8 import is_quantised
 from twinflow_jax.models.projections import dense, rms_norm
 from twinflow_jax.models.settings import TextSettings
 from twinflow_jax.models.stack import run_layers
@@ -176,9 +177,14 @@ class StackedDense(nn.Module):
             "bias", nn.with_logical_partitioning(zeros, (None, "modulation")),
             (c.layers, 6 * c.width),
         )
-        context, kernel, bias = (a.astype(c.dtype) for a in (context, kernel, bias))
+        context, bias = context.astype(c.dtype), bias.astype(c.dtype)
         # Over a mesh the small outputs travel, never the kernel.
-        out = contract_in_place(context, kernel) + bias[:, None, None]
+        if is_quantised(kernel):  # nor is it multiplied out: its products are
+            out = contract_in_place(context, kernel.values.astype(c.dtype))
+            out = (out * kernel.scale[:, None]).astype(c.dtype)
+        else:
+            out = contract_in_place(context, kernel.astype(c.dtype))
+        out += bias[:, None, None]
         return adapted(self, out, context, kernel.shape, stacked=True)
 
 
