@@ -121,6 +121,7 @@ def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(bucket, tmp
     rounds(bucket, tmp_path, 1, [(30, signal.SIGKILL), (75, signal.SIGKILL)])
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_killed_end_with_the_same_bits(bucket, tmp_path):
     rounds(bucket, tmp_path, 2, [(55, signal.SIGKILL)])
 

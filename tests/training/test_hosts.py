@@ -17,7 +17,7 @@ import pytest
 from twinflow_jax import checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS = 30  # of a tenth of a second or more: JAX looks for signals once a second
+STEPS = 60  # of a twentieth of a second or more: JAX looks for signals once a second
 COMMAND = [
     sys.executable, "-X", "faulthandler", "-m", "twinflow_jax.train",
     "--config", "configs/digits.py",
