@@ -11,7 +11,7 @@ from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import int8, names
 from twinflow_jax.models.adapters import is_adapter
-from twinflow_jax.training import setup, state
+from twinflow_jax.training import checks, setup, state
 from twinflow_jax.training.loop import train
 
 AVERAGED = ["objective.teacher_decay=0.9", "train.ema_decay=0.9"]
@@ -228,6 +228,11 @@ def test_a_run_does_not_go_on_that_sees_r_otherwise(small_config, tmp_path):
         with pytest.raises(UserError, match=says):
             train(other, str(tmp_path / folder), progress=False)
     assert not (tmp_path / "other").exists()
+    flow, velocities = tmp_path / "flow", ["train.steps=1", "train.flow_matching_steps=1", *DIT]
+    train(small_config(*velocities), str(flow), progress=False)  # which saw r = t alone
+    checks.check_start(
+        small_config(*few, "model.time_conditioning=half_r", f"train.init_from={flow}")
+    )
 
 
 @pytest.mark.filterwarnings("ignore:model is of another kind")

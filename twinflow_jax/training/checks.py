@@ -155,7 +155,9 @@ def check_start(run: Run) -> None:
     )
     free = {"model.remat", "model.dtype"}  # of computing, not of the weights
     conditioning = "model.time_conditioning"
-    if not other.objective.learns_jumps and theirs.get(conditioning) == "second_embedder":
+    velocities = other.train.steps <= other.train.flow_matching_steps  # alone were learned
+    jumps = other.objective.learns_jumps and not velocities
+    if not jumps and theirs.get(conditioning) == "second_embedder":
         free.add(conditioning)  # seen at r = t alone, where it is the base of all
     differing = [
         f"{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"
