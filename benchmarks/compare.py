@@ -38,6 +38,7 @@ from tqdm import tqdm
 from twinflow_jax import config as configs
 from twinflow_jax import images, objectives
 from twinflow_jax.evaluation import report
+from twinflow_jax.objectives.config import Shared
 from twinflow_jax.training import flops, setup
 
 Settings = dict[str, object]  # overrides of a config, by key
@@ -202,10 +203,24 @@ def cost(study: Study, name: str) -> float:
     """Forward-equivalents of a step, of its batch."""
     changes = study.shared | study.methods[name].own | {"train.init_from": "start"}
     run = configs.parse(study.config, [f"{key}={value}" for key, value in changes.items()])
-    rows = run.data.batch_size
-    turns = [objectives.Objective(run.objective, learns) for learns in run.objective.cycle]
+    return forwards(turns_of(run.objective), run.data.batch_size)
+
+
+def turns_of(config: Shared) -> list[objectives.Objective]:
+    """The objective of each step of a cycle."""
+    return [objectives.Objective(config, learns) for learns in config.cycle]
+
+
+def forwards(turns: list[objectives.Objective], rows: int) -> float:
+    """Forward-equivalents of a step, of its batch, in the mean over turns."""
     worth = [flops.worth(flops.Forward(1, 0), flops.calls(turn, rows, (2,))) for turn in turns]
     return statistics.mean(worth) / rows
+
+
+def spanning(chosen: Settings, steps: int) -> Settings:
+    """Settings whose schedules are of a whole training of so many steps."""
+    parts = {"objective.anneal_steps": steps, "objective.warmup": steps // 10}
+    return chosen | {key: span for key, span in parts.items() if chosen.get(key)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,11 +249,8 @@ class Run:
             start = str(Run("start", 0, self.seed).folder(out) / "run")
         budget = study.steps * cost(study, next(iter(study.methods)))
         steps = round(budget / cost(study, self.method))
-        chosen = settings(study, self.method, self.trial)
-        # Schedules are of the whole training, whose length is the budget's.
-        parts = {"objective.anneal_steps": steps, "objective.warmup": steps // 10}
-        parts = {key: span for key, span in parts.items() if chosen.get(key)}
-        return study.shared | chosen | parts | {
+        chosen = spanning(settings(study, self.method, self.trial), steps)
+        return study.shared | chosen | {
             "train.steps": steps, "train.flow_matching_steps": 0, "train.init_from": start,
         }
 

@@ -29,7 +29,6 @@ from tqdm import tqdm  # noqa: E402
 from twinflow_jax import images, models, objectives  # noqa: E402
 from twinflow_jax.config import Train  # noqa: E402
 from twinflow_jax.evaluation import report  # noqa: E402
-from twinflow_jax.training import flops  # noqa: E402
 from twinflow_jax.training import state as training_state  # noqa: E402
 from twinflow_jax.training import step as training_step  # noqa: E402
 
@@ -39,25 +38,17 @@ METHODS = compare.rivals(0.0)
 
 def objective(name: str, steps: int) -> dict:
     """A method's fields, with schedules of the whole training."""
-    own = METHODS[name].own.items()
-    fields = {k.removeprefix("objective."): v for k, v in own if k.startswith("objective.")}
-    spans = {"anneal_steps": steps, "warmup": steps // 10}
-    return fields | {key: span for key, span in spans.items() if fields.get(key)}
+    own = compare.spanning(METHODS[name].own, steps).items()
+    return {k.removeprefix("objective."): v for k, v in own if k.startswith("objective.")}
 
 
 def turns_of(fields: dict) -> list[objectives.Objective]:
-    config = objectives.build(fields).config
-    return [objectives.Objective(config, learns) for learns in config.cycle]
+    return compare.turns_of(objectives.build(fields).config)
 
 
 def budget(name: str) -> int:
     """The steps that it trains for."""
-    def cost(name: str) -> float:
-        turns = turns_of(objective(name, 100))
-        one = flops.Forward(1, 0)
-        calls = [flops.calls(turn, toys.BATCH, (2,)) for turn in turns]
-        return statistics.mean(flops.worth(one, each) for each in calls)
-
+    cost = lambda name: compare.forwards(turns_of(objective(name, 100)), toys.BATCH)
     # Whole cycles, and whole chunks of them.
     return CHUNK * round(STEPS * cost("twinflow") / cost(name) / CHUNK)
 
