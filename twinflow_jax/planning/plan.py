@@ -89,6 +89,7 @@ def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
     state, batch = prepared.abstract_state(), prepared.abstract_batch()
     turns = [setup.phase_of(run.objective, learns) for learns in run.objective.cycle]
     flops_of = {phase: prepared.step_flops(phase) for phase in turns}
+    calls_of = {phase: prepared.evaluations(phase) for phase in turns}
     phase = max(flops_of, key=flops_of.get)
     mean = sum(flops_of[turn] for turn in turns) / len(turns) / flops_of[phase]
     notes = () if len(flops_of) == 1 else (
@@ -103,9 +104,9 @@ def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
     one = flops.forward(prepared.model, run.data.text_tokens)
     row_parts = parallel.row_parts(prepared.strategy.mesh)
     remat = prepared.model.config.remat
-    work = flops.step(one, prepared.evaluations(phase), remat, row_parts)
+    work = flops.step(one, calls_of[phase], remat, row_parts)
     lower = lambda: prepared.lower(phase, lowering_platforms=("tpu",))
-    calls = [call for turn in turns for call in prepared.evaluations(turn)]
+    calls = [call for turn in turns for call in calls_of[turn]]
     share = lambda kind: sum(c.rows * kind(c) for c in calls) / run.data.batch_size / len(turns)
     passes = {
         "forwards": share(lambda c: True), "gradients": share(lambda c: c.trained or c.through),
