@@ -26,6 +26,7 @@ from twinflow_jax.checkpoints import random as random_weights
 from twinflow_jax.checkpoints.saver import Saver
 from twinflow_jax.data import records
 from twinflow_jax.errors import UserError
+from twinflow_jax.training.log import Log
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 12
@@ -191,6 +192,27 @@ def test_a_bucket_that_is_away_for_a_while_costs_time_only(bucket):
     assert bucket.refused and settled and steps_of(RUN) == [1]
     assert bucket.blobs["run/metrics.jsonl"].data == b"a line\n"
     assert bucket.blobs["run/traces/one"].data == b"steps"
+
+
+def test_a_run_that_fails_while_it_saves_keeps_what_it_saves(bucket, monkeypatch, capsys):
+    add = Log.add
+
+    def fail(log, step, metrics):
+        if step == 2:
+            raise UserError("the loss became NaN")
+        add(log, step, metrics)
+
+    def slow(method: str, address: str) -> int:
+        time.sleep(0.3 if method == "POST" and "checkpoints" in address else 0)
+        return 0
+
+    monkeypatch.setattr(Log, "add", fail)
+    bucket.refuse = slow
+    options = ["--config.train.checkpoint_every=1" if "checkpoint_every" in one else one
+               for one in COMMAND[3:]]
+    assert call(train, *options, "--workdir", RUN) == 2
+    assert capsys.readouterr().err.endswith("\nerror: the loss became NaN\n")
+    assert steps_of(RUN) == [1]
 
 
 @pytest.mark.parametrize("status, methods, verb, says", [

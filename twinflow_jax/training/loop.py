@@ -64,6 +64,8 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
             hosts.first(lambda: stack.enter_context(claimed(run, workdir, rows, carrier)))
             stack.enter_context(contextlib.closing(carrier))
             keep_compiled(workdir)
+            mirror = buckets.Mirror(workdir, ("metrics.jsonl", "speed.jsonl"), hosts.leads())
+            stack.enter_context(contextlib.closing(mirror))  # after the saver, which settles it
             saver = checkpoints.Saver(workdir, run.train.keep)
             stack.enter_context(contextlib.closing(saver))
             # Before anything slow, so that errors come early.
@@ -72,7 +74,9 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
                 steps = compile_phases(prepared, shapes, newest, progress, {})
             with clock.part("inputs"):
                 known = inputs.prepare(run, source, workdir)
-            return loop(prepared, known, shapes, steps, saver, carrier, workdir, progress, clock)
+            return loop(
+                prepared, known, shapes, steps, saver, mirror, carrier, workdir, progress, clock
+            )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -105,8 +109,8 @@ def claimed(
 
 def loop(
     prepared: setup.Setup, known: inputs.Inputs, shapes: list[tuple[int, ...]], steps: dict,
-    saver: checkpoints.Saver, carrier: checkpoints.Carrier, workdir: str, progress: bool,
-    clock: Clock,
+    saver: checkpoints.Saver, mirror: buckets.Mirror, carrier: checkpoints.Carrier, workdir: str,
+    progress: bool, clock: Clock,
 ) -> state.TrainState:
     """The loop itself, from the newest checkpoint of `workdir` to the last step."""
     train, count = prepared.run.train, prepared.run.data.batch_size
@@ -115,8 +119,6 @@ def loop(
             current = start(prepared, saver)
         first = int(current.step)
         preview = Preview(prepared, known, workdir)
-        mirror = buckets.Mirror(workdir, ("metrics.jsonl", "speed.jsonl"), hosts.leads())
-        stack.enter_context(contextlib.closing(mirror))
         log = stack.enter_context(Log(workdir, prepared.run, first, mirror.folder))
         if hosts.told(preview.missing(first)):  # killed between a checkpoint and its pictures
             with clock.part("pictures"):
