@@ -16,8 +16,8 @@ HOUSE = (
     ("sampling", "checkpoints"), ("data",), ("config",), ("parallel",), ("objectives", "models"),
     ("shared",),
 )
-SHARED = ("arguments", "arrays", "buckets", "contracts", "errors", "files", "holders", "hub",
-    "images", "keys", "seeds")
+SHARED = ("arguments", "arrays", "buckets", "cache", "contracts", "errors", "files", "holders",
+    "hub", "images", "keys", "seeds")
 LEVEL = {room: level for level, rooms in enumerate(HOUSE) for room in rooms}
 
 

@@ -6,16 +6,20 @@
         --objective released rcgm meanflow_difference dmd2
 
 The TPU compiler itself says what fits and what moves (`pip install -e ".[pod]"`, no TPU and no
-weights needed, a minute or two for each plan); seconds are a model. Several topologies, strategies
-and so on make one plan each; --search tries the usual ones of those that are not given.
+weights needed); seconds are a model. A plan takes minutes; what the compiler said is kept in
+~/.cache/twinflow_jax. Several topologies, strategies and so on make one plan each; --search tries
+the usual ones of those that are not given.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import sys
+import threading
+from collections.abc import Iterator
 
 from twinflow_jax import arguments, files
 from twinflow_jax.errors import UserError, run_verb
@@ -52,15 +56,17 @@ def main() -> int:
         raise UserError(f"--hlo writes one program, but {len(variants)} plans are asked for")
     hlo_file = epath.Path(args.hlo) if args.hlo else None
     plans = []
-    bar = tqdm(variants, unit="plan", disable=not sys.stderr.isatty() or len(variants) == 1)
+    bar = tqdm(variants, unit="plan", disable=not sys.stderr.isatty())
+    told = lambda known: bar.write(report.known(known), file=sys.stderr)
     bar.write(report.HEADER) if len(variants) > 1 else None
     for where, objective, strategy, remat, scale in bar:
         run = varied(args.config, overrides, objective, strategy, remat, scale)
         try:
-            if args.mode == "sample":
-                plans.append(plan.sample(run, where, args.steps, hlo_file))
-            else:
-                plans.append(plan.train(run, where, hlo_file))
+            with ticking(bar):
+                if args.mode == "sample":
+                    plans.append(plan.sample(run, where, args.steps, hlo_file, told))
+                else:
+                    plans.append(plan.train(run, where, hlo_file, told))
         except UserError as error:
             if len(variants) == 1:
                 raise
@@ -108,6 +114,24 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--hlo", type=files.path, metavar="FILE", help="write the compiled program")
     args, rest = parser.parse_known_args()
     return args, arguments.overrides(rest)
+
+
+@contextlib.contextmanager
+def ticking(bar) -> Iterator[None]:
+    """Keeps the clock of a bar going: the compiler says nothing for minutes."""
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(1):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def choices(args, name: str) -> tuple:

@@ -33,7 +33,7 @@ def main() -> int:
     fit = True
     for programs in rehearsal.programs(run, devices, rehearsal.shapes(run), verbs):
         rows = []
-        for row in rehearsal.compiled(programs, devices):
+        for row in rehearsal.rows(programs, devices):
             print(rehearsal.line(row), flush=True)
             rows.append(row)
         said, fits = rehearsal.peak(rows, room)

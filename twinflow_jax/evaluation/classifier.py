@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from twinflow_jax import cache
 from twinflow_jax.data import Dataset, Stream, batches
-from twinflow_jax.evaluation import cache
 from twinflow_jax.models import names
 from twinflow_jax.models.classifier import Classifier
 

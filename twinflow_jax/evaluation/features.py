@@ -14,10 +14,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 
+from twinflow_jax import cache
 from twinflow_jax.arrays import Features, HostImages, Images
 from twinflow_jax.checkpoints import tensors
 from twinflow_jax.errors import UserError
-from twinflow_jax.evaluation import cache
 from twinflow_jax.models import efficientnet, names
 
 SIDE = 128  # pixels that images are scaled to; at 224 it takes three times as long

@@ -1,8 +1,6 @@
 """What a config would cost on devices that nobody has yet: compiled, read, and priced."""
 
 import dataclasses
-import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +8,11 @@ import jax
 
 from twinflow_jax import parallel, sampling
 from twinflow_jax.config import Run
-from twinflow_jax.errors import UserError, reason
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo
 from twinflow_jax.planning.collectives import collectives
-from twinflow_jax.planning.topology import Topology, devices, generation_of
+from twinflow_jax.planning.compiling import Compiled, compiled
+from twinflow_jax.planning.topology import GIB, Topology, devices, generation_of
 from twinflow_jax.training import flops, setup
 from twinflow_jax.training.setup import on_device
 
@@ -77,9 +75,12 @@ class Plan:
         }
 
 
-def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
+Told = Callable[[Plan], None]  # of what is known before the compiler, which takes minutes
+
+
+def train(run: Run, topology: Topology, hlo_file=None, told: Told = lambda _: None) -> Plan:
     """The plan of a training step, compiled for the topology: where networks take turns, of the one
-    with the most FLOPs.
+    with the most FLOPs. What holds more than the memory before a step begins is not compiled.
 
     hlo_file: where to write the optimised HLO to.
     Raises:
@@ -115,10 +116,12 @@ def train(run: Run, topology: Topology, hlo_file=None) -> Plan:
     base = _base(
         run, topology, remat, steps=run.train.steps, mean=mean, notes=notes, passes=passes
     )
-    return _compiled(base, lower, prepared.strategy.mesh, parts, one, work, hlo_file)
+    return _compiled(base, lower, prepared.strategy.mesh, parts, one, work, hlo_file, told)
 
 
-def sample(run: Run, topology: Topology, steps: int, hlo_file=None) -> Plan:
+def sample(
+    run: Run, topology: Topology, steps: int, hlo_file=None, told: Told = lambda _: None
+) -> Plan:
     """The plan of drawing `data.batch_size` latents in `steps` evaluations, weights in the dtype
     of computation; text encoder and autoencoder are not in it."""
     prepared = setup.prepare(run, devices(topology))
@@ -143,7 +146,7 @@ def sample(run: Run, topology: Topology, steps: int, hlo_file=None) -> Plan:
     )
     parts = {"weights": on_device(params), "batch": on_device((batch["x"], batch["cond"]))}
     base = _base(run, topology, "none")
-    return _compiled(base, lower, mesh, parts, one, work, hlo_file)
+    return _compiled(base, lower, mesh, parts, one, work, hlo_file, told)
 
 
 def impossible(run: Run, topology: Topology, why: str) -> Plan:
@@ -157,7 +160,7 @@ def _base(run: Run, topology: Topology, remat: str, **known) -> Plan:
     return Plan(topology.name, {}, run.mesh.strategy, remat, rows, topology.chips, **known)
 
 
-def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
+def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file, told: Told) -> Plan:
     """The plan with what the compiler says."""
     placed, count = list(mesh.devices.flat), mesh.devices.size
     options = flags.options(placed[0].device_kind)
@@ -167,24 +170,27 @@ def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
         analytic={"matmul": work.matmul / count, "attention": work.attention / count},
         forwards=(work.matmul + work.attention) / (base.rows * (one.matmul + one.attention)),
     )
-    compiled, seconds = attempt(lower, options, base.topology)
-    if isinstance(compiled, str):
-        held = sum(parts.values()) if parts.get("optimizer") else 0
-        helps = levers(base.strategy, base.remat, held / plan.hbm_bytes, bool(held))
-        why = f"{compiled}; what would help: {helps}"
-        return dataclasses.replace(plan, refused=why, compile_seconds=seconds)
-    text = compiled.as_text()
+    told(plan)
+    held, trains = sum(parts.values()), bool(parts.get("optimizer"))
+    made = Compiled(0.0, f"holds {held / GIB:.1f} of {plan.hbm_bytes / GIB:.1f} GiB before a step")
+    if held < plan.hbm_bytes:
+        made = compiled(lower, options, placed, base.topology)
+    if made.refused:
+        stays = held / plan.hbm_bytes if trains else 0.0
+        helps = levers(base.strategy, base.remat, stays, trains)
+        why = f"{made.refused}; what would help: {helps}"
+        return dataclasses.replace(plan, refused=why, compile_seconds=made.seconds)
     if hlo_file:
-        hlo_file.write_text(text)
-    memory, program = compiled.memory_analysis(), hlo.parse(text)
-    predicted, peak = cost.predict(program, placed), memory.peak_memory_in_bytes
+        hlo_file.write_text(made.text)
+    program = hlo.parse(made.text)
+    predicted = cost.predict(program, placed)
     by_name = {part.name: part for part in predicted.components}
     amount = lambda name: by_name[name].amount if name in by_name else 0.0
     return dataclasses.replace(
-        plan, peak_bytes=peak, host_bytes=memory.host_temp_size_in_bytes,
+        plan, peak_bytes=made.peak, host_bytes=made.host,
         parts=parts | {
-            "activations": peak - sum(parts.values()),  # its peak includes the arguments
-            "program": memory.generated_code_size_in_bytes,
+            "activations": made.peak - sum(parts.values()),  # its peak includes the arguments
+            "program": made.code,
         },
         compiled={"matmul": amount("matmul"), "attention": amount("attention kernels")},
         collectives=_collectives(program),
@@ -193,7 +199,7 @@ def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file) -> Plan:
             for part in predicted.components
         },
         seconds=predicted.seconds, overlapped=predicted.overlapped,
-        utilisation=predicted.utilisation, compile_seconds=seconds,
+        utilisation=predicted.utilisation, compile_seconds=made.seconds,
         notes=base.notes + predicted.notes,
     )
 
@@ -208,26 +214,6 @@ def _collectives(program: hlo.Program) -> dict[str, dict[str, float]]:
         row["bytes"] += one.total
         row["overlapped"] += one.total if one.overlapped else 0
     return found
-
-
-def attempt(
-    lower: Callable[[], jax.stages.Lowered], options: dict[str, str], where: str
-) -> tuple[jax.stages.Compiled | str, float]:
-    """A program compiled, or by how much it exceeds the memory; and the seconds that took.
-
-    where: of errors. Raises UserError where the compiler refuses it for another reason.
-    """
-    begin = time.perf_counter()
-    try:
-        compiled = lower().compile(compiler_options=options or None)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"{where}: the compiler refused: {reason(error)}") from error
-        number = r"([\d.]+\w)"
-        says = f"Used {number} of {number} hbm. Exceeded hbm capacity by {number}"
-        used = re.search(says, str(error))
-        compiled = f"needs {used[1]} of {used[2]}, {used[3]} too much" if used else "does not fit"
-    return compiled, time.perf_counter() - begin
 
 
 def levers(strategy: str, remat: str, stays: float, trains: bool = True) -> str:

@@ -29,6 +29,7 @@ from twinflow_jax.models.adapters import ranks_of
 from twinflow_jax.models.family import lengths
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo, plan
+from twinflow_jax.planning.compiling import compiled
 from twinflow_jax.planning.topology import GIB
 from twinflow_jax.sampling import few_step, schedules
 from twinflow_jax.training import inputs, records, setup, state
@@ -343,17 +344,14 @@ HEADER = (
 )
 
 
-def compiled(programs: Sequence[Program], devices: list) -> Iterator[Row]:
+def rows(programs: Sequence[Program], devices: list) -> Iterator[Row]:
     """What the compiler says of each."""
     for one in programs:
-        made, seconds = plan.attempt(one.lower, one.options, f"{one.verb}: {one.name}")
-        if isinstance(made, str):
-            yield Row(one, 0, 0, 0.0, seconds, made)
-            continue
-        memory = made.memory_analysis()
-        predicted = cost.predict(hlo.parse(made.as_text()), devices).overlapped
-        peak, code = memory.peak_memory_in_bytes, memory.generated_code_size_in_bytes
-        yield Row(one, peak, code, predicted, seconds)
+        made = compiled(one.lower, one.options, devices, f"{one.verb}: {one.name}")
+        seconds = 0.0
+        if not made.refused:
+            seconds = cost.predict(hlo.parse(made.text), devices).overlapped
+        yield Row(one, made.peak, made.code, seconds, made.seconds, made.refused)
 
 
 def line(row: Row) -> str:

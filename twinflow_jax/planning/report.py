@@ -29,6 +29,17 @@ def line(plan: Plan) -> str:
     )
 
 
+def known(plan: Plan) -> str:
+    """What is known before anything is compiled."""
+    held = ", ".join(f"{name} {size / GIB:.3g}" for name, size in plan.parts.items() if size)
+    flops = sum(plan.analytic.values()) / 1e12
+    return (
+        f"{plan.topology}: holds {sum(plan.parts.values()) / GIB:.2f} of "
+        f"{plan.hbm_bytes / GIB:.2f} GiB per device before a step ({held}); "
+        f"{flops:.3g} TFLOP per device and step"
+    )
+
+
 def details(plan: Plan) -> str:
     """Everything about one plan."""
     if plan.refused:

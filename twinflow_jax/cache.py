@@ -1,4 +1,4 @@
-"""What judges computed once and keep for the next time."""
+"""What was computed once and is kept for the next time."""
 
 import contextlib
 import hashlib
