@@ -8,6 +8,7 @@ from twinflow_jax.errors import run_verb
 VERBS = {
     "train": "train a network, or go on where a run was stopped",
     "sample": "draw pictures, by class or from prompts",
+    "demo": "a page in the browser that draws",
     "evaluate": "score runs",
     "plan": "what training would take on TPUs that are not here",
     "rehearse": "whether everything that a run compiles fits there",

@@ -110,9 +110,14 @@ def sheet(
 
 def save(path: epath.PathLike, picture: Image.Image, text: dict[str, str] | None = None) -> None:
     """Writes a PNG with `text` in its text chunks."""
+    files.write(path, png(picture, text))
+
+
+def png(picture: Image.Image, text: dict[str, str] | None = None) -> bytes:
+    """A picture as a PNG file with `text` in its text chunks."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=info)
-    files.write(path, buffer.getvalue())
+    return buffer.getvalue()

@@ -222,6 +222,11 @@ class Run:
     def bound_objective(self) -> objectives.Objective:
         return objectives.Objective(self.objective)
 
+    @property
+    def only_velocities(self) -> bool:
+        """Whether nothing but flow matching is done in it, whatever the objective is."""
+        return self.train.steps <= self.train.flow_matching_steps or not self.objective.learns_jumps
+
     def learns(self, step: int) -> tuple[str, ...]:
         """The networks that learn at a step."""
         after, cycle = step - self.train.flow_matching_steps, self.objective.cycle

@@ -17,7 +17,7 @@ from twinflow_jax.drawing import album, codec, denoising, pictures, text
 from twinflow_jax.drawing.conditions import Embeddings, same_length
 from twinflow_jax.drawing.pipeline import Pipeline, open_pipeline
 from twinflow_jax.errors import UserError
-from twinflow_jax.sampling import few_step
+from twinflow_jax.sampling import Grid, few_step
 
 BASE_ONLY = ("guidance", "negative")
 
@@ -42,7 +42,12 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     )
     shape = denoising.latent_shape(pipeline, args.size and args.size[::-1])
     tile = codec.tile_of(pipeline, args.tile)
-    way = base(args, pipeline, shape) if args.base else few(args)
+    if args.base:
+        arguments.refuse(args, arguments.SAMPLER, "--base has its own time grid")
+        way = base(pipeline, shape, args.steps, args.guidance, args.negative)
+    else:
+        arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
+        way = few(few_step(1 if args.steps is None else args.steps, **arguments.sampler(args)))
     if not args.base and not pipeline.knows_r:
         warnings.warn(
             f"{args.checkpoint} is a base model, not trained to draw in a few steps: try --base",
@@ -98,27 +103,32 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     return 0
 
 
-def few(args: argparse.Namespace) -> Way:
-    """In a few steps."""
-    arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
-    grid = few_step(1 if args.steps is None else args.steps, **arguments.sampler(args))
+def few(grid: Grid) -> Way:
+    """In a few steps, or along any other grid."""
     return Way(denoising.FewStep(grid), grid.told(), f"{grid.style}{grid.nfe}nfe")
 
 
-def base(args: argparse.Namespace, pipeline: Pipeline, shape: tuple[int, int, int]) -> Way:
-    """As the base model does."""
-    arguments.refuse(args, arguments.SAMPLER, "--base has its own time grid")
+def base(
+    pipeline: Pipeline, shape: tuple[int, int, int], steps: int | None = None,
+    guidance: float | None = None, negative: str | None = None,
+) -> Way:
+    """As the base model does, with its own values of what is None.
+
+    Raises:
+      UserError: a negative prompt without guidance, or as `denoising.schedule`.
+    """
     family = pipeline.family
-    steps = family.base_steps if args.steps is None else args.steps
-    guidance = family.base_guidance if args.guidance is None else args.guidance
-    none = family.no_guidance
+    steps = family.base_steps if steps is None else steps
+    guidance = family.base_guidance if guidance is None else guidance
     schedule = denoising.schedule(pipeline, steps, shape)
     settings = {"base": True, "nfe": steps, "times": schedule.times, "guidance": guidance}
-    if guidance == none:
-        arguments.refuse(args, ("negative",), f"guidance {none:g} takes no negative prompt")
-    else:
-        negative = family.negative_prompt if args.negative is None else args.negative
+    if guidance != family.no_guidance:
+        negative = family.negative_prompt if negative is None else negative
         settings |= {"nfe": 2 * steps, "negative": negative}
+    elif negative is not None:
+        raise UserError(
+            f"--negative cannot be used: guidance {guidance:g} takes no negative prompt"
+        )
     return Way(denoising.base(pipeline, schedule, guidance), settings, f"base{steps}steps")
 
 

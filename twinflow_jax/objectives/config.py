@@ -26,6 +26,7 @@ class Shared(keys.Part):
     derivative = ""  # "jvp": of a form that takes the network's exact derivative
     learns_jumps = True  # otherwise r = t in every row
     any_jumps = False  # whether jumps of any length from one t are among them
+    learns_fake = False  # whether it learns the flow to its own samples, at negative times
     image_free = False  # whether captions without pictures will do; of some a key
 
     form: str = option("", "the form of the loss, a name in objectives.FORMS")

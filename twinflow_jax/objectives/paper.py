@@ -57,6 +57,10 @@ class Config(Twinned):
     )
     rectify_clip: float = option(0.0, "limit on fake minus real velocities; 0 is none", least=0)
 
+    @property
+    def learns_fake(self) -> bool:
+        return self.twin_share > 0
+
 
 def counts(batch_size: int, config: Config) -> Counts:
     """Rows per role of a batch."""

@@ -42,6 +42,10 @@ class Config(Twinned):
     )
     rectify_weight: float = 1.0
 
+    @property
+    def learns_fake(self) -> bool:
+        return self.twin
+
 
 def counts(batch_size: int, config: Config) -> Counts:
     """Rows per role of a batch: the tutorial has one role."""

@@ -120,6 +120,10 @@ class Config(Twinned):
         return self.learns_jumps and self.ratios[ROLES.index("any_step")] > 0
 
     @property
+    def learns_fake(self) -> bool:
+        return self.ratios[ROLES.index("adversarial")] > 0
+
+    @property
     def rectifies(self) -> bool:
         return self.rectify_weight > 0 and self.consistency_ratio == 1
 

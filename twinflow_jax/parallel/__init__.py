@@ -7,6 +7,7 @@ from twinflow_jax.parallel.mesh import (
     over_devices,
     over_rows,
     replicated,
+    room,
     row_parts,
 )
 from twinflow_jax.parallel.rules import RULES, report, shardings
@@ -14,5 +15,5 @@ from twinflow_jax.parallel.strategies import STRATEGIES, Strategy, applied, crea
 
 __all__ = [
     "BATCH", "RULES", "STRATEGIES", "MeshConfig", "Strategy", "applied", "create", "make_mesh",
-    "over_devices", "over_rows", "replicated", "report", "row_parts", "shardings",
+    "over_devices", "over_rows", "replicated", "report", "room", "row_parts", "shardings",
 ]

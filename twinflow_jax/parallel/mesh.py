@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from typing import ClassVar
 
 import jax
@@ -111,6 +112,13 @@ def _minor(fsdp: int, devices: list) -> int:
         return 1
     sides = [int(side) for side in np.ptp(np.array(coords), axis=0) + 1 if side > 1]
     return sides[-1] if len(sides) == 3 else 1
+
+
+def room(device: jax.Device) -> int | None:
+    """Bytes of memory that a device has: on a CPU its share of the machine's; None if unknown."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def over_rows(mesh: AnyMesh, rows: int) -> NamedSharding:

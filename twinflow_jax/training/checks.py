@@ -1,11 +1,10 @@
 """What a run cannot be trained on or start from, refused before anything is written."""
 
 import dataclasses
-import os
 
 import jax
 
-from twinflow_jax import checkpoints, data, models
+from twinflow_jax import checkpoints, data, models, parallel
 from twinflow_jax.checkpoints import adapting, imported
 from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.data.records import Records
@@ -74,9 +73,7 @@ def check_memory(prepared: Setup) -> None:
     """
     needed = on_device((prepared.abstract_state(), prepared.abstract_batch()))
     device = jax.local_devices()[0]
-    room = (device.memory_stats() or {}).get("bytes_limit")
-    if device.platform == "cpu":
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    room = parallel.room(device)
     if room and needed > room:
         raise UserError(
             f"training takes {needed / 1e9:.1f} GB on each device for its state and a batch alone, "
@@ -155,9 +152,7 @@ def check_start(run: Run) -> None:
     )
     free = {"model.remat", "model.dtype"}  # of computing, not of the weights
     conditioning = "model.time_conditioning"
-    velocities = other.train.steps <= other.train.flow_matching_steps  # alone were learned
-    jumps = other.objective.learns_jumps and not velocities
-    if not jumps and theirs.get(conditioning) == "second_embedder":
+    if other.only_velocities and theirs.get(conditioning) == "second_embedder":
         free.add(conditioning)  # seen at r = t alone, where it is the base of all
     differing = [
         f"{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"

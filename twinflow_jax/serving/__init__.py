@@ -1,0 +1,1 @@
+"""A page in the browser that draws with checkpoints of this machine."""
