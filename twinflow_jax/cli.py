@@ -1,6 +1,7 @@
 """The command `twinflow`: each verb is also `python -m twinflow_jax.VERB`."""
 
 import importlib
+import importlib.metadata
 import sys
 
 from twinflow_jax.errors import run_verb
@@ -23,6 +24,9 @@ def main() -> None:
     if verb in ("-h", "--help"):
         print("usage: twinflow VERB ...; twinflow VERB --help says what it takes\n")
         print("\n".join(f"  {name:9} {what}" for name, what in VERBS.items()))
+        return
+    if verb == "--version":
+        print(importlib.metadata.version("twinflow-jax"))
         return
     if verb not in VERBS:
         print(f"error: no verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
