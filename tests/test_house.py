@@ -17,7 +17,7 @@ HOUSE = (
     ("shared",),
 )
 SHARED = ("arguments", "arrays", "buckets", "cache", "contracts", "errors", "files", "holders",
-    "hub", "images", "keys", "seeds")
+    "hub", "images", "keys", "seeds", "sharing")
 LEVEL = {room: level for level, rooms in enumerate(HOUSE) for room in rooms}
 
 
