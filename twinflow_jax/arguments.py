@@ -40,6 +40,31 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
                        help="1, or 2 with a corrector: two evaluations a step, one in the last")
 
 
+def add_pipeline(parser: argparse._ActionsContainer, batch: bool = True) -> None:
+    """Adds how pictures are drawn from prompts, beside the sampler's settings. batch: with how
+    many at once."""
+    parser.add_argument("--size", type=size,
+                        help="pixels, like 1024 or 1328x800 (width x height)")
+    if batch:
+        parser.add_argument("--batch", type=whole, help="pictures denoised at once (default: the "
+                            "least that uses all devices)")
+    parser.add_argument(
+        "--base", action="store_const", const=True,
+        help="the base model's own sampling: many steps, its time grid and guidance",
+    )
+    parser.add_argument("--guidance", type=finite,
+                        help="of --base, counted as the model's users do (default: its own)")
+    parser.add_argument("--negative", help="negative prompt of --base (default: the model's own)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="of the computation (default: bfloat16, float32 on a CPU)")
+    parser.add_argument("--tile", type=int, help="decode larger pictures in tiles of these pixels")
+    parser.add_argument("--pipeline", type=files.path,
+                        help="the imported checkpoint of a run (default: as it says)")
+    parser.add_argument("--adapter", action="append", type=scaled, metavar="FILE[:SCALE]",
+                        help="put adapters (LoRA) on: any tool's file, or an imported one; may be "
+                        "given again, and they add up")
+
+
 def sampler(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given, for `sampling.few_step`."""
     given = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}

@@ -45,19 +45,23 @@ def cache() -> epath.Path:
     return epath.Path(path(os.environ.get("TWINFLOW_CACHE", default)))
 
 
-def write(path: epath.PathLike, data: bytes) -> None:
-    """Writes a file so that it appears complete or not at all; makes its folder."""
+def write(path: epath.PathLike, data: bytes, through: epath.Path | None = None) -> None:
+    """Writes a file so that it appears complete or not at all; makes its folder. through: as of
+    `whole_file`."""
     if buckets.is_remote(path):
         epath.Path(path).write_bytes(data)
         return
-    with whole_file(path) as temporary:
+    with whole_file(path, through) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
-def whole_file(path: epath.PathLike):
+def whole_file(path: epath.PathLike, through: epath.Path | None = None):
     """A hidden name to write to, in a file's folder, which is made; the file appears at the end,
     complete, or not at all. In a bucket it is the file's own: an object appears when it is closed.
+
+    through: a folder of the same file system that has the hidden name instead, where a kill must
+    leave nothing beside the file.
     """
     path = epath.Path(path)
     if buckets.is_remote(path):
@@ -69,7 +73,7 @@ def whole_file(path: epath.PathLike):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Cut, since names have a longest length. No process's id: another machine's may have it too.
-    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
+    temporary = (through or path.parent) / f".{path.name[:40]}.{secrets.token_hex(4)}"
     try:
         yield temporary
         temporary.replace(path)

@@ -108,9 +108,12 @@ def sheet(
     return picture
 
 
-def save(path: epath.PathLike, picture: Image.Image, text: dict[str, str] | None = None) -> None:
-    """Writes a PNG with `text` in its text chunks."""
-    files.write(path, png(picture, text))
+def save(
+    path: epath.PathLike, picture: Image.Image, text: dict[str, str] | None = None,
+    through: epath.Path | None = None,
+) -> None:
+    """Writes a PNG with `text` in its text chunks. through: as of `files.whole_file`."""
+    files.write(path, png(picture, text), through)
 
 
 def png(picture: Image.Image, text: dict[str, str] | None = None) -> bytes:

@@ -14,7 +14,7 @@ with it.
 import argparse
 
 from twinflow_jax import arguments, files, seeds
-from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax.errors import run_verb
 
 CLASS_ONLY = ("classes", "pairs")
 TEXT_ONLY = (
@@ -25,27 +25,17 @@ TEXT_ONLY = (
 
 def main() -> int:
     args = parse()
-    from etils import epath
+    from twinflow_jax.drawing import by_class, by_prompt, pipeline
 
-    from twinflow_jax import checkpoints
-    from twinflow_jax.checkpoints import imported
-    from twinflow_jax.drawing import by_class, by_prompt
-
-    folder = epath.Path(args.checkpoint)
-    if not imported.is_imported(folder) and not (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} is no run and no imported checkpoint: give the --workdir of training, or "
-            "what `twinflow convert import` wrote"
-        )
-    run = None if imported.is_imported(folder) else checkpoints.read_run(folder)
+    run = pipeline.run_of(args.checkpoint)
     files.check_folder("--out", args.out)
     arguments.writable("--save-embeddings", args.save_embeddings)
     arguments.writable("--save-latents", args.save_latents)
     with files.writing("--out", args.out):
         if run is None or run.family.text_to_image:
-            arguments.refuse(args, CLASS_ONLY, f"{folder} draws from prompts")
+            arguments.refuse(args, CLASS_ONLY, f"{args.checkpoint} draws from prompts")
             return by_prompt.sample(args, run)
-        arguments.refuse(args, TEXT_ONLY, f"{folder} draws by class")
+        arguments.refuse(args, TEXT_ONLY, f"{args.checkpoint} draws by class")
         return by_class.sample(args)
 
 
@@ -74,25 +64,7 @@ def parse() -> argparse.Namespace:
                        help="write the encoded prompts to this file")
     group.add_argument("--save-latents", type=files.path,
                        help="write the samples before decoding to this file")
-    group.add_argument("--size", type=arguments.size,
-                       help="pixels, like 1024 or 1328x800 (width x height)")
-    group.add_argument("--batch", type=arguments.whole,
-                       help="pictures denoised at once (default: the least that uses all devices)")
-    group.add_argument(
-        "--base", action="store_const", const=True,
-        help="the base model's own sampling: many steps, its time grid and guidance",
-    )
-    group.add_argument("--guidance", type=arguments.finite,
-                       help="of --base, counted as the model's users do (default: its own)")
-    group.add_argument("--negative", help="negative prompt of --base (default: the model's own)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"),
-                       help="of the computation (default: bfloat16, float32 on a CPU)")
-    group.add_argument("--tile", type=int, help="decode larger pictures in tiles of these pixels")
-    group.add_argument("--pipeline", type=files.path,
-                       help="the imported checkpoint of a run (default: as it says)")
-    group.add_argument("--adapter", action="append", type=arguments.scaled, metavar="FILE[:SCALE]",
-                       help="put adapters (LoRA) on: any tool's file, or an imported one; may be "
-                       "given again, and they add up")
+    arguments.add_pipeline(group)
     arguments.add_sampler(parser)
     return parser.parse_args()
 

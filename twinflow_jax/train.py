@@ -10,8 +10,6 @@ import sys
 from twinflow_jax import arguments, files
 from twinflow_jax.errors import UserError, run_verb
 
-UNREACHED = 75  # exit status where the processes did not find each other: worth another try
-
 
 def main() -> int:
     parser = arguments.parser("train", __doc__)
@@ -43,7 +41,7 @@ def main() -> int:
             hosts.join(args.coordinator, args.processes, args.process)
         except ConnectionError as error:
             print(f"error: {error}", file=sys.stderr)
-            return UNREACHED
+            return hosts.UNREACHED
     elif (args.processes, args.process) != (1, 0):
         raise UserError(
             f"this is process {args.process} of {args.processes}: give --coordinator HOST:PORT too"

@@ -37,22 +37,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     run: the run whose transformer draws, where the checkpoint is one.
     """
     count = 1 if args.count is None else args.count
-    pipeline = open_pipeline(
-        args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline, args.adapter or ()
-    )
-    shape = denoising.latent_shape(pipeline, args.size and args.size[::-1])
-    tile = codec.tile_of(pipeline, args.tile)
-    if args.base:
-        arguments.refuse(args, arguments.SAMPLER, "--base has its own time grid")
-        way = base(pipeline, shape, args.steps, args.guidance, args.negative)
-    else:
-        arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
-        way = few(few_step(1 if args.steps is None else args.steps, **arguments.sampler(args)))
-    if not args.base and not pipeline.knows_r:
-        warnings.warn(
-            f"{args.checkpoint} is a base model, not trained to draw in a few steps: try --base",
-            stacklevel=2,
-        )
+    pipeline, shape, tile, way = prepared(args, run)
     prompts, cond = read_prompts(args, pipeline)
     height, width = (side * pipeline.config("vae").downscale for side in shape[:2])
     album.check(len(prompts) * count, height, width, args.sheet)
@@ -101,6 +86,30 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     for line in pipeline.clock.lines():
         print(line)
     return 0
+
+
+def prepared(
+    args: argparse.Namespace, run: Run | None
+) -> tuple[Pipeline, tuple[int, int, int], int, Way]:
+    """What draws, of the arguments of `arguments.add_pipeline` and `add_sampler`: the networks, the
+    latents' shape, the side of decoding's tiles, and how."""
+    pipeline = open_pipeline(
+        args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline, args.adapter or ()
+    )
+    shape = denoising.latent_shape(pipeline, args.size and args.size[::-1])
+    tile = codec.tile_of(pipeline, args.tile)
+    if args.base:
+        arguments.refuse(args, arguments.SAMPLER, "--base has its own time grid")
+        way = base(pipeline, shape, args.steps, args.guidance, args.negative)
+    else:
+        arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
+        way = few(few_step(1 if args.steps is None else args.steps, **arguments.sampler(args)))
+    if not args.base and not pipeline.knows_r:
+        warnings.warn(
+            f"{args.checkpoint} is a base model, not trained to draw in a few steps: try --base",
+            stacklevel=3,
+        )
+    return pipeline, shape, tile, way
 
 
 def few(grid: Grid) -> Way:

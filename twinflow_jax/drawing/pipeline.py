@@ -163,6 +163,23 @@ def _free(params) -> None:
         leaf.delete()
 
 
+def run_of(checkpoint: epath.PathLike) -> Run | None:
+    """The description of the run whose folder a checkpoint is; None of an imported one.
+
+    Raises:
+      UserError: it is neither.
+    """
+    folder = epath.Path(checkpoint)
+    if imported.is_imported(folder):
+        return None
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} is no run and no imported checkpoint: give the --workdir of training, or "
+            "what `twinflow convert import` wrote"
+        )
+    return checkpoints.read_run(folder)
+
+
 def open_pipeline(
     checkpoint: epath.PathLike, run: Run | None = None, dtype: str | None = None, raw: bool = False,
     step: int | None = None, base: str | None = None, given: Sequence[tuple[str, float]] = (),

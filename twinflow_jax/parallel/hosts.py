@@ -25,6 +25,7 @@ class Elsewhere(UserError):
     """An error that the first process reports."""
 
 
+UNREACHED = 75  # exit status where the processes did not find each other: worth another try
 SILENCE = 60  # seconds without a sign of life after which a host counts as lost
 LOOK = 1.0  # seconds between looks for another process's error
 FAILED = "twinflow_jax/failed"  # where a process leaves its own with the coordinator

@@ -1,0 +1,160 @@
+"""The verbs of `evaluate suite`, and `evaluate diversity`; each returns the exit status."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import shlex
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from twinflow_jax import buckets, files, parallel
+from twinflow_jax.drawing import by_prompt
+from twinflow_jax.drawing.pipeline import run_of
+from twinflow_jax.errors import UserError
+from twinflow_jax.evaluation import suites
+from twinflow_jax.evaluation.diversity import measure
+from twinflow_jax.evaluation.speed import device
+from twinflow_jax.evaluation.suites import draw as drawing
+from twinflow_jax.evaluation.suites import gallery, results
+from twinflow_jax.evaluation.suites import table as tables
+from twinflow_jax.evaluation.suites.gallery import Gallery
+from twinflow_jax.evaluation.suites.suite import Prompts, Suite
+from twinflow_jax.parallel import hosts
+
+
+def draw(args: argparse.Namespace) -> int:
+    """Draws this process's share; process 0 then checks everything."""
+    suite = suites.named(args.suite)
+    prompts = suites.open_prompts(suite, args.prompts, args.unpublished, args.rewritten)
+    if not args.coordinator and not 0 <= args.process < args.processes:
+        raise UserError(f"--process is {args.process}; it lies from 0 to --processes less one")
+    files.check_folder("--out", args.out)
+    if args.coordinator:
+        try:
+            hosts.join(args.coordinator, args.processes, args.process)
+        except ConnectionError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return hosts.UNREACHED
+        args.process, args.processes = jax.process_index(), jax.process_count()
+    with hosts.together():
+        return drawn(args, suite, prompts)
+
+
+def drawn(args: argparse.Namespace, suite: Suite, prompts: Prompts) -> int:
+    """Draws, as a process that knows its number."""
+    job, about = job_of(args, suite, prompts)
+    place = Gallery(buckets.absolute(args.out), args.process, args.processes)
+    try:
+        with files.writing("--out", args.out):
+            complete = drawing.draw(job, place, about, bool(args.coordinator))
+    except KeyboardInterrupt as stop:
+        raise type(stop)("the same command goes on") from None
+    if not complete:
+        print(f"process {args.process} is done; process 0 checks {args.out}")
+        return 0
+    return checked(place, suite, prompts, job.size, args.prompts)
+
+
+def job_of(
+    args: argparse.Namespace, suite: Suite, prompts: Prompts
+) -> tuple[drawing.Job, dict[str, Any]]:
+    """What to draw, and what the manifest says besides."""
+    run = run_of(args.checkpoint)
+    if run is not None and run.family.text_to_image is None:
+        raise UserError(f"{args.checkpoint} draws by class: suites are of prompts")
+    pipeline, shape, tile, way = by_prompt.prepared(args, run)
+    pipeline = dataclasses.replace(pipeline, progress=False)  # all processes' is said
+    job = drawing.Job(
+        pipeline, suite, prompts, way.sampler, shape, args.seed,
+        args.batch or parallel.row_parts(pipeline.mesh()), tile, way.settings,
+    )
+    suite.check_size(job.size)
+    arrays = pipeline.arrays("transformer")
+    return job, {
+        "checkpoint": args.checkpoint, "prompts_path": str(buckets.absolute(args.prompts)),
+        "published": prompts.published, "family": pipeline.checkpoint.family,
+        "parameters": sum(int(np.prod(array.shape)) for array in arrays.values()),
+        "adapters": bool(pipeline.ranks), "device": device(),
+        "version": importlib.metadata.version("twinflow-jax"),
+    }
+
+
+def opened(args: argparse.Namespace) -> tuple[epath.Path, dict[str, Any], Suite, Prompts]:
+    """A drawn folder, its manifest, and the suite and prompts that it is of."""
+    folder = buckets.absolute(args.folder)
+    manifest = gallery.manifest_of(folder)
+    suite = suites.named(manifest["suite"])
+    return folder, manifest, suite, gallery.prompts_of(suite, manifest, args.prompts)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Looks at every file."""
+    folder, manifest, suite, prompts = opened(args)
+    path = args.prompts or manifest["prompts_path"]
+    return checked(Gallery(folder, 0, 1), suite, prompts, manifest["size"], path)
+
+
+def checked(
+    place: Gallery, suite: Suite, prompts: Prompts, size: tuple[int, int], path: str
+) -> int:
+    """Says what is wrong with the files, or what scores them.
+
+    Raises:
+      UserError: something is wrong.
+    """
+    found = gallery.check(place, suite, prompts.items, size)
+    for kind, names in found.problems.items():
+        for name in names:
+            print(f"{kind}: {name}")
+    if found.problems:
+        counts = ", ".join(f"{len(names):,} {kind}" for kind, names in found.problems.items())
+        raise UserError(
+            f"{place.folder} is not what {suite.name} wants ({counts} of {found.files:,} files): "
+            "move what is foreign away, remove what is not right, and draw again"
+        )
+    if suite.map:
+        drawing.map_file(suite, place, prompts.items)
+    commands = suite.commands(place.folder, size[0], path)
+    again = f"twinflow evaluate suite read {shlex.quote(str(place.folder))} --results FILE ..."
+    print(f"{found.files:,} files in {place.folder} are as {suite.name} wants them. In a clone of "
+          f"github.com/{suite.repository}:\n\n{commands}\n\nand then {again}")
+    return 0
+
+
+def read(args: argparse.Namespace) -> int:
+    """Reads the scorer's files."""
+    folder, manifest, suite, prompts = opened(args)
+    scores = results.read(suite, prompts.items, folder, args.results, args.partial)
+    kept = tables.kept_scores(scores, manifest, args.judge)
+    return kept_and_told(folder, results.SCORES, kept)
+
+
+def diversity(args: argparse.Namespace) -> int:
+    """LPIPS of the pictures of one prompt."""
+    folder, manifest, suite, prompts = opened(args)
+    scores = measure(folder, suite, prompts.items, args.weights, args.network)
+    return kept_and_told(folder, tables.DIVERSITY, scores | {"manifest": manifest})
+
+
+def kept_and_told(folder: epath.Path, ending: str, kept: dict[str, Any]) -> int:
+    """Keeps scores beside a folder, and prints its table."""
+    with files.writing("the scores of", str(folder)):
+        file = results.write(folder, ending, kept)
+    print(tables.table([str(folder)]).text())
+    print(f"kept in {file}")
+    return 0
+
+
+def table(args: argparse.Namespace) -> int:
+    """Several suites of one run."""
+    found = tables.table(args.folders, args.teacher)
+    print(found.text())
+    for flag, text in (("json", found.json()), ("markdown", found.markdown())):
+        if file := getattr(args, flag):
+            with files.writing(f"--{flag}", file):
+                files.write(file, text.encode())
+    return 0

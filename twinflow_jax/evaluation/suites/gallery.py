@@ -1,0 +1,185 @@
+"""A folder of a suite's pictures: nothing else lies in it, its manifest and the work beside."""
+
+import concurrent.futures
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from twinflow_jax import files, images, sharing
+from twinflow_jax.errors import UserError
+from twinflow_jax.evaluation.suites import suite as suites
+from twinflow_jax.evaluation.suites.suite import Item, Suite
+
+LOOK = 10.0  # seconds between two reports of how far all processes are
+THREADS = 8  # that read pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery(sharing.Shares):
+    """folder: of the pictures. process, processes: which of how many this one is."""
+
+    MADE = "pictures"
+
+    def beside(self, ending: str) -> epath.Path:
+        return self.folder.parent / (self.folder.name + ending)
+
+    @property
+    def work(self) -> epath.Path:
+        return self.beside(".work")
+
+    @property
+    def settings_file(self) -> epath.Path:
+        return self.beside(".manifest.json")
+
+    def embeddings_file(self, unit: range) -> epath.Path:
+        """Where a unit's prompts wait for their turn, encoded."""
+        return self.work / "text" / f"{unit.start:05d}.safetensors"
+
+    def done_files(self) -> list[epath.Path]:
+        return [self.work / f"done_{n}_of_{self.processes}" for n in range(self.processes)]
+
+    def names(self) -> set[str]:
+        """Relative paths of all files that are there."""
+        return set(_names(self.folder, "")) if self.folder.exists() else set()
+
+
+def _names(folder: epath.Path, before: str) -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _names(entry, f"{before}{entry.name}/")
+        else:
+            yield before + entry.name
+
+
+def manifest_of(folder: epath.Path) -> dict[str, Any]:
+    """What a folder's pictures are.
+
+    Raises:
+      UserError: no suite was drawn there.
+    """
+    file = Gallery(folder, 0, 1).settings_file
+    try:
+        found = json.loads(file.read_text())
+        return found | {"size": tuple(found["size"])}
+    except OSError as error:
+        raise UserError(
+            f"{folder} has no {file.name} beside it: draw with `evaluate suite draw`"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): draw in another folder") from error
+
+
+def prompts_of(
+    suite: Suite, manifest: Mapping[str, Any], path: str | None
+) -> suites.Prompts:
+    """Those that a folder was drawn from. path: where they lie now (default: where they did).
+
+    Raises:
+      UserError: they are not there any more, or others.
+    """
+    found = suites.open_prompts(suite, path or manifest["prompts_path"], unpublished=True)
+    if found.digest != manifest["prompts"]:
+        raise UserError(
+            f"--prompts {path or manifest['prompts_path']} are not those that were drawn: give "
+            "these"
+        )
+    return found
+
+
+class Progress:
+    """How far all processes are, on stderr now and then."""
+
+    def __init__(self, gallery: Gallery, total: int, left: int):
+        self._gallery, self._total, self._left = gallery, total, left
+        self._begin = self._told = time.monotonic()
+        self._first, self._drawn = 0, 0
+        self._tell()
+
+    def _file(self, process: int) -> epath.Path:
+        return self._gallery.work / f"progress_{process}_of_{self._gallery.processes}"
+
+    def update(self, count: int) -> None:
+        """More pictures are there; the first are not counted in the rate, since they wait for the
+        compiler."""
+        now = time.monotonic()
+        if not self._first:
+            self._first, self._begin = count, now
+        self._drawn, self._left = self._drawn + count, self._left - count
+        if now - self._told >= LOOK or not self._left:
+            self._told = now
+            self._tell()
+
+    def _tell(self) -> None:
+        seconds = time.monotonic() - self._begin
+        rate = (self._drawn - self._first) / seconds if seconds > 0 else 0.0
+        mine = {"left": self._left, "rate": rate if self._left else 0.0}
+        files.write(self._file(self._gallery.process), json.dumps(mine).encode())
+        found = []
+        for process in range(self._gallery.processes):
+            try:
+                found.append(json.loads(self._file(process).read_text()))
+            except (OSError, ValueError):  # it has not begun
+                continue
+        if not self._drawn:
+            return
+        left, rate = (sum(one[key] for one in found) for key in ("left", "rate"))
+        silent = self._gallery.processes - len(found)
+        line = f"{self._total - left:,} of {self._total:,} pictures"
+        line += f", {rate:.2f} a second" if rate else ""
+        line += f", {duration(left / rate)} left" if rate and left else ""
+        line += f"; {silent} of {self._gallery.processes} processes have not begun" * bool(silent)
+        print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Problems by kind, each with the relative paths that have it. files: that belong there."""
+
+    problems: Mapping[str, Sequence[str]]
+    files: int
+
+
+def check(
+    gallery: Gallery, suite: Suite, items: Sequence[Item], size: tuple[int, int]
+) -> Found:
+    """Every file of a suite against what its scorer wants. size: (width, height) of a picture."""
+    wanted = {k: v for item in items for k, v in suite.files(item, size).items()}
+    texts = {item.beside[0]: item.beside[1] for item in items if item.beside}
+    there = gallery.names()
+    problems: dict[str, list[str]] = {
+        "missing": sorted(wanted.keys() - there),
+        "foreign": sorted(
+            name for name in there - wanted.keys() if not re.fullmatch(suite.allowed, name)
+        ),
+    }
+
+    def problem(name: str) -> str | None:
+        data = (gallery.folder / name).read_bytes()
+        if name in texts:
+            return None if data == texts[name] else "changed"
+        try:
+            picture = images.opened(data)
+            picture.load()
+        except Exception:  # Pillow raises many kinds
+            return "torn"
+        return None if (picture.size, picture.mode) == (wanted[name], "RGB") else "of another size"
+
+    looked = sorted(wanted.keys() & there)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+        for name, kind in zip(looked, threads.map(problem, looked), strict=True):
+            if kind:
+                problems.setdefault(kind, []).append(name)
+    return Found({kind: names for kind, names in problems.items() if names}, len(wanted))
