@@ -159,7 +159,7 @@ def add_suites(verbs) -> None:
     one.add_argument("folder", type=files.path, metavar="DIR")
     one.add_argument("--results", type=files.path, metavar="FILE", nargs="+", required=True,
                      help="what the scorer wrote, and what its summary printed")
-    one.add_argument("--judge", metavar="NAME",
+    one.add_argument("--judge", metavar="NAME", dest="judged_by",
                      help="who judged, where it was not the suite's own judge")
     one.add_argument("--partial", action="store_true",
                      help="take results of which some are missing")

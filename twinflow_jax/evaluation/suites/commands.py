@@ -129,7 +129,7 @@ def read(args: argparse.Namespace) -> int:
     """Reads the scorer's files."""
     folder, manifest, suite, prompts = opened(args)
     scores = results.read(suite, prompts.items, folder, args.results, args.partial)
-    kept = tables.kept_scores(scores, manifest, args.judge)
+    kept = tables.kept_scores(scores, manifest, args.judged_by)
     return kept_and_told(folder, results.SCORES, kept)
 
 
