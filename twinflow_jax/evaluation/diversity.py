@@ -1,7 +1,7 @@
 """How different the pictures of one prompt look: the paper's Table 9, by LPIPS."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,14 +25,27 @@ def load(file: str, network: str):
     Raises:
       UserError: no such file, or not of this network.
     """
-    found, wanted = tensors.read_header(epath.Path(file)), lpips.shapes(lpips.NETWORKS[network])
-    wrong = [p for p, s in wanted.items() if getattr(found.get(f"{network}/{p}"), "shape", 0) != s]
+    found = tensors.read_header(epath.Path(file))
+    paths = check(file, {key: tensor.shape for key, tensor in found.items()}, network)
+    return names.unflatten({path: found[f"{network}/{path}"].read() for path in paths})
+
+
+def check(
+    file: epath.PathLike, shapes: Mapping[str, tuple[int, ...]], network: str
+) -> list[str]:
+    """The paths of a network's parameters, all of them in a file with these shapes.
+
+    Raises:
+      UserError: something is missing or has another shape.
+    """
+    wanted = lpips.shapes(lpips.NETWORKS[network])
+    wrong = [p for p, shape in wanted.items() if tuple(shapes.get(f"{network}/{p}", ())) != shape]
     if wrong:
         raise UserError(
             f"{file} does not hold the weights of LPIPS: {len(wrong)} of {len(wanted)} tensors are "
             f"missing or of another shape, as {network}/{wrong[0]}; write it with twinflow features"
         )
-    return names.unflatten({path: found[f"{network}/{path}"].read() for path in wanted})
+    return list(wanted)
 
 
 def measure(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from twinflow_jax.arrays import Images, Maps
+from twinflow_jax.arrays import Images
 from twinflow_jax.models import names
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of the released networks' inputs
@@ -45,7 +45,7 @@ class Features(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Images) -> list[Maps]:
+    def __call__(self, x: Images) -> list[Float[Array, "B _ _ _"]]:
         expand = lambda values: jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3)
         h, found = (x - expand(SHIFT)) / expand(SCALE), []
         for i, (channels, window, stride, padding, pool, compared) in enumerate(self.config.layers):
