@@ -5,6 +5,7 @@
 #
 #   launch/local.sh --config configs/mnist.py --workdir runs/mnist
 #   launch/local.sh --processes 2 --config configs/mnist.py --workdir runs/mnist
+#   launch/local.sh --processes 2 evaluate suite draw geneval ... --out pictures/geneval
 #
 # --processes N   N processes joined into one run, each with its part of the devices: of the GPUs,
 #                 or of the CPU devices that XLA_FLAGS simulates. When one dies, all start again.
@@ -13,8 +14,9 @@
 #                 need one process per machine.
 # --dry-run       print the commands and do nothing
 #
-# Everything else goes to `python -m twinflow_jax.train`; --processes too where --coordinator is
-# given, for a run over several machines that start this script each.
+# Everything else goes to `python -m twinflow_jax.train`, or to the verb that it begins with, whose
+# --out then stands for --workdir; --processes too where --coordinator is given, for a run over
+# several machines that start this script each.
 set -u
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
@@ -45,15 +47,21 @@ while (($#)); do
       case $1 in
         --config) config=${2:-} ;;
         --config=*) config=${1#*=} ;;
-        --workdir) workdir=${2:-} ;;
-        --workdir=*) workdir=${1#*=} ;;
+        --workdir | --out) workdir=${2:-} ;;
+        --workdir=* | --out=*) workdir=${1#*=} ;;
       esac
       ;;
   esac
   shift
 done
-[[ $config ]] || fail "give --config FILE (launch/local.sh --help)"
-[[ $workdir ]] || fail "give --workdir DIR (launch/local.sh --help)"
+verb=train what=training place=--workdir
+if [[ ${arguments[0]:-} =~ ^[a-z]+$ ]]; then
+  verb=${arguments[0]} what=$verb place=--out
+  arguments=("${arguments[@]:1}")
+elif [[ ! $config ]]; then
+  fail "give --config FILE (launch/local.sh --help)"
+fi
+[[ $workdir ]] || fail "give $place DIR (launch/local.sh --help)"
 workdir=${workdir/#~\//"$HOME/"} # the shell leaves --workdir=~/runs alone
 logs=${workdir%/}.logs
 [[ $logs == gs://* ]] && logs=${logs##*/}
@@ -90,7 +98,7 @@ find_port() {
 
 # Sets `command` to what process $1 runs.
 build() {
-  command=(python -m twinflow_jax.train "${arguments[@]}")
+  command=(python -m "twinflow_jax.$verb" "${arguments[@]}")
   if ((processes > 1)); then
     command+=(--coordinator "127.0.0.1:$port" --processes "$processes" --process "$1")
     ((${#shares[@]})) && command=(env "${shares[$1]}" "${command[@]}")
@@ -184,7 +192,7 @@ for ((attempts = 1; attempts <= ATTEMPTS; attempts++)); do
     0 | 2 | 130 | 143) exit "$status" ;;
   esac
   [[ $stopping ]] && exit "$status"
-  echo "launch: training ended with status $status (attempt $attempts of $ATTEMPTS)" >&2
+  echo "launch: $what ended with status $status (attempt $attempts of $ATTEMPTS)" >&2
   pause 2
   [[ $stopping ]] && exit 143
 done

@@ -26,6 +26,9 @@
 #                                          of the logs
 #   --dry-run                              print the commands and do nothing
 #
+# Arguments that begin with a verb are that one's: evaluate suite draw ... --out DIR has every
+# worker draw its share of a suite (docs/evaluation.md).
+#
 # --workdir and every folder in the config must be on storage that all workers see under the same
 # path: a bucket (gs://BUCKET/FOLDER), or Filestore (NFS). See docs/pods.md.
 set -u

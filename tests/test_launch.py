@@ -15,6 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 TRAIN = ["--config", "configs/digits.py", "--workdir", "/runs/a b"]
+DRAW = ["evaluate", "suite", "draw", "dpg", "--checkpoint", "c", "--out", "pictures/dpg"]
 POD = ["--name", "pod", "--zone", "us-east5-a"]
 
 
@@ -73,7 +74,14 @@ def forbid(place):
     ]),
     ("local.sh", [*TRAIN, "--coordinator", "host:1", "--processes", "4", "--process", "1"],
      ["python .* --coordinator host:1 --processes 4 --process 1"]),
+    ("local.sh", ["--processes", "2", *DRAW], [
+        "mkdir -p pictures/dpg.logs",
+        *(rf".*python -m twinflow_jax.evaluate suite draw dpg .* --process {i} "
+          rf">> pictures/dpg.logs/process_{i}.log 2>&1" for i in range(2)),
+    ]),
     ("worker.sh", ["start", "--", *TRAIN], ["python -m twinflow_jax.train .*"]),
+    ("worker.sh", ["start", "--", *DRAW, "--coordinator", "auto"],
+     ["python -m twinflow_jax.evaluate suite draw dpg .* --coordinator auto"]),
     ("tpu_vm.sh", ["create", *POD, "--type", "v5p-128", "--runtime", "v2-alpha-tpuv5", "--spot"], [
         "gcloud compute tpus queued-resources create pod --zone us-east5-a --node-id pod "
         "--accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5 --spot",
@@ -119,6 +127,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(place, script, arguments
 @pytest.mark.parametrize("script, arguments, message", [
     ("local.sh", ["--workdir", "w"], "give --config"),
     ("local.sh", ["--config", "c"], "give --workdir"),
+    ("local.sh", DRAW[:-2], "give --out"),
     ("local.sh", [*TRAIN, "--processes", "none"], "--processes takes a number"),
     ("local.sh", [*TRAIN, "--processes", "4"], "does not divide the 6 devices"),
     ("worker.sh", [], "give start, stop or status"),
