@@ -10,7 +10,7 @@ VERBS = {
     "train": "train a network, or go on where a run was stopped",
     "sample": "draw pictures, by class or from prompts",
     "demo": "a page in the browser that draws",
-    "evaluate": "score runs",
+    "evaluate": "score runs, and draw and score published suites",
     "plan": "what training would take on TPUs that are not here",
     "rehearse": "whether everything that a run compiles fits there",
     "convert": "published checkpoints in and out",
