@@ -1,6 +1,7 @@
 """Suites: their files, drawn by however many processes; what check finds; what the readers say."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from PIL import Image
 
 from tests.evaluation import scorers
 from tests.test_verbs import call
-from twinflow_jax import drawing, evaluate, images
+from twinflow_jax import drawing, evaluate, images, sampling
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.drawing import text
 from twinflow_jax.errors import UserError
@@ -78,7 +79,7 @@ def job(made, suite: str, batch: int, **more) -> draw.Job:
     suite = suites.named(suite)
     prompts = suites.open_prompts(suite, args.prompts, True, **more)
     found, about = commands.job_of(args, suite, prompts)
-    return draw.dataclasses.replace(found, pipeline=made.pipeline), about
+    return dataclasses.replace(found, pipeline=made.pipeline), about
 
 
 def drawn(made, suite: str, folder: pathlib.Path, process: int = 0, processes: int = 1):
@@ -133,6 +134,23 @@ def test_noise_is_of_seed_item_and_number(made, tmp_path):
     theirs = whole[:SIDE, :SIDE], whole[:SIDE, SIDE:], whole[SIDE:, :SIDE]
     assert np.abs(np.stack(ours) - np.stack(theirs)).max() <= 1 and whole.std() > 1
     assert np.abs(ours[0] - ours[1]).max() > 1
+
+
+def test_a_guided_teacher_draws_with_its_negative_prompt(made, tmp_path):
+    job, about = made.job("geneval2")
+    schedule = sampling.Schedule((1.0, 0.5, 0.0), (1.0, 0.5), "euler")
+    sampler = drawing.denoising.base(made.pipeline, schedule, 4.5)
+    job = dataclasses.replace(job, sampler=sampler, way=job.way | {"negative": "blurry"})
+    draw.draw(job, Gallery(epath.Path(tmp_path / "pictures"), 0, 1), about)
+    prompts = [item.prompt for item in job.prompts.items]
+    made_of = text.embed(made.pipeline, prompts, negative="blurry")
+    ours = drawing.pictures(
+        made.pipeline, sampler, made_of[:2], np.arange(BATCH) % 2, np.arange(BATCH) % 2, job.shape,
+        0, BATCH, made_of[2:],
+    )
+    theirs = [np.asarray(Image.open(tmp_path / "pictures" / f"0000{i}.png"), int) for i in (0, 1)]
+    ours = [images.to_uint8(picture).astype(int) for picture in ours][:2]
+    assert np.abs(np.stack(ours) - np.stack(theirs)).max() <= 1 and np.std(ours[0]) > 1
 
 
 def test_three_processes_that_are_stopped_make_what_one_makes(made, tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ class Gallery(sharing.Shares):
         return self.work / "text" / f"{unit.start:05d}.safetensors"
 
     def done_files(self) -> list[epath.Path]:
-        return [self.work / f"done_{n}_of_{self.processes}" for n in range(self.processes)]
+        """Of each process, once it has drawn its share."""
+        return [self.work / "done" / f"{n}_of_{self.processes}" for n in range(self.processes)]
 
     def names(self) -> set[str]:
         """Relative paths of all files that are there."""
@@ -51,7 +52,7 @@ class Gallery(sharing.Shares):
 
 def _names(folder: epath.Path, before: str) -> Iterator[str]:
     for entry in folder.iterdir():
-        if entry.is_dir():
+        if not entry.suffix and entry.is_dir():  # buckets answer slowly, and ours have endings
             yield from _names(entry, f"{before}{entry.name}/")
         else:
             yield before + entry.name
@@ -102,7 +103,7 @@ class Progress:
         self._tell()
 
     def _file(self, process: int) -> epath.Path:
-        return self._gallery.work / f"progress_{process}_of_{self._gallery.processes}"
+        return self._gallery.work / "progress" / f"{process}_of_{self._gallery.processes}"
 
     def update(self, count: int) -> None:
         """More pictures are there; the first are not counted in the rate, since they wait for the
