@@ -143,7 +143,7 @@ def drawing_of(args, pipeline):
     """How the base model draws: as it usually does, where nothing else is asked for."""
     from twinflow_jax import encoding
 
-    usual = pipeline.family.base_steps, pipeline.family.base_guidance, 1, 0
+    usual = *pipeline.checkpoint.base_sampling, 1, 0
     asked = args.steps, args.guidance, args.count, args.seed
     return encoding.Drawing(*(u if a is None else a for u, a in zip(usual, asked, strict=True)))
 

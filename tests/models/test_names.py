@@ -6,12 +6,11 @@ from twinflow_jax.models.names import KNOWS_R, NameTable, Rule
 
 TABLE = NameTable(
     (
-        Rule("blocks.{}.weight", "layers/kernel"),
-        Rule("blocks.{}.second", "layers/second", normal=0.0, group=KNOWS_R),
+        Rule("blocks.{}.weight", "layers/kernel", layers=2),
+        Rule("blocks.{}.second", "layers/second", layers=2, normal=0.0, group=KNOWS_R),
         Rule("second.bias", "second/bias", normal=0.0, group=KNOWS_R),
         Rule("third.weight", "third/kernel", normal=0.02, group="sign"),
     ),
-    layers=2,
 )
 SECOND = ("blocks.0.second", "blocks.1.second", "second.bias")
 

@@ -95,7 +95,7 @@ class Adapter:
         for name, low in self.file.low.items():
             spot, (a, b) = spots[name], low.read()
             (into, out), rank = spot.channels, ranks[spot.path]
-            layers = () if spot.layer is None else (table.layers,)
+            layers = () if spot.layer is None else (spot.rule.layers,)
             for leaf, shape, part in (
                 ("lora_a", (into, rank), a.T), ("lora_b", (rank, out), spot.rule.ours(b)),
             ):

@@ -109,6 +109,7 @@ class Imported:
             return network.config()
         recorded = self.recorded(name)
         config = network.config.from_published(recorded["published"])
+        config = network.found(config, recorded["added"])
         return dataclasses.replace(config, **recorded.get("settings", {}))
 
     @property
@@ -129,6 +130,35 @@ class Imported:
         }
         networks = self.record["networks"] | {"transformer": own}
         return dataclasses.replace(self, record=self.record | {"networks": networks})
+
+    @functools.cached_property
+    def scheduler(self) -> dict[str, Any]:
+        """The published scheduler_config.json, {} where there is none.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        file = self.folder / "files" / "scheduler" / "scheduler_config.json"
+        if not file.exists():
+            return {}
+        try:
+            return dict(json.loads(file.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} cannot be read ({error}): import again") from error
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether its velocities are guided already."""
+        marks = self.text_to_image.distilled
+        return bool(marks) and marks.items() <= self.scheduler.items()
+
+    @property
+    def base_sampling(self) -> tuple[int, float]:
+        """Steps and guidance of the base model's own sampling."""
+        family = self.text_to_image
+        if self.is_distilled:
+            return family.distilled_steps, family.no_guidance
+        return family.base_steps, family.base_guidance
 
     def arrays(self, name: str) -> store.Arrays:
         """The arrays of a network by path, open and not yet read.

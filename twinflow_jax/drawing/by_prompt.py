@@ -126,9 +126,9 @@ def base(
     Raises:
       UserError: a negative prompt without guidance, or as `denoising.schedule`.
     """
-    family = pipeline.family
-    steps = family.base_steps if steps is None else steps
-    guidance = family.base_guidance if guidance is None else guidance
+    family, (own_steps, own_guidance) = pipeline.family, pipeline.checkpoint.base_sampling
+    steps = own_steps if steps is None else steps
+    guidance = own_guidance if guidance is None else guidance
     schedule = denoising.schedule(pipeline, steps, shape)
     settings = {"base": True, "nfe": steps, "times": schedule.times, "guidance": guidance}
     if guidance != family.no_guidance:

@@ -1,7 +1,6 @@
 """Noise and conditions to latents, through a pipeline's transformer."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
@@ -117,12 +116,10 @@ def schedule(pipeline: Pipeline, steps: int, shape: tuple[int, int, int]) -> sam
     Raises:
       UserError: the checkpoint has none, or one that we do not know.
     """
-    file = pipeline.checkpoint.folder / "files" / "scheduler" / "scheduler_config.json"
-    if not file.exists():
-        raise UserError(f"{pipeline.checkpoint.folder} has no scheduler, so no base sampling")
-    try:
-        scheduler = dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): import again") from error
+    checkpoint = pipeline.checkpoint
+    if not checkpoint.scheduler:
+        raise UserError(f"{checkpoint.folder} has no scheduler, so no base sampling")
     tokens = shape[0] * shape[1] // pipeline.config("transformer").patch ** 2
-    return sampling.published(scheduler, steps, tokens, pipeline.family.shifted_twice)
+    return sampling.published(
+        checkpoint.scheduler, steps, tokens, pipeline.family.shifted_twice
+    )

@@ -25,6 +25,7 @@ from twinflow_jax.models import (
     qwen_image,
     sana,
     unet,
+    zimage,
 )
 from twinflow_jax.models.adapters import Adapter
 from twinflow_jax.models.family import Family, logical_axes
@@ -37,6 +38,7 @@ FAMILIES = {
     "dit": Family(dit.Config, dit.DiT),
     "qwen_image": qwen_image.FAMILY,
     "sana": sana.FAMILY,
+    "zimage": zimage.FAMILY,
     "minilm_dit": minilm_dit.FAMILY,
 }
 
@@ -99,7 +101,8 @@ def config_of(name: Any) -> type[Settings]:
 def may_be_new(path: str) -> bool:
     """Whether weights to start from may lack a parameter, which is then as it is drawn: with it
     the network is the same, until it trains."""
-    zero = tuple(f"{times.second}/" for times in conditioning.TIMES.values() if times.last)
+    gated = (times.second for times in conditioning.TIMES.values() if times.last)
+    zero = tuple(f"{name}/" for name in (*gated, conditioning.TWIN))
     return adapters.is_adapter(path) or path.startswith(zero)
 
 
@@ -153,8 +156,8 @@ def build(
         still = [path for path in made if may_be_new(path) and re.fullmatch(adapter.frozen, path)]
         if still:
             raise UserError(
-                f"adapter.whole leaves {few(still, 1)} at zero, in which model.time_conditioning "
-                f"{settings.time_conditioning!r} sees r: add '{still[0].split('/')[0]}/.*'"
+                f"adapter.whole leaves {few(still, 1)} at zero, by which model {settings.name!r} "
+                f"sees its times: add '{still[0].split('/')[0]}/.*'"
             )
         boxed, fixed = functools.partial(boxed, adapted=paths), (adapter.frozen,)
 

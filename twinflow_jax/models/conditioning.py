@@ -19,6 +19,7 @@ from twinflow_jax.models import names
 from twinflow_jax.models.projections import UNIT_VARIANCE, Dense, dense
 
 SINUSOID_WIDTH = 256
+TWIN = "twin_time_embedder"  # the path of what sees that t is of the twin, where times have no sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +73,22 @@ class SinusoidEmbedder(nn.Module):
     """The sinusoid of a number and an MLP to the model's width.
 
     config: has width and dtype. scale: that the number is multiplied by. kernel: an initialiser,
-    last: that of the last kernel, where it is another one.
+    last: that of the last kernel, where it is another one. widths: hidden, and of what comes out,
+    where they are others.
     """
 
     config: Any
     scale: float = 1.0
     kernel: Callable = UNIT_VARIANCE
     last: Callable | None = None
+    widths: tuple[int, int] = ()
 
     def setup(self):
-        width, last = self.config.width, self.last or self.kernel
-        self.hidden = dense(self.config, width, (None, None), kernel=self.kernel)
-        self.out = dense(self.config, width, ("embed", None), kernel=last)
+        hidden, out = self.widths or (self.config.width,) * 2
+        self.hidden = dense(self.config, hidden, (None, None), kernel=self.kernel)
+        self.out = dense(self.config, out, ("embed", None), kernel=self.last or self.kernel)
 
-    def __call__(self, values: Float[Array, "B"]) -> Float[Array, "B D"]:
+    def __call__(self, values: Float[Array, "B"]) -> Float[Array, "B E"]:
         return self.out(nn.silu(self.hidden(sinusoid(values, self.scale))))
 
 

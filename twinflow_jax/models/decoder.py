@@ -1,6 +1,6 @@
 """What the text encoders share: the parts of a causal language model and of its settings.
 
-`config` has width, heads, kv_heads, head_dim, hidden, rope_theta and dtype.
+`config` has width, heads, kv_heads, head_dim, hidden, rope_theta, norm_eps and dtype.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from twinflow_jax.arrays import AnyArray, Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
-from twinflow_jax.models.axes import init_of
-from twinflow_jax.models.projections import dense
+from twinflow_jax.models.axes import init_of, rows
+from twinflow_jax.models.projections import dense, rms_norm
 from twinflow_jax.models.stack import run_layers
 
 Angles = Float[AnyArray, "L half"]  # of each place, for half of a head's channels
@@ -35,9 +35,14 @@ MLP_NAMES = (
 )
 
 
-def attention_names(bias: bool) -> tuple[tuple[str, str, str], ...]:
-    """bias: of the projections to queries, keys and values."""
+def attention_names(bias: bool, qk_norm: bool = False) -> tuple[tuple[str, str, str], ...]:
+    """bias, qk_norm: as `Attention` has them."""
+    norms = (
+        ("self_attn.q_norm.weight", "attention/query_norm/scale", "same"),
+        ("self_attn.k_norm.weight", "attention/key_norm/scale", "same"),
+    )
     return (
+        *(norms if qk_norm else ()),
         *names.linear("self_attn.q_proj", "attention/query", bias),
         *names.linear("self_attn.k_proj", "attention/key", bias),
         *names.linear("self_attn.v_proj", "attention/value", bias),
@@ -92,12 +97,14 @@ def embedded(module: nn.Module, ids: TextIds) -> TextTokens:
 class Attention(nn.Module):
     """Causal attention with rotary positions; several query heads share one of keys and values.
 
-    bias: of the projections to queries, keys and values. softcap: of the scores.
+    bias: of the projections to queries, keys and values. softcap: of the scores. qk_norm: whether
+    each head's query and key are normalised.
     """
 
     config: Any
     bias: bool = False
     softcap: float | None = None
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x: TextTokens, angles: Angles, lengths: Lengths) -> TextTokens:
@@ -105,7 +112,10 @@ class Attention(nn.Module):
 
         def heads(count, axis, name):
             flat = dense(c, count * c.head_dim, ("embed", axis), name, self.bias)(x)
-            return flat.reshape(*flat.shape[:2], count, c.head_dim)
+            each = flat.reshape(*flat.shape[:2], count, c.head_dim)
+            if self.qk_norm and name != "value":
+                each = rms_norm(c.norm_eps, c.dtype, f"{name}_norm")(each)
+            return each
 
         query = rotate(heads(c.heads, "heads", "query"), angles)
         key = rotate(heads(c.kv_heads, "kv_heads", "key"), angles)
@@ -125,6 +135,35 @@ class GatedMLP(nn.Module):
         gate = self.activation(dense(c, c.hidden, ("embed", "mlp"), "gate", bias=False)(x))
         up = dense(c, c.hidden, ("embed", "mlp"), "up", bias=False)(x)
         return dense(c, c.width, ("mlp", "embed"), "down", bias=False)(gate * up)
+
+
+class QwenBlock(nn.Module):
+    """Causal grouped-query attention, then SwiGLU; `(h, ...) -> (h, None)`.
+
+    config: has bias and qk_norm too, which are `Attention`'s.
+    """
+
+    config: Any
+
+    @nn.compact
+    def __call__(self, h: TextTokens, lengths: Lengths, angles: Angles):
+        c, h = self.config, rows(h)
+        attended = Attention(c, bias=c.bias, qk_norm=c.qk_norm, name="attention")(
+            rms_norm(c.norm_eps, c.dtype, "attention_norm")(h), angles, lengths
+        )
+        h = h + attended
+        inner = rms_norm(c.norm_eps, c.dtype, "mlp_norm")(h)
+        return h + GatedMLP(c, nn.silu, name="mlp")(inner), None
+
+
+def qwen_names(config) -> tuple[tuple[str, str, str], ...]:
+    """(key, path, layout) of a QwenBlock's tensors."""
+    return (
+        ("input_layernorm.weight", "attention_norm/scale", "same"),
+        *attention_names(config.bias, config.qk_norm),
+        ("post_attention_layernorm.weight", "mlp_norm/scale", "same"),
+        *MLP_NAMES,
+    )
 
 
 def through_layers(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from twinflow_jax.arrays import Lengths, Maps, TextTokens, Times
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
-from twinflow_jax.models import axes, conditioning
+from twinflow_jax.models import axes, conditioning, patches
 from twinflow_jax.models.adapters import adapted
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import init_of
@@ -156,9 +156,7 @@ class DiT(nn.Module):
         c = self.config
         rows, height, width, channels = x_t.shape
         p, grid = c.patch, (height // c.patch, width // c.patch)
-        patches = x_t.reshape(rows, grid[0], p, grid[1], p, channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(rows, grid[0] * grid[1], -1)
-        h = Dense(c.width, dtype=c.dtype)(patches)
+        h = Dense(c.width, dtype=c.dtype)(patches.pack(x_t, p))
         h = h + position_features(*grid, c.width).astype(c.dtype)[None]
 
         # Where the second one is not to see r it still says what it does at r = t: what was
@@ -180,8 +178,7 @@ class DiT(nn.Module):
         h = run_layers(self, Block, c.depth, c.remat, h, per_row=(nn.silu(context), text, lengths))
         h = nn.LayerNorm(dtype=c.dtype)(h)
         out = Dense(p * p * channels, dtype=c.dtype, kernel_init=nn.initializers.zeros)(h)
-        out = out.reshape(rows, *grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         # An estimate of the picture, as a velocity: noise, which fills a patch, then need not pass
         # through the width. Bounded, since a small t would blow up the estimate's error.
         scale = jnp.maximum(jnp.abs(t), SMALLEST_TIME)[:, None, None, None]
-        return (x_t - out.reshape(x_t.shape)) / scale
+        return (x_t - patches.unpack(out, grid, p)) / scale

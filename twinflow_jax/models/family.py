@@ -6,7 +6,7 @@ text, a TextToImage: the published networks with their name tables, prompts and 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -78,7 +78,8 @@ class Network:
     config: a NetworkConfig, or a PublishedConfig where there are classes. module: Config -> Flax
     module. example: Config -> abstract inputs which its parameters are initialised with. table:
     Config -> the name table between its published tensors and its parameters. stem: of the names
-    of its weight files.
+    of its weight files. found: what its tensors say of it and config.json does not, (config, the
+    keys that a folder lacks) -> config.
     """
 
     folder: str
@@ -88,6 +89,7 @@ class Network:
     example: Callable[[Any], tuple]
     table: Callable[[Any], NameTable] = lambda config: NameTable(())
     stem: str = "diffusion_pytorch_model"
+    found: Callable[[Any, Collection[str]], Any] = lambda config, lacking: config
 
     @property
     def published(self) -> bool:
@@ -211,7 +213,9 @@ class TextToImage:
     null_prompt: stands for no prompt in training. negative_prompt, base_steps, base_guidance: of
     the base model's own sampling. no_guidance: the guidance that is none, 1 or, where its pipeline
     counts what goes beyond that, 0. shifted_twice: how its pipeline uses a scheduler with static
-    shifting (`sampling.schedules.static_shift`).
+    shifting (`sampling.schedules.static_shift`). distilled: what scheduler_config.json says of
+    those of its checkpoints alone whose velocities are guided already, which are sampled in
+    distilled_steps without guidance.
     export_note: `note` of a second embedder. tiny: published configs of networks of a few
     megabytes, which with random weights try everything.
     """
@@ -230,6 +234,8 @@ class TextToImage:
     not plain guidance; scale: 1 for none."""
     no_guidance: float = 1.0
     shifted_twice: bool = False
+    distilled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    distilled_steps: int = 0
 
     def note(self, times: TimeConditioning) -> str:
         """What somebody who loads an export elsewhere must know about r."""

@@ -1,7 +1,7 @@
 """Name tables: which tensor of a published checkpoint is which leaf of ours, and back.
 
 One table per network serves import, export and comparison. A Rule names one leaf; "{}" in its
-key stands for the layer number where the leaf stacks all layers along its first axis.
+key stands for the layer number where the leaf stacks layers along its first axis.
 """
 
 import dataclasses
@@ -35,16 +35,18 @@ KNOWS_R = "r"  # the group of the tensors that a base model lacks to know its ta
 class Rule:
     """key: in the published checkpoint. path: of our leaf, parts joined by "/".
 
-    layout: one of LAYOUTS. Where the tensor is missing (a network that is to grow a part which its
-    checkpoint does not have yet), copy_of: the key of another rule, whose tensor stands in;
-    normal: the standard deviation of random values, 0 for zeros. group: of tensors that are
-    missing together or not at all. pairs: the width of heads, along our last axis, whose adjacent
-    channels theirs pairs for rotation; ours pairs their two halves.
+    layout: one of LAYOUTS. layers: that the leaf stacks, where the key has "{}". Where the tensor
+    is missing (a network that is to grow a part which its checkpoint does not have yet), copy_of:
+    the key of another rule, whose tensor stands in; normal: the standard deviation of random
+    values, 0 for zeros. group: of tensors that are missing together or not at all. pairs: the
+    width of heads, along our last axis, whose adjacent channels theirs pairs for rotation; ours
+    pairs their two halves.
     """
 
     key: str
     path: str
     layout: str = "same"
+    layers: int = 0
     copy_of: str = ""
     normal: float | None = None
     group: str = ""
@@ -57,7 +59,7 @@ class Rule:
 
     @property
     def stacked(self) -> bool:
-        return "{}" in self.key
+        return self.layers > 0
 
     def ours(self, tensor: np.ndarray) -> np.ndarray:
         """Our layout of one published tensor (of one layer, where the leaf is stacked)."""
@@ -90,7 +92,7 @@ def _swapped(array: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class NameTable:
-    """rules: one per leaf. layers: the length of stacked leaves.
+    """rules: one per leaf.
 
     prefixes: what may stand before every key, dropped on import. renames: other spellings of
     keys, as (pattern, replacement) of `re.sub`, towards the published one. carried: patterns of
@@ -98,7 +100,6 @@ class NameTable:
     """
 
     rules: tuple[Rule, ...]
-    layers: int = 0
     prefixes: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     carried: tuple[str, ...] = ()
@@ -120,7 +121,7 @@ class NameTable:
         """The keys behind one leaf: one per layer where it is stacked."""
         if not rule.stacked:
             return [rule.key]
-        return [rule.key.replace("{}", str(layer)) for layer in range(self.layers)]
+        return [rule.key.replace("{}", str(layer)) for layer in range(rule.layers)]
 
     def shapes(self, leaves: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Every published key with its shape, from the shapes of our leaves by path."""
@@ -141,9 +142,13 @@ class NameTable:
         return tuple(sorted(key for keys in groups if keys.isdisjoint(given) for key in keys))
 
 
-def stack(prefix: str, pairs: Iterable[tuple[str, str, str]], into: str) -> tuple[Rule, ...]:
+def stack(
+    prefix: str, pairs: Iterable[tuple[str, str, str]], into: str, layers: int
+) -> tuple[Rule, ...]:
     """Rules of `prefix.{}.KEY -> into/PATH` from (KEY, PATH, layout) of one layer."""
-    return tuple(Rule(f"{prefix}.{{}}.{key}", f"{into}/{path}", how) for key, path, how in pairs)
+    return tuple(
+        Rule(f"{prefix}.{{}}.{key}", f"{into}/{path}", how, layers) for key, path, how in pairs
+    )
 
 
 def linear(key: str, path: str, bias: bool = True) -> tuple[tuple[str, str, str], ...]:

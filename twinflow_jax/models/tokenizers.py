@@ -37,6 +37,22 @@ def load(folder: str | os.PathLike, of: str, kind: str | None = None):
         raise UserError(f"the tokenizer in {folder} cannot be read: {reason(error)}") from error
 
 
+def load_chat(folder: str | os.PathLike, of: str, template: str, tokens: int):
+    """The Qwen tokenizer of a published model's folder, as `load`.
+
+    of: the model. Warns where the start of the template, before "{}", is not so many tokens.
+    """
+    tokenizer, _ = load(folder, f"the local folder 'tokenizer' of {of}", "Qwen2TokenizerFast")
+    start = len(tokenizer(template.split("{}")[0])["input_ids"])
+    if start != tokens:
+        warnings.warn(
+            f"the tokenizer in {folder} is not {of}'s: the template's start is {start} tokens, "
+            f"not {tokens}, so that prompts will not mean what they should",
+            stacklevel=3,
+        )
+    return tokenizer
+
+
 def check(prompts: Sequence[str], may_be_blank: bool) -> None:
     """Raises UserError where one says nothing, or has what is no character, as bytes of a command
     line that are not UTF-8."""

@@ -1,6 +1,7 @@
 """What a run cannot be trained on or start from, refused before anything is written."""
 
 import dataclasses
+import warnings
 
 import jax
 
@@ -116,6 +117,12 @@ def check_start(run: Run) -> None:
         return
     if imported.is_imported(source):
         checkpoint = imported.open_imported(source)
+        if getattr(run.objective, "guidance", 0) and checkpoint.is_distilled:
+            warnings.warn(
+                f"train.init_from {source} is a distilled model, whose velocities are guided "
+                "already: objective.guidance guides them again; set it to 0",
+                stacklevel=2,
+            )
         theirs = checkpoint.config("transformer").time_conditioning
         ours = getattr(run.model, "time_conditioning", theirs)
         if checkpoint.knows_r and ours != theirs:

@@ -146,8 +146,7 @@ def table(config: Config) -> names.NameTable:
             names.Rule("embeddings.position_embeddings.weight", "positions"),
             names.Rule("embeddings.token_type_embeddings.weight", "types"),
             *(names.Rule(*each) for each in norm("embeddings.LayerNorm", "norm")),
-            *names.stack("encoder.layer", layer, "layers"),
+            *names.stack("encoder.layer", layer, "layers", config.layers),
         ),
-        layers=config.layers,
         carried=(r"pooler\.dense\.(weight|bias)", r"embeddings\.position_ids"),
     )

@@ -5,7 +5,6 @@ encoded with it and then dropped.
 """
 
 import os
-import warnings
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -29,16 +28,7 @@ NULL_PROMPT = "Generate an image."  # TwinFlow's unconditional prompt
 def load_tokenizer(folder: str | os.PathLike):
     """As `tokenizers.load`, of "tokenizer" of the published Qwen-Image. Warns where the template's
     start is not the 34 tokens that the published tokenizer makes of it."""
-    of = "the local folder 'tokenizer' of Qwen-Image"
-    tokenizer, _ = tokenizers.load(folder, of, "Qwen2TokenizerFast")
-    start = len(tokenizer(TEMPLATE.split("{}")[0])["input_ids"])
-    if start != PREFIX:
-        warnings.warn(
-            f"the tokenizer in {folder} is not Qwen-Image's: the template's start is {start} "
-            f"tokens, not {PREFIX}, so that prompts will not mean what they should",
-            stacklevel=2,
-        )
-    return tokenizer
+    return tokenizers.load_chat(folder, "Qwen-Image", TEMPLATE, PREFIX)
 
 
 def tokenize(

@@ -9,10 +9,8 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from twinflow_jax.arrays import Lengths, TextIds, TextMask, TextTokens
+from twinflow_jax.arrays import TextIds, TextMask, TextTokens
 from twinflow_jax.models import decoder, names, settings
-from twinflow_jax.models.axes import rows
-from twinflow_jax.models.decoder import Angles, Attention, GatedMLP
 from twinflow_jax.models.projections import rms_norm
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
@@ -53,6 +51,8 @@ class Config:
     norm_eps: float = 1e-6
     dtype: str = "float32"
 
+    bias, qk_norm = True, False
+
     @classmethod
     def from_published(cls, config: dict) -> "Config":
         """As `family.PublishedConfig` says; from a flat one, or one with a "text_config"."""
@@ -76,22 +76,6 @@ class Config:
         return cls(**values)
 
 
-class Block(nn.Module):
-    """Causal grouped-query attention, then SwiGLU; `(h, ...) -> (h, None)`."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, h: TextTokens, lengths: Lengths, angles: Angles):
-        c, h = self.config, rows(h)
-        attended = Attention(c, bias=True, name="attention")(
-            rms_norm(c.norm_eps, c.dtype, "attention_norm")(h), angles, lengths
-        )
-        h = h + attended
-        inner = rms_norm(c.norm_eps, c.dtype, "mlp_norm")(h)
-        return h + GatedMLP(c, nn.silu, name="mlp")(inner), None
-
-
 class TextEncoder(nn.Module):
     """The language tower of transformers' Qwen2_5_VLForConditionalGeneration.
 
@@ -107,25 +91,18 @@ class TextEncoder(nn.Module):
         mask: of each row the valid tokens, which are its first ones and at least one.
         """
         c = self.config
-        h = decoder.through_layers(self, Block, decoder.embedded(self, ids), mask)
+        h = decoder.through_layers(self, decoder.QwenBlock, decoder.embedded(self, ids), mask)
         return jnp.where(mask[..., None], rms_norm(c.norm_eps, c.dtype, "norm")(h), 0)
 
 
 def table(config: Config) -> names.NameTable:
     """The names in the published folder; newer transformers spell them with more parts."""
-    layer = (
-        ("input_layernorm.weight", "attention_norm/scale", "same"),
-        *decoder.attention_names(bias=True),
-        ("post_attention_layernorm.weight", "mlp_norm/scale", "same"),
-        *decoder.MLP_NAMES,
-    )
     return names.NameTable(
         rules=(
             names.Rule("model.embed_tokens.weight", "embedding"),
-            *names.stack("model.layers", layer, "layers"),
+            *names.stack("model.layers", decoder.qwen_names(config), "layers", config.layers),
             names.Rule("model.norm.weight", "norm/scale"),
         ),
-        layers=config.layers,
         renames=((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")),
         carried=(r"visual\..*", r"lm_head\.weight"),
     )

@@ -22,10 +22,11 @@ from twinflow_jax.arrays import AnyArray, Latents, Lengths, Maps, TextTokens, Ti
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import names, settings
-from twinflow_jax.models.adapters import adapted, low_rank
+from twinflow_jax.models.adapters import adapted
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import contract_in_place, tokens
 from twinflow_jax.models.conditioning import SinusoidEmbedder, embedder_names
+from twinflow_jax.models.heads import HeadProjection, rotate
 from twinflow_jax.models.int8 import is_quantised
 from twinflow_jax.models.projections import dense, rms_norm
 from twinflow_jax.models.settings import TextSettings
@@ -127,15 +128,6 @@ def rotary(
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def rotate(
-    x: Float[Array, "B heads S D"], cos: Float[AnyArray, "S half"], sin: Float[AnyArray, "S half"]
-) -> Float[Array, "B heads S D"]:
-    """Rotates pairs of channels, each of a head's first half with its fellow of the second."""
-    cos, sin = cos[None, None], sin[None, None]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
-
-
 def modulated(
     h: Float[Array, "B S D"], shift: Float[Array, "B #S D"], scale: Float[Array, "B #S D"]
 ) -> Float[Array, "B S D"]:
@@ -201,32 +193,6 @@ class Modulation(nn.Module):
         return self.image(image), self.text(text)
 
 
-class HeadProjection(nn.Module):
-    """A dense layer whose outputs are heads, one after the other: the order that attention on a
-    TPU takes, so that nothing is turned around afterwards."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, h: Float[Array, "B S D"]) -> Float[Array, "B heads S E"]:
-        c = self.config
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads")),
-            (c.width, c.width),
-        )
-        bias = self.param(
-            "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)), (c.width,)
-        )
-        h, kernel, bias = (a.astype(c.dtype) for a in (h, kernel, bias))
-        heads = kernel.reshape(c.width, c.heads, c.head_dim)
-        out = jnp.einsum("bsw,wnd->bnsd", h, heads) + bias.reshape(1, c.heads, 1, c.head_dim)
-        more = low_rank(self, h, (c.width, c.width), c.dtype)
-        if more is None:
-            return out
-        return out + jnp.swapaxes(more.reshape(*h.shape[:2], c.heads, c.head_dim), 1, 2)
-
-
 class Stream(nn.Module):
     """What a block does with one of its two streams, before and after their joint attention."""
 
@@ -288,6 +254,7 @@ class Block(nn.Module):
             strict=True,
         )
         query, key, value = (jnp.concatenate(part, axis=2) for part in parts)
+        angles = [a[None] for a in angles]
         query, key = (rotate(a, *angles).astype(value.dtype) for a in (query, key))
         query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
         attended = attention(
@@ -409,15 +376,14 @@ def table(config: Config) -> names.NameTable:
     rotated = re.compile("/(query|key)(_norm)?/")
     block = (
         dataclasses.replace(rule, pairs=config.head_dim) if rotated.search(rule.path) else rule
-        for rule in names.stack("transformer_blocks", _BLOCK, "layers")
+        for rule in names.stack("transformer_blocks", _BLOCK, "layers", config.layers)
     )
     return names.NameTable(
         rules=(
             *(names.Rule(*rule) for rule in single),
             *(of_r if times.second else ()),
-            *names.stack("transformer_blocks", modulation, "modulation"),
+            *names.stack("transformer_blocks", modulation, "modulation", config.layers),
             *block,
         ),
-        layers=config.layers,
         prefixes=names.TRAINERS,
     )

@@ -157,10 +157,9 @@ def table(config: Config) -> names.NameTable:
     return names.NameTable(
         rules=(
             names.Rule("embed_tokens.weight", "embedding"),
-            *names.stack("layers", layer, "layers"),
+            *names.stack("layers", layer, "layers", config.layers),
             names.Rule("norm.weight", "norm/scale"),
         ),
-        layers=config.layers,
         prefixes=("model.",),
         carried=(r"lm_head\.weight",),
     )

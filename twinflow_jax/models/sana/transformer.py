@@ -348,8 +348,7 @@ def table(config: Config) -> names.NameTable:
         rules=(
             *(names.Rule(*rule) for rule in single),
             *(names.Rule(*rule, **start(rule[0])) for rule in second if times.second),
-            *names.stack("transformer_blocks", block, "layers"),
+            *names.stack("transformer_blocks", block, "layers", config.layers),
         ),
-        layers=config.layers,
         prefixes=names.TRAINERS,
     )
