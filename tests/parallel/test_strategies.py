@@ -13,7 +13,7 @@ import pytest
 
 from twinflow_jax import models, parallel
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import adapters, dit, family, int8, minilm_dit, qwen_image, sana
+from twinflow_jax.models import adapters, dit, family, int8, minilm_dit, qwen_image, sana, zimage
 from twinflow_jax.models.stack import run_layers
 from twinflow_jax.parallel import MeshConfig
 from twinflow_jax.training import state
@@ -25,6 +25,10 @@ QWEN = qwen_image.transformer.Config(
 SANA = sana.transformer.Config(
     sample_shape=(4, 4, 32), layers=2, heads=4, head_dim=16, cross_heads=2, cross_head_dim=32,
     text_width=24, remat="full",
+)
+ZIMAGE = zimage.transformer.Config(
+    sample_shape=(4, 12, 16), layers=2, refiners=1, heads=2, head_dim=32, text_width=24,
+    rope_axes=(8, 12, 12), remat="full",
 )
 DIT = minilm_dit.transformer.Config(
     sample_shape=(8, 8, 3), patch=2, width=64, depth=2, heads=8, text_width=24, remat="full",
@@ -42,6 +46,7 @@ PLANS = (  # mesh, strategy, rows: twelve rows do not divide among eight devices
     (MeshConfig(context=2), "gather_layers", 8),
     (MeshConfig(tensor=2), "gather_once", 8),
 )
+STACKS = {"two": {"coarse", "fine"}, "zimage": {"image_refiner", "text_refiner", "layers"}}
 FEW = (PLANS[0], PLANS[2], PLANS[-1])
 
 
@@ -132,7 +137,7 @@ def compare(config, plans=PLANS, adapted=None, base=False) -> None:
         expected = jax.tree.leaves(plain.lower(params, *given).compile(quick)(params, *given))
         mesh = parallel.make_mesh(mesh_config)
         strategy = parallel.create(name, mesh, abstract, axes, "float32")
-        assert set(strategy.stacks) == ({"coarse", "fine"} if config is TWO else {"layers"})
+        assert set(strategy.stacks) == STACKS.get(config.name, {"layers"})
         over = parallel.over_rows(mesh, rows)
         args = jax.device_put(params, strategy.layouts), *jax.device_put(given, over)
         run = jax.jit(
@@ -162,8 +167,9 @@ def check_collectives(hlo: str, config, name: str, mesh, where, base: bool) -> N
 
 
 @pytest.mark.parametrize("name", [
-    "QWEN", "SANA", "DIT, FEW", "TWO", "QWEN, FEW, Everywhere(a=8)",
+    "QWEN", "SANA", "ZIMAGE, (PLANS[1], PLANS[7])", "DIT, FEW", "TWO", "QWEN, FEW, Everywhere(a=8)",
     "QWEN, (*FEW, PLANS[1]), Everywhere(a=8), base=True",
+    pytest.param("ZIMAGE", marks=pytest.mark.slow),
 ])
 def test_eight_devices_compute_what_one_does(name):
     program = "import tests.conftest; from tests.parallel.test_strategies import *"

@@ -41,7 +41,7 @@ def lora(
       UserError: there is none of that name.
     """
     def released(order: int) -> ml_collections.ConfigDict:
-        config = adapted(f"{file}:paper", order)
+        config = adapted(str(file), order)
         config.optimizer.learning_rate, config.train.steps = 1e-4, 7000
         return config
 

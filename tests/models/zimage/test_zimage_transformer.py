@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
 from tests.models import oracles
 from tests.models.oracles import BOUNDS, QUICK, relative_error
@@ -121,13 +122,42 @@ def test_parity():
     assert error(SMALL, "bfloat16") <= BOUNDS["bfloat16"]
 
 
+@torch.no_grad()
 def test_a_block_at_full_width():
-    config = dataclasses.replace(
-        Config(), sample_shape=(4, 4, 16), layers=1, refiners=1, text_width=64
+    config, width = Config(), Config().width
+    module = ZImageTransformerBlock(0, width, config.heads, config.heads, 1e-5, True)
+    for key, p in module.named_parameters():
+        one = 1.0 if "norm" in key else 0.0
+        p.uniform_(-0.3, 0.3).add_(one) if p.ndim == 1 else p.uniform_(-1, 1).mul_(
+            (3 / p.shape[1]) ** 0.5
+        )
+    state = module.state_dict()
+    rules = names.stack("layers", transformer._block(True), "", 1)
+    params = names.unflatten({
+        rule.path[1:]: rule.ours(state[rule.key.removeprefix("layers.{}.")].numpy())
+        for rule in rules
+    })
+    rng = np.random.default_rng(0)
+    h, context = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 9, width), (2, 256)))
+    lengths, turns = np.array([9, 5]), transformer.angles(np.arange(9), 128)
+    # As published, adjacent channels turn together; the table pairs those of the two halves.
+    for name in ("query", "key"):
+        part = params["attention"][name]["kernel"]
+        params["attention"][name]["kernel"] = names.Rule("", "", pairs=128).ours(part)
+        norm = params["attention"][f"{name}_norm"]
+        norm["scale"] = names.Rule("", "", pairs=128).ours(norm["scale"])
+    expected = module(
+        torch.from_numpy(h), torch.from_numpy(np.arange(9) < lengths[:, None]),
+        torch.polar(torch.ones(1, 9, 64), torch.from_numpy(turns)[None]),
+        torch.from_numpy(context),
     )
+    inputs = h, context, lengths, np.cos(turns)[None], np.sin(turns)[None]
     for dtype, bound in BOUNDS.items():
-        assert error(config, dtype) <= bound
-    pair.cache_clear()  # a gigabyte of weights
+        block = transformer.Block(dataclasses.replace(config, dtype=dtype))
+        run = jax.jit(lambda params, *a: block.apply({"params": params}, *a)[0])  # noqa: B023
+        ours = np.asarray(run(params, *inputs), np.float32)
+        for row, length in enumerate(lengths):
+            assert relative_error(ours[row, :length], expected[row, :length]) <= bound
 
 
 @pytest.mark.parametrize("zero", [0, 1])
