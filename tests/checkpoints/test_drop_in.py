@@ -1,4 +1,4 @@
-"""Published folders that are another one's but for their weights: the same networks and sampling."""
+"""Published folders that are another one's but for their weights: the same networks."""
 
 import math
 
