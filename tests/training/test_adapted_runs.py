@@ -11,6 +11,7 @@ from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import int8, names
 from twinflow_jax.models.adapters import is_adapter
+from twinflow_jax.models.conditioning import TWIN
 from twinflow_jax.training import checks, setup, state
 from twinflow_jax.training.loop import train
 
@@ -107,7 +108,9 @@ def test_rows_one_by_one_are_the_batch(small_config, teacher):
         assert np.any(a) and np.abs(a - b).max() <= 1e-6 * largest
 
 
-@pytest.mark.parametrize("file", ["qwen20b_lora_tpu", "sana06b_lora_tpu"])
+@pytest.mark.parametrize("file", ["qwen20b_lora_tpu", "sana06b_lora_tpu", pytest.param(
+    "zimage6b_lora_tpu", marks=pytest.mark.slow,
+)])
 def test_the_small_lora_runs_train_adapters_and_nothing_else(file, tmp_path):
     run = configs.parse(f"configs/{file}.py:tiny", [
         "train.steps=8", "train.sample_every=8", "train.checkpoint_every=8", "sample.columns=1",
@@ -119,20 +122,26 @@ def test_the_small_lora_runs_train_adapters_and_nothing_else(file, tmp_path):
     # The text of the last block of Qwen-Image goes nowhere.
     dead = {f"layers/text/{name}/lora_b" for name in ("query", "out", "mlp_hidden", "mlp_out")}
     for path, leaf in leaves(end.params).items():
-        if not is_adapter(path):
+        if path.startswith(TWIN):  # Z-Image's, which trains whole
+            assert np.any(leaf != first[path]), path
+        elif not is_adapter(path):
             np.testing.assert_array_equal(leaf, first[path].astype(leaf.dtype), path)
         elif path.endswith("b"):
             layers = leaf if leaf.ndim == 3 else leaf[None]
             still = [not np.any(layer) for layer in layers]
             assert still == [False] * (len(still) - 1) + [path in dead], path
-    assert all(map(is_adapter, names.flatten(state.to_parts(end)["params"])))
-    shapes = {leaf.shape for path, leaf in first.items() if not is_adapter(path) and leaf.ndim > 1}
+    learned = names.flatten(state.to_parts(end)["params"])
+    assert all(is_adapter(path) or path.startswith(TWIN) for path in learned)
+    shapes = {
+        leaf.shape for path, leaf in first.items()
+        if not is_adapter(path) and not path.startswith((TWIN, "time_")) and leaf.ndim > 1
+    }
     kept = jax.tree.leaves((end.opt_state, end.teacher, end.average))
     assert shapes.isdisjoint(leaf.shape for leaf in kept)
 
 
 def test_the_lora_configs():
-    for file in ("qwen20b_lora_tpu", "sana06b_lora_tpu", "sana16b_lora_tpu"):
+    for file in (f"{name}_lora_tpu" for name in ("qwen20b", "sana06b", "sana16b", "zimage6b")):
         whole = configs.parse(f"configs/{file.replace('_lora', '')}.py").model
         for variant in ("order1", "order2", *(["paper"] if "qwen" in file else [])):
             run = configs.parse(f"configs/{file}.py:{variant}")
