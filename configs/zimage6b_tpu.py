@@ -16,7 +16,7 @@ docs/data.md says which pictures, and in which forms. Variants, as `configs/zima
         --out samples
 
 Hardware: master weights, AdamW's moments and gradients take 98.5 GB in float32, each average of
-the weights 25 GB more. `tiny` runs on two CPU cores in about two minutes; its networks are random,
+the weights 25 GB more. `tiny` runs on two CPU cores in about three minutes; its networks are random,
 so that its pictures show that everything works, and nothing else.
 """
 
