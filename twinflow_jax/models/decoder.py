@@ -18,7 +18,7 @@ from twinflow_jax.models.axes import init_of, rows
 from twinflow_jax.models.projections import dense, rms_norm
 from twinflow_jax.models.stack import run_layers
 
-Angles = Float[AnyArray, "L half"]  # of each place, for half of a head's channels
+Angles = Float[AnyArray, "*B L half"]  # of each place, for half of a head's channels
 
 # What may stand in a text encoder's config.json, without effect on the states of a text.
 HARMLESS = (
@@ -71,17 +71,22 @@ def published(
 
 
 def rope_angles(config, length: int) -> Float[np.ndarray, "{length} {config.head_dim}//2"]:
-    """Of positions 0..length-1. On the host: a power on the device is not exact enough."""
+    """Of positions 0..length-1."""
+    return np.arange(length, dtype=np.float32)[:, None] * frequencies(config)
+
+
+def frequencies(config) -> Float[np.ndarray, "{config.head_dim}//2"]:
+    """Of rotation. On the host: a power on the device is not exact enough."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = 1 / np.float32(config.rope_theta) ** exponents
-    return np.arange(length, dtype=np.float32)[:, None] * frequencies
+    return 1 / np.float32(config.rope_theta) ** exponents
 
 
 def rotate(
     x: Float[Array, "B L heads D"], angles: Angles
 ) -> Float[Array, "B L heads D"]:
     """Turns the i-th channel of the first half with the i-th of the second, in float32."""
-    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    angles = angles[None] if angles.ndim == 2 else angles  # the same for all rows
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -128,13 +133,15 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     config: Any
     activation: Callable
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: TextTokens) -> TextTokens:
         c = self.config
-        gate = self.activation(dense(c, c.hidden, ("embed", "mlp"), "gate", bias=False)(x))
-        up = dense(c, c.hidden, ("embed", "mlp"), "up", bias=False)(x)
-        return dense(c, c.width, ("mlp", "embed"), "down", bias=False)(gate * up)
+        project = lambda features, axes, name: dense(c, features, axes, name, self.bias)
+        gate = self.activation(project(c.hidden, ("embed", "mlp"), "gate")(x))
+        up = project(c.hidden, ("embed", "mlp"), "up")(x)
+        return project(c.width, ("mlp", "embed"), "down")(gate * up)
 
 
 class QwenBlock(nn.Module):
@@ -167,14 +174,16 @@ def qwen_names(config) -> tuple[tuple[str, str, str], ...]:
 
 
 def through_layers(
-    module: nn.Module, block: type[nn.Module], h: TextTokens, mask: TextMask
+    module: nn.Module, block: type[nn.Module], h: TextTokens, mask: TextMask,
+    angles: Float[Array, "B L half"] | None = None,
 ) -> TextTokens:
     """h after all blocks of a text encoder, `(h, lengths, angles) -> (h, None)`.
 
-    mask: of each row the valid tokens, which are its first ones and at least one.
+    mask: of each row the valid tokens, which are its first ones and at least one. angles: of
+    rotation, of each row (default: of places 0, 1, ...).
     """
-    config = module.config
+    config, given = module.config, () if angles is None else (angles,)
     return run_layers(
-        module, block, config.layers, "none", h, per_row=(mask.sum(axis=-1),),
-        constants=(rope_angles(config, h.shape[1]),),
+        module, block, config.layers, "none", h, per_row=(mask.sum(axis=-1), *given),
+        constants=() if given else (rope_angles(config, h.shape[1]),),
     )

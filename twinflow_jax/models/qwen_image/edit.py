@@ -1,0 +1,162 @@
+"""From pictures and an instruction to what Qwen-Image-Edit's text encoder reads.
+
+As in diffusers' QwenImageEditPipeline (`EDIT`) and QwenImageEditPlusPipeline (`PLUS`, of Edit-2509
+and Edit-2511): the pictures stand in the prompt, are looked at in a small size, and encoded by the
+autoencoder in a large one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image, ImageOps
+
+from twinflow_jax.errors import UserError
+from twinflow_jax.models import tokenizers
+from twinflow_jax.models.qwen_image import vision
+
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
+    "texture, objects, background), then explain how the user's text instruction should alter or "
+    "modify the image. Generate a new image that meets the user's requirements while maintaining "
+    "consistency with the original input where appropriate.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+PREFIX = 64  # the tokens of the template before the prompt
+NULL_PROMPT = "Edit this image."  # TwinFlow's unconditional instruction
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+STEP = 32  # pixels that sides of pictures are multiples of
+MEGAPIXEL = 1024 * 1024
+LEAST, MOST = 28, 16_384  # pixels a side that a picture may have
+ASPECT = 200  # the most that one side may be of the other
+
+# Of CLIP's preprocessing, which the vision tower was trained with.
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How one of the published pipelines shows pictures. looked: pixels of a picture that the text
+    encoder sees; most: pictures; numbered: whether the prompt counts them; last: whether the last
+    one decides the size of the result, and not the first."""
+
+    looked: int
+    most: int
+    numbered: bool
+    last: bool
+
+
+EDIT = Form(MEGAPIXEL, 1, numbered=False, last=False)
+PLUS = Form(384 * 384, 3, numbered=True, last=True)
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """As it is meant to be seen: turned as its EXIF says, transparency over white, in RGB.
+
+    Raises:
+      UserError: no picture of such a size can be edited.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    width, height = picture.size
+    if min(width, height) < LEAST or max(width, height) > MOST:
+        raise UserError(
+            f"a picture of {width}x{height} pixels: sides are from {LEAST} to {MOST:,}"
+        )
+    if max(width, height) > ASPECT * min(width, height):
+        raise UserError(f"a picture of {width}x{height} pixels: it is too narrow to be edited")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def size_of_area(area: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height), multiples of STEP, near an area of pixels and in a size's proportions."""
+    ratio = size[0] / size[1]
+    width = math.sqrt(area * ratio)
+    return tuple(max(1, round(side / STEP)) * STEP for side in (width, width / ratio))
+
+
+def resized(picture: Image.Image, area: int) -> Image.Image:
+    """In `size_of_area`."""
+    return picture.resize(size_of_area(area, picture.size), Image.Resampling.LANCZOS)
+
+
+def looked_at(
+    picture: Image.Image, config: vision.Config, least: int, most: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture in whole tokens of the vision tower, between so many pixels."""
+    unit, (width, height) = config.unit, picture.size
+    sides = [round(side / unit) * unit for side in (height, width)]  # ties to even
+    pixels = height * width
+    if math.prod(sides) > most:
+        by = math.sqrt(pixels / most)
+        sides = [max(unit, math.floor(side / by / unit) * unit) for side in (height, width)]
+    elif math.prod(sides) < least:
+        by = math.sqrt(least / pixels)
+        sides = [math.ceil(side * by / unit) * unit for side in (height, width)]
+    return np.asarray(picture.resize(tuple(sides[::-1]), Image.Resampling.BICUBIC))
+
+
+def pixels(picture: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
+    """As the vision tower takes them."""
+    return (picture.astype(np.float32) / np.float32(255) - MEAN) / DEVIATION
+
+
+def prompts_of(form: Form, instructions: Sequence[str], pictures: int) -> list[str]:
+    """The user's turn of each instruction, with the pictures before it."""
+    named = [f"Picture {i + 1}: " if form.numbered else "" for i in range(pictures)]
+    return ["".join(name + PICTURE for name in named) + text for text in instructions]
+
+
+def tokenize(
+    tokenizer, form: Form, instructions: Sequence[str], counts: Sequence[int], multiple: int = 64,
+    negative: bool = False,
+) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+    """The instructions in the template as ids, and the mask of those that are no padding.
+
+    counts: tokens of each picture. L - PREFIX is a multiple of `multiple`. Nothing is cut.
+    Raises:
+      UserError: an empty instruction that is not negative, or a tokenizer that knows no pictures.
+    """
+    tokenizers.check(instructions, may_be_blank=negative)
+    texts = [TEMPLATE.format(prompt) for prompt in prompts_of(form, instructions, len(counts))]
+    [seen] = tokenizer("<|image_pad|>")["input_ids"][:1]
+    rows = []
+    for text in texts:
+        left, row = list(counts), []
+        for token in tokenizer(text)["input_ids"]:
+            row += [token] * (left.pop(0) if token == seen and left else 1)
+        rows.append(row)
+    longest = max(map(len, rows)) - PREFIX
+    length = PREFIX + -(-longest // multiple) * multiple
+    return tokenizers.padded(rows, length, tokenizer.pad_token_id)
+
+
+def places(
+    ids: Int[np.ndarray, "B L"], image_token: int, grids: Sequence[tuple[int, int]]
+) -> Int[np.ndarray, "B L 3"]:
+    """Frame, row and column of every token (Qwen2.5-VL's 3-D positions).
+
+    A text's token stands one further along all three; a picture's tokens stand in its rows and
+    columns from there, and what follows goes on outside its longer side. grids: rows and columns of
+    each picture's tokens.
+    """
+    found = np.zeros((*ids.shape, 3), np.int32)
+    blocks = [np.stack([np.zeros(h * w, int), *np.indices((h, w)).reshape(2, -1)], -1)
+              for h, w in grids]
+    for row, of in zip(ids, found, strict=True):
+        start = at = number = 0
+        while at < len(row):
+            if row[at] == image_token and number < len(grids):
+                block = blocks[number]
+                of[at : at + len(block)] = start + block
+                at, start = at + len(block), start + max(grids[number])
+                number += 1
+            else:
+                of[at] = start
+                at, start = at + 1, start + 1
+    return found
