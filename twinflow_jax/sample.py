@@ -1,8 +1,10 @@
-"""Draw samples with trained weights, by class or from prompts.
+"""Draw samples with trained weights, by class, from prompts, or from pictures to edit.
 
     python -m twinflow_jax.sample --checkpoint runs/mnist --out samples
     python -m twinflow_jax.sample --checkpoint checkpoints/qwen_image --out samples \\
         --prompt "a fox in the snow" --steps 2
+    python -m twinflow_jax.sample --checkpoint checkpoints/qwen_image_edit --out edited \\
+        --image in.png --prompt "make it night" --steps 4
 
 The checkpoint is a training run's --workdir, or an imported one (twinflow convert). Writes one PNG
 per sample as soon as it is drawn, or one labelled sheet with --sheet. The settings are in each
@@ -17,6 +19,7 @@ from twinflow_jax import arguments, files, seeds
 from twinflow_jax.errors import run_verb
 
 CLASS_ONLY = ("classes", "pairs")
+EDIT_ONLY = ("image", "edits", "model_size")
 TEXT_ONLY = (
     "prompt", "prompts", "embeddings", "save_embeddings", "save_latents", "size", "batch", "base",
     "guidance", "negative", "dtype", "tile", "pipeline", "adapter",
@@ -25,17 +28,22 @@ TEXT_ONLY = (
 
 def main() -> int:
     args = parse()
-    from twinflow_jax.drawing import by_class, by_prompt, pipeline
+    from twinflow_jax.checkpoints import imported
+    from twinflow_jax.drawing import by_class, by_edit, by_prompt, pipeline
 
-    run = pipeline.run_of(args.checkpoint)
+    folder, run = args.checkpoint, pipeline.run_of(args.checkpoint)
+    family = run.family.text_to_image if run else imported.open_imported(folder).text_to_image
     files.check_folder("--out", args.out)
     arguments.writable("--save-embeddings", args.save_embeddings)
     arguments.writable("--save-latents", args.save_latents)
     with files.writing("--out", args.out):
-        if run is None or run.family.text_to_image:
-            arguments.refuse(args, CLASS_ONLY, f"{args.checkpoint} draws from prompts")
+        if family and family.editing:
+            arguments.refuse(args, CLASS_ONLY, f"{folder} edits pictures")
+            return by_edit.sample(args, run)
+        if family:
+            arguments.refuse(args, CLASS_ONLY + EDIT_ONLY, f"{folder} draws from prompts alone")
             return by_prompt.sample(args, run)
-        arguments.refuse(args, TEXT_ONLY, f"{args.checkpoint} draws by class")
+        arguments.refuse(args, TEXT_ONLY + EDIT_ONLY, f"{folder} draws by class")
         return by_class.sample(args)
 
 
@@ -65,6 +73,14 @@ def parse() -> argparse.Namespace:
     group.add_argument("--save-latents", type=files.path,
                        help="write the samples before decoding to this file")
     arguments.add_pipeline(group)
+    group = parser.add_argument_group("edits")
+    group.add_argument("--image", action="append", type=files.path,
+                       help="a picture that --prompt says what to do with; may be given again")
+    group.add_argument("--edits", type=files.path, metavar="FILE.jsonl",
+                       help='lines like {"images": ["in.png"], "prompt": "make it night"}')
+    group.add_argument("--model-size", action="store_const", const=True,
+                       help="leave pictures as large as the network draws them (default: the "
+                       "edited picture's own size)")
     arguments.add_sampler(parser)
     return parser.parse_args()
 

@@ -138,7 +138,21 @@ class Imported:
         Raises:
           UserError: it cannot be read.
         """
-        file = self.folder / "files" / "scheduler" / "scheduler_config.json"
+        return self._kept("scheduler/scheduler_config.json")
+
+    @functools.cached_property
+    def processor(self) -> dict[str, Any]:
+        """The published preprocessor_config.json: how pictures are looked at; {} without one.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        name = "preprocessor_config.json"
+        return self._kept(f"processor/{name}") or self._kept(f"tokenizer/{name}")
+
+    def _kept(self, name: str) -> dict[str, Any]:
+        """A kept JSON file, {} where there is none."""
+        file = self.folder / "files" / name
         if not file.exists():
             return {}
         try:

@@ -132,6 +132,14 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
     }
     if not known:
         raise UserError(f"{wanted!r} is no family that draws from text")
+    given = _pipeline(path)
+    owners = [name for name, f in models.FAMILIES.items()
+              if f.text_to_image and given in f.text_to_image.pipelines]
+    if wanted and owners and wanted not in owners:
+        raise UserError(f"{path} is of a {given}: import it with --family {owners[0]}")
+    if not wanted:
+        known = {name: one for name, one in known.items()
+                 if name in owners or not (owners or one.pipelines)}
     if (path / "config.json").exists() and not (path / "transformer").exists():
         given = class_name(_json(path / "config.json"))
         found = {
@@ -163,6 +171,14 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
     raise UserError(
         f"{path} is no pipeline folder: it has neither transformer/config.json nor config.json"
     )
+
+
+def _pipeline(path: epath.Path) -> str:
+    """The class of a pipeline folder, "" where it does not say."""
+    try:
+        return class_name(_json(path / "model_index.json"))
+    except UserError:
+        return ""
 
 
 def _only(families: Collection[str], path: epath.Path) -> str:

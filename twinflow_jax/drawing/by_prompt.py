@@ -97,19 +97,21 @@ def prepared(
         args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline, args.adapter or ()
     )
     shape = denoising.latent_shape(pipeline, args.size and args.size[::-1])
-    tile = codec.tile_of(pipeline, args.tile)
+    return pipeline, shape, codec.tile_of(pipeline, args.tile), asked(args, pipeline, shape)
+
+
+def asked(args: argparse.Namespace, pipeline: Pipeline, shape: tuple[int, int, int]) -> Way:
+    """The way that the verb's arguments ask for; warns where the network was not trained for it."""
     if args.base:
         arguments.refuse(args, arguments.SAMPLER, "--base has its own time grid")
-        way = base(pipeline, shape, args.steps, args.guidance, args.negative)
-    else:
-        arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
-        way = few(few_step(1 if args.steps is None else args.steps, **arguments.sampler(args)))
-    if not args.base and not pipeline.knows_r:
+        return base(pipeline, shape, args.steps, args.guidance, args.negative)
+    arguments.refuse(args, BASE_ONLY, "a few steps take no guidance, --base does")
+    if not pipeline.knows_r:
         warnings.warn(
             f"{args.checkpoint} is a base model, not trained to draw in a few steps: try --base",
             stacklevel=3,
         )
-    return pipeline, shape, tile, way
+    return few(few_step(1 if args.steps is None else args.steps, **arguments.sampler(args)))
 
 
 def few(grid: Grid) -> Way:

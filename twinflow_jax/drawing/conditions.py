@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -23,29 +24,39 @@ def pad_and_join(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """Prompts as the transformer takes them; valid tokens first, then padding."""
+    """Prompts as the transformer takes them; valid tokens first, then padding. references: latents
+    of the pictures that they are about, in one shape each."""
 
     tokens: Float[np.ndarray, "N L D"]
     mask: Bool[np.ndarray, "N L"]
+    references: tuple[Float[np.ndarray, "N _ _ c"], ...] = ()
 
     @classmethod
     def join(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
         """Several in one, padded to the longest."""
+        references = zip(*(part.references for part in parts), strict=True)
         return cls(
             pad_and_join([part.tokens for part in parts]),
             pad_and_join([part.mask for part in parts]),
+            tuple(map(np.concatenate, references)),
         )
 
     def __getitem__(self, index) -> "Embeddings":
-        return Embeddings(self.tokens[index], self.mask[index])
+        references = tuple(latents[index] for latents in self.references)
+        return Embeddings(self.tokens[index], self.mask[index], references)
 
-    def rows(self, index) -> dict[str, np.ndarray]:
+    def rows(self, index) -> dict[str, Any]:
         """The condition of some rows."""
-        return {"tokens": self.tokens[index], "mask": self.mask[index]}
+        some = self[index]
+        cond = {"tokens": some.tokens, "mask": some.mask}
+        return cond | ({"references": some.references} if some.references else {})
 
     def fingerprint(self, index: int) -> str:
-        """Of one row's valid tokens: another one for other tokens."""
-        return hashlib.sha256(self.tokens[index][self.mask[index]].tobytes()).hexdigest()[:12]
+        """Of one row's valid tokens and references: another one for others."""
+        digest = hashlib.sha256(self.tokens[index][self.mask[index]].tobytes())
+        for latents in self.references:
+            digest.update(latents[index].tobytes())
+        return digest.hexdigest()[:12]
 
     def save(self, file: epath.PathLike, prompts: Sequence[str]) -> None:
         """Writes a safetensors file with `tokens`, `mask` and the prompts' UTF-8 as `prompts`."""

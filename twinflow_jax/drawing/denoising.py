@@ -65,14 +65,15 @@ def denoise(
     """Latents, batch by batch: one for each of `owners`, the row of `cond` that it is of.
 
     numbers: which noise each starts from; the same number with the same seed gives the same
-    noise. batch: images at once (default: one for each part of the mesh's rows).
+    noise. null: one row, or one for each row of cond. batch: images at once (default: one for each
+    part of the mesh's rows).
     """
     stage, mesh = "denoising", pipeline.mesh()
     owners, numbers = np.asarray(owners), np.asarray(numbers, np.uint32)
     batch = min(batch or parallel.row_parts(mesh), len(owners))
     keys = jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers)
     over = parallel.over_rows(mesh, batch)
-    empty = null.rows(np.zeros(batch, int)) if null else None
+    of_null = owners if null and len(null.tokens) == len(cond.tokens) else np.zeros_like(owners)
     with pipeline.loaded("transformer", stage) as (config, params):
         module = pipeline.checkpoint.network("transformer").module(config)
 
@@ -81,6 +82,7 @@ def denoise(
             return sampler(apply, params, noise, cond, null, keys)
 
         def draw(rows, noise, keys):
+            empty = null.rows(of_null[rows]) if null else None
             inputs = pipeline.put((noise, cond.rows(owners[rows]), empty, keys), over)
             return pipeline.run(stage, sampler, run, params, *inputs)
 

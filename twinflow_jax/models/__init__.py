@@ -37,6 +37,8 @@ FAMILIES = {
     "unet": Family(unet.Config, unet.UNet),
     "dit": Family(dit.Config, dit.DiT),
     "qwen_image": qwen_image.FAMILY,
+    "qwen_image_edit": qwen_image.EDIT,
+    "qwen_image_edit_plus": qwen_image.EDIT_PLUS,
     "sana": sana.FAMILY,
     "zimage": zimage.FAMILY,
     "minilm_dit": minilm_dit.FAMILY,

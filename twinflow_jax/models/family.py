@@ -11,7 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from twinflow_jax import contracts
 from twinflow_jax.arrays import AnyArray, Images, Latents
@@ -164,7 +165,7 @@ Prompts = dict[str, tuple[Int[AnyArray, "B _"], Bool[AnyArray, "B _"]]]
 
 def lengths(prompts: Prompts) -> tuple[int, ...]:
     """Of the rows of each text encoder."""
-    return tuple(ids.shape[1] for _, (ids, _) in sorted(prompts.items()))
+    return tuple(arrays[0].shape[1] for _, arrays in sorted(prompts.items()))
 
 
 def of_one_encoder(tokenize: Callable, embed: Callable) -> dict[str, Callable]:
@@ -204,6 +205,43 @@ class Embed(Protocol):
         zeros up to the others' width."""
 
 
+@runtime_checkable
+class Editing(Protocol):
+    """How a family that edits pictures shows them to its networks. most: pictures that an
+    instruction may be about."""
+
+    most: int
+
+    def upright(self, picture: Any) -> Any:
+        """A PIL picture as it is meant to be seen, in RGB.
+
+        Raises:
+          UserError: none of its size can be edited.
+        """
+
+    def size(self, pictures: Sequence[Any]) -> tuple[int, int]:
+        """(width, height) of the result."""
+
+    def decides(self, pictures: Sequence[Any]) -> Any:
+        """The one whose size the result has."""
+
+    def encoded(self, picture: Any) -> UInt8[np.ndarray, "H W 3"]:
+        """As the autoencoder takes it."""
+
+    def seen(
+        self, config, processor: dict[str, Any], picture: Any
+    ) -> Float[np.ndarray, "H W 3"]:
+        """As the text encoder takes it. processor: the published preprocessor_config.json."""
+
+    def tokenize(
+        self, tokenizer, config, prompts: Sequence[str],
+        seen: Sequence[Float[np.ndarray, "_ _ 3"]], tokens: int | None = None,
+        negative: bool = False,
+    ) -> tuple:
+        """Instructions about the same pictures, as the text encoder takes them after its
+        parameters: arrays with rows first. config: of the text encoder."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
     """From a prompt to an image, in parts that are loaded one after the other.
@@ -236,6 +274,11 @@ class TextToImage:
     shifted_twice: bool = False
     distilled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     distilled_steps: int = 0
+    editing: Editing | None = None
+    """Of a family whose prompts are about pictures."""
+    pipelines: tuple[str, ...] = ()
+    """Classes in model_index.json that only this family's folders have, where others' networks are
+    of the same classes."""
 
     def note(self, times: TimeConditioning) -> str:
         """What somebody who loads an export elsewhere must know about r."""

@@ -1,10 +1,21 @@
-"""Qwen-Image: its three networks, its prompts and its codec, as one family."""
+"""Qwen-Image: its three networks, its prompts and its codec, as one family; Qwen-Image-Edit, whose
+text encoder sees the pictures, as two."""
+
+import dataclasses
 
 import jax.numpy as jnp
 
 from twinflow_jax.arrays import Latents
 from twinflow_jax.models import family
-from twinflow_jax.models.qwen_image import autoencoder, prompt, text_encoder, tiny, transformer
+from twinflow_jax.models.qwen_image import (
+    autoencoder,
+    edit,
+    prompt,
+    seeing_encoder,
+    text_encoder,
+    tiny,
+    transformer,
+)
 
 EXPORT_NOTE = """\
 The transformer was trained with two times, the present t and the target r: its time embedding is
@@ -65,3 +76,44 @@ FAMILY = family.Family(
     ),
     adapted={"attention": ATTENTION, "released": RELEASED},
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class EditConfig(transformer.Config):
+    name: str = "qwen_image_edit"
+
+
+@dataclasses.dataclass(frozen=True)
+class EditPlusConfig(transformer.Config):
+    name: str = "qwen_image_edit_plus"
+
+
+def embed_seen(config: seeing_encoder.Config, params, ids, mask, places, pictures):
+    """The tokens (B, S, D) of prompts about pictures, and their mask (B, S)."""
+    states = seeing_encoder.SeeingEncoder(config).apply(
+        {"params": params}, ids, mask, places, pictures
+    )
+    return states[:, edit.PREFIX :], mask[:, edit.PREFIX :]
+
+
+def _editing(config: type, form: edit.Form, pipeline: str) -> family.Family:
+    """Qwen-Image's family with the other text encoder."""
+    networks = NETWORKS | {
+        "transformer": dataclasses.replace(NETWORKS["transformer"], config=config),
+        "text_encoder": dataclasses.replace(
+            NETWORKS["text_encoder"], config=seeing_encoder.Config,
+            module=seeing_encoder.SeeingEncoder, example=seeing_encoder.inputs,
+            table=seeing_encoder.table, load_tokenizer=edit.load_tokenizer,
+            save_tiny_tokenizer=tiny.save_edit_tokenizer,
+        ),
+    }
+    text = dataclasses.replace(
+        FAMILY.text_to_image, networks=networks, null_prompt=edit.NULL_PROMPT,
+        tiny=tiny.CONFIGS | {"text_encoder": tiny.SEEING_ENCODER}, editing=form,
+        pipelines=(pipeline,), **family.of_one_encoder(edit.without_pictures, embed_seen),
+    )
+    return dataclasses.replace(FAMILY, config=config, text_to_image=text)
+
+
+EDIT = _editing(EditConfig, edit.EDIT, "QwenImageEditPipeline")
+EDIT_PLUS = _editing(EditPlusConfig, edit.PLUS, "QwenImageEditPlusPipeline")

@@ -7,7 +7,9 @@ autoencoder in a large one.
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -27,6 +29,8 @@ TEMPLATE = (
 PREFIX = 64  # the tokens of the template before the prompt
 NULL_PROMPT = "Edit this image."  # TwinFlow's unconditional instruction
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+MAX_TOKENS = 1024  # of an instruction, and of the template after it
+ROUNDED = 64  # tokens
 STEP = 32  # pixels that sides of pictures are multiples of
 MEGAPIXEL = 1024 * 1024
 LEAST, MOST = 28, 16_384  # pixels a side that a picture may have
@@ -37,20 +41,14 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """How one of the published pipelines shows pictures. looked: pixels of a picture that the text
-    encoder sees; most: pictures; numbered: whether the prompt counts them; last: whether the last
-    one decides the size of the result, and not the first."""
-
-    looked: int
-    most: int
-    numbered: bool
-    last: bool
+def load_tokenizer(folder: str | os.PathLike):
+    """As `prompt.load_tokenizer`, of Qwen-Image-Edit."""
+    return tokenizers.load_chat(folder, "Qwen-Image-Edit", TEMPLATE, PREFIX)
 
 
-EDIT = Form(MEGAPIXEL, 1, numbered=False, last=False)
-PLUS = Form(384 * 384, 3, numbered=True, last=True)
+def without_pictures(tokenizer, prompts, tokens: int | None = None, negative: bool = False):
+    """Raises UserError: a prompt of this family is about pictures."""
+    raise UserError("this network edits pictures: give them with --image")
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -106,21 +104,22 @@ def pixels(picture: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
     return (picture.astype(np.float32) / np.float32(255) - MEAN) / DEVIATION
 
 
-def prompts_of(form: Form, instructions: Sequence[str], pictures: int) -> list[str]:
+def prompts_of(form: "Form", instructions: Sequence[str], pictures: int) -> list[str]:
     """The user's turn of each instruction, with the pictures before it."""
     named = [f"Picture {i + 1}: " if form.numbered else "" for i in range(pictures)]
     return ["".join(name + PICTURE for name in named) + text for text in instructions]
 
 
 def tokenize(
-    tokenizer, form: Form, instructions: Sequence[str], counts: Sequence[int], multiple: int = 64,
-    negative: bool = False,
+    tokenizer, form: "Form", instructions: Sequence[str], counts: Sequence[int],
+    tokens: int | None = None, negative: bool = False,
 ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
     """The instructions in the template as ids, and the mask of those that are no padding.
 
-    counts: tokens of each picture. L - PREFIX is a multiple of `multiple`. Nothing is cut.
+    counts: tokens of each picture. L is PREFIX and `tokens`, or else the least multiple of ROUNDED
+    that holds the longest. Nothing is cut: the pictures would be.
     Raises:
-      UserError: an empty instruction that is not negative, or a tokenizer that knows no pictures.
+      UserError: an instruction that is empty and not negative, or too long.
     """
     tokenizers.check(instructions, may_be_blank=negative)
     texts = [TEMPLATE.format(prompt) for prompt in prompts_of(form, instructions, len(counts))]
@@ -132,8 +131,34 @@ def tokenize(
             row += [token] * (left.pop(0) if token == seen and left else 1)
         rows.append(row)
     longest = max(map(len, rows)) - PREFIX
-    length = PREFIX + -(-longest // multiple) * multiple
-    return tokenizers.padded(rows, length, tokenizer.pad_token_id)
+    most = min(tokens or MAX_TOKENS + sum(counts), MAX_TOKENS + sum(counts))
+    if longest > most:
+        raise UserError(
+            f"an instruction and its pictures make {longest} tokens: they may make {most}; "
+            "shorten it"
+        )
+    length = tokens or -(-longest // ROUNDED) * ROUNDED
+    return tokenizers.padded(rows, PREFIX + length, tokenizer.pad_token_id)
+
+
+def limits(processor: dict[str, Any]) -> tuple[int, int]:
+    """The least and the most pixels that the vision tower is shown, of a published
+    preprocessor_config.json.
+
+    Raises:
+      UserError: it does not say them.
+    """
+    size = processor.get("size") or {}
+    found = tuple(
+        size.get(new, processor.get(old))
+        for new, old in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
+    )
+    if not all(isinstance(one, int) and one > 0 for one in found):
+        raise UserError(
+            "processor/preprocessor_config.json does not say how many pixels are looked at "
+            "(min_pixels, max_pixels): import the whole pipeline folder"
+        )
+    return found
 
 
 def places(
@@ -160,3 +185,48 @@ def places(
                 of[at] = start
                 at, start = at + 1, start + 1
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How one of the published pipelines shows pictures, a `family.Editing`. looked: pixels of a
+    picture that the text encoder sees; numbered: whether the prompt counts them; last: whether the
+    last one decides the size of the result, and not the first."""
+
+    looked: int
+    most: int
+    numbered: bool
+    last: bool
+
+    def upright(self, picture: Image.Image) -> Image.Image:
+        return upright(picture)
+
+    def size(self, pictures: Sequence[Image.Image]) -> tuple[int, int]:
+        return size_of_area(MEGAPIXEL, self.decides(pictures).size)
+
+    def decides(self, pictures: Sequence[Image.Image]) -> Image.Image:
+        return pictures[-1 if self.last else 0]
+
+    def encoded(self, picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+        return np.asarray(resized(picture, MEGAPIXEL))
+
+    def seen(
+        self, config, processor: dict[str, Any], picture: Image.Image
+    ) -> Float[np.ndarray, "H W 3"]:
+        small = resized(picture, self.looked)
+        return pixels(looked_at(small, config.vision, *limits(processor)))
+
+    def tokenize(
+        self, tokenizer, config, prompts: Sequence[str],
+        seen: Sequence[Float[np.ndarray, "_ _ 3"]], tokens: int | None = None,
+        negative: bool = False,
+    ) -> tuple:
+        grids = [tuple(side // config.vision.unit for side in one.shape[:2]) for one in seen]
+        counts = [height * width for height, width in grids]
+        ids, mask = tokenize(tokenizer, self, prompts, counts, tokens, negative)
+        shown = tuple(np.repeat(one[None], len(prompts), 0) for one in seen)
+        return ids, mask, places(ids, config.image_token, grids), shown
+
+
+EDIT = Form(MEGAPIXEL, most=1, numbered=False, last=False)
+PLUS = Form(384 * 384, most=3, numbered=True, last=True)

@@ -4,6 +4,7 @@ names."""
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -82,6 +83,16 @@ class SeeingEncoder(nn.Module):
         angles = places[..., axis].astype(jnp.float32) * decoder.frequencies(c)[None, None]
         h = decoder.through_layers(self, decoder.QwenBlock, h, mask, angles)
         return jnp.where(mask[..., None], rms_norm(c.norm_eps, c.dtype, "norm")(h), 0)
+
+
+def inputs(config: Config) -> tuple:
+    """(ids, mask, places, pictures), abstract, of a prompt of one token and its picture."""
+    unit = config.vision.unit
+    shape = jax.ShapeDtypeStruct
+    return (
+        shape((1, 1), "int32"), shape((1, 1), "bool"), shape((1, 1, 3), "int32"),
+        (shape((1, unit, unit, 3), "float32"),),
+    )
 
 
 def table(config: Config) -> names.NameTable:

@@ -30,20 +30,52 @@ WORDS = (
     "Ġobjects", "Ġand", "Ġbackground", "Generate", "Ġan",
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Of Qwen-Image-Edit's template and null prompt; first those that others are the ends of.
+EDIT_WORDS = (
+    "Ġuser", "ĠGenerate", *WORDS, "Ġkey", "Ġfeatures", "Ġinput", "Ġ(", "color", "Ġbackground",
+    "),", "Ġthen", "Ġexplain", "Ġhow", "'s", "Ġinstruction", "Ġshould", "Ġalter", "Ġor", "Ġmodify",
+    "Ġa", "Ġnew", "Ġthat", "Ġmeets", "Ġrequirements", "Ġwhile", "Ġmaintaining", "Ġconsistency",
+    "Ġwith", "Ġoriginal", "Ġwhere", "Ġappropriate", "Edit", "Ġthis", "Picture",
+)
+EDIT_SPECIAL = (*SPECIAL, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 
-def save_tokenizer(folder, words: tuple[str, ...] = WORDS) -> None:
+def merges_of(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Each word from its left, one letter at a time."""
+    pairs = ((word[:end], word[end]) for word in words for end in range(1, len(word)))
+    return list(dict.fromkeys(pairs))
+
+
+SEEING_ENCODER = CONFIGS["text_encoder"] | {  # Qwen-Image-Edit's
+    "vocab_size": 700, "rope_scaling": {"mrope_section": [2, 3, 3], "type": "mrope"},
+    "image_token_id": 256 + len(merges_of(EDIT_WORDS)) + EDIT_SPECIAL.index("<|image_pad|>"),
+    "vision_config": {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
+        "out_hidden_size": 64, "fullatt_block_indexes": [1],
+    },
+}
+
+
+def save_tokenizer(
+    folder, words: tuple[str, ...] = WORDS, special: tuple[str, ...] = SPECIAL
+) -> None:
     """Writes it in both of the formats that there are: tokenizer.json; vocab.json, merges.txt."""
     from tokenizers import pre_tokenizers  # both take seconds to import
     from transformers import Qwen2Tokenizer
 
-    pairs = ((word[:end], word[end]) for word in words for end in range(1, len(word)))
-    merges = list(dict.fromkeys(pairs))  # each word from its left, one letter at a time
+    merges = merges_of(words)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = letters + [a + b for a, b in merges] + list(SPECIAL)
+    tokens = letters + [a + b for a, b in merges] + list(special)
     vocab = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Qwen2Tokenizer(vocab, merges, extra_special_tokens=list(SPECIAL[1:]))
+    tokenizer = Qwen2Tokenizer(vocab, merges, extra_special_tokens=list(special[1:]))
     tokenizer.save_pretrained(folder)
     folder = pathlib.Path(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+
+
+def save_edit_tokenizer(folder) -> None:
+    """Qwen-Image-Edit's, and beside it how pictures are looked at."""
+    save_tokenizer(folder, EDIT_WORDS, EDIT_SPECIAL)
+    processor = {"min_pixels": 3136, "max_pixels": 12845056}
+    (pathlib.Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor))

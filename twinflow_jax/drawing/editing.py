@@ -1,0 +1,87 @@
+"""Instructions about pictures, as a network that edits takes them."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from twinflow_jax.drawing import codec, text
+from twinflow_jax.drawing.conditions import Embeddings, same_length
+from twinflow_jax.drawing.pipeline import Pipeline
+from twinflow_jax.errors import UserError, reason
+from twinflow_jax.models.family import Editing
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """An instruction and the PIL pictures that it is about."""
+
+    instruction: str
+    pictures: tuple[Image.Image, ...]
+
+
+def opened(form: Editing, instruction: str, files: Sequence[str]) -> Edit:
+    """An edit of pictures in files.
+
+    Raises:
+      UserError: no picture or too many, or one that cannot be read or edited; names its file.
+    """
+    if not 1 <= len(files) <= form.most:
+        raise UserError(
+            f"{instruction!r} is about {len(files)} pictures: this network takes 1"
+            + (f" to {form.most}" if form.most > 1 else "")
+        )
+    found = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                found.append(form.upright(picture))
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+        except (OSError, ValueError, SyntaxError, UnidentifiedImageError,
+                Image.DecompressionBombError) as error:
+            why = getattr(error, "strerror", None) or reason(error)
+            raise UserError(f"{file} cannot be read as a picture ({why})") from error
+    return Edit(instruction, tuple(found))
+
+
+def conditions(
+    pipeline: Pipeline, edits: Sequence[Edit], negative: str | None = None
+) -> list[tuple[Embeddings, Embeddings | None]]:
+    """Of each edit, one row: its instruction and, where there is one, the negative prompt, both
+    with its pictures; of one length.
+
+    Raises:
+      UserError: an instruction that is empty or too long.
+    """
+    texts = list(_texts(pipeline, edits, negative))
+    found = []
+    with codec.encoder(pipeline) as encode:
+        bar = tqdm(edits, unit="edit", desc="encoding", disable=not pipeline.progress)
+        for edit, parts in zip(bar, texts, strict=True):
+            shown = (pipeline.family.editing.encoded(picture) for picture in edit.pictures)
+            references = tuple(
+                encode(one[None].astype(np.float32) / 127.5 - 1, 1).astype(np.float32)
+                for one in shown
+            )
+            cond, *null = (dataclasses.replace(part, references=references) for part in parts)
+            found.append((cond, null[0] if null else None))
+    return found
+
+
+def _texts(
+    pipeline: Pipeline, edits: Sequence[Edit], negative: str | None
+) -> Iterator[list[Embeddings]]:
+    """The instruction's tokens and the negative prompt's, of each edit."""
+    form, [name] = pipeline.family.editing, pipeline.family.encoders
+    config, tokenizer = pipeline.config(name), text.tokenizers(pipeline)[name]
+    processor = pipeline.checkpoint.processor
+    with text.encoder(pipeline) as encode:
+        for edit in tqdm(edits, unit="edit", desc=text.STAGE, disable=not pipeline.progress):
+            seen = [form.seen(config, processor, picture) for picture in edit.pictures]
+            said = [form.tokenize(tokenizer, config, [edit.instruction], seen)]
+            if negative is not None:
+                said.append(form.tokenize(tokenizer, config, [negative], seen, negative=True))
+            yield same_length(*(encode({name: one}) for one in said))
