@@ -63,7 +63,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
                     f"{which[owner]:04d}_{by_prompt.plain(edits[which[owner]].instruction)}_"
                     f"{number:02d}_{how.label}_seed{args.seed}",
                     told | {"prompt": edits[which[owner]].instruction, "number": str(number),
-                            "condition": cond.fingerprint(owner)},
+                            "condition": cond.fingerprint(int(owner))},
                 )
                 for owner, number in zip(owners, numbers, strict=True)
             ]

@@ -159,8 +159,9 @@ def image_inputs(config) -> tuple:
     return (jax.ShapeDtypeStruct((1, config.downscale, config.downscale, 3), "float32"),)
 
 
-Prompts = dict[str, tuple[Int[AnyArray, "B _"], Bool[AnyArray, "B _"]]]
-"""Ids and their mask, of the same prompts, by text encoder; each has its own length."""
+Prompts = dict[str, tuple[Int[AnyArray, "B _"], Bool[AnyArray, "B _"], *tuple[Any, ...]]]
+"""Ids and their mask, of the same prompts, by text encoder; each has its own length. After them
+whatever else an encoder takes, with rows first."""
 
 
 def lengths(prompts: Prompts) -> tuple[int, ...]:

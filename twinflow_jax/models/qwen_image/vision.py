@@ -40,11 +40,12 @@ FIELDS = {
     "fullatt_block_indexes": ("whole", (7, 15, 23, 31)),
 }
 ONLY = {"hidden_act": "silu", "in_channels": 3, "in_chans": 3}
-# Of videos, or said elsewhere.
+# Of videos, said elsewhere, or checked below.
 OTHERS = (
     "tokens_per_second", "spatial_patch_size", "model_type", "initializer_range", "dtype",
-    "torch_dtype",
+    "torch_dtype", "rope_parameters",
 )
+ROPE = {"rope_theta": ROPE_BASE, "rope_type": "axial"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Config:
         """From the "vision_config" of a text encoder's config.json; raises as
         `family.PublishedConfig` says."""
         values, mistyped, problems = settings.published(config, FIELDS, ONLY, OTHERS)
-        problems += settings.other_values(config, ONLY)
+        problems += settings.other_values(config.get("rope_parameters") or {}, ROPE)
         if not mistyped:
             made = cls(**values)
             if made.width % (4 * made.heads):

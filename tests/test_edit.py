@@ -1,0 +1,200 @@
+"""Editing from the command line against diffusers' own pipelines."""
+
+import functools
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+from transformers import (
+    BatchFeature,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2TokenizerFast,
+    Qwen2VLImageProcessorPil,
+)
+
+from tests import qwen_folder
+from tests.test_text_to_image import assert_close, noise_of, pixels
+from tests.test_verbs import call
+from twinflow_jax import sample
+from twinflow_jax.checkpoints import importing
+from twinflow_jax.models.qwen_image import edit, tiny
+
+SMALLER = 64  # times: than the published pipelines' pictures
+KINDS = {  # name: class, settings of the transformer, files of its pictures
+    "edit": (QwenImageEditPipeline, {}, ["wide.png"]),
+    "2509": (QwenImageEditPlusPipeline, {}, ["wide.png", "turned.jpg"]),
+    "2511": (QwenImageEditPlusPipeline, {"zero_cond_t": True}, ["clear.png", "wide.png"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Pictures, and the pipelines of KINDS."""
+    folder, rng = tmp_path_factory.mktemp("edit"), np.random.default_rng(0)
+    noise = lambda h, w, c: rng.integers(0, 255, (h, w, c), np.uint8).repeat(9, 0).repeat(9, 1)
+    Image.fromarray(noise(10, 20, 3)).save(folder / "wide.png")
+    Image.fromarray(noise(15, 12, 4)).save(folder / "clear.png")
+    turned = Image.fromarray(noise(13, 16, 3))
+    turned.getexif()[274] = 6  # a quarter turn
+    turned.save(folder / "turned.jpg", exif=turned.getexif())
+    return folder
+
+
+def written(folder: pathlib.Path, name: str):
+    """A small pipeline of diffusers', in folder/name, and its import in folder/name_imported."""
+    kind, changes, _ = KINDS[name]
+    base = qwen_folder.write(folder / "base") if not (folder / "base").exists() else None
+    base = base or qwen_folder.build(tokenizer_folder=str(folder / "base/tokenizer_source"))
+    tiny.save_edit_tokenizer(folder / "tokenizer")
+    tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer")
+    number = lambda token: tokenizer.convert_tokens_to_ids(token)
+    text = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config={key: value for key, value in tiny.SEEING_ENCODER.items() if key in (
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "intermediate_size", "vocab_size",
+        )} | {"rope_theta": 1e6, "rope_scaling": tiny.SEEING_ENCODER["rope_scaling"]},
+        vision_config=tiny.SEEING_ENCODER["vision_config"],
+        image_token_id=number("<|image_pad|>"), video_token_id=699,
+        vision_start_token_id=number("<|vision_start|>"),
+        vision_end_token_id=number("<|vision_end|>"),
+    ))
+    looks = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)
+    transformer = type(base.transformer).from_config(base.transformer.config | changes)
+    pipeline = kind(
+        scheduler=FlowMatchEulerDiscreteScheduler(**qwen_folder.SCHEDULER), vae=base.vae,
+        text_encoder=qwen_folder.randomise(text, 2), tokenizer=tokenizer, processor=None,
+        transformer=qwen_folder.randomise(transformer, 3),
+    )
+    pipeline.save_pretrained(folder / name)
+    looks.save_pretrained(folder / name / "processor")
+    pipeline.processor = functools.partial(processed, looks, tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    forward = pipeline.text_encoder.forward
+
+    def told(input_ids, **others):  # which diffusers leaves out, and transformers 5 needs
+        kinds = (input_ids == number("<|image_pad|>")).int()
+        return forward(input_ids=input_ids, mm_token_type_ids=kinds, **others)
+
+    pipeline.text_encoder.forward = told
+    importing.import_folder(str(folder / name), str(folder / f"{name}_imported"), progress=False)
+    return pipeline
+
+
+def processed(looks, tokenizer, text, images, **_):
+    """transformers' Qwen2VLProcessor, which takes torchvision: one text, its pictures."""
+    seen = looks(images, return_tensors="pt")
+    counts, [prompt] = iter(seen["image_grid_thw"].prod(1) // 4), text
+    token = "<|image_pad|>"
+    first, *others = prompt.split(token)
+    prompt = first + "".join(token * next(counts) + other for other in others)
+    return BatchFeature(tokenizer([prompt], return_tensors="pt") | seen)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Both sides take pictures for SMALLER times smaller."""
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        theirs = module.calculate_dimensions
+        monkeypatch.setattr(
+            module, "calculate_dimensions", lambda a, r, f=theirs: f(a / SMALLER, r)
+        )
+    ours = edit.size_of_area
+    monkeypatch.setattr(edit, "size_of_area", lambda area, size: ours(area // SMALLER, size))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_base_sampling_is_the_published_pipeline(name, folder, small, tmp_path):
+    pipeline, (_, _, files) = written(folder, name), KINDS[name]
+    names = itertools.chain(*(("--image", str(folder / file)) for file in files))
+    given = ["--checkpoint", str(folder / f"{name}_imported"), *names, "--prompt", "make it night"]
+    base = ["--base", "--steps", "2", "--guidance", "4"]
+    assert call(sample, "--out", str(tmp_path / "a"), "--model-size", *given, *base) == 0
+    [file] = (tmp_path / "a").iterdir()
+    ours = np.asarray(Image.open(file), int)
+
+    pictures = [edit.upright(Image.open(folder / one)) for one in files]
+    size = ours.shape[:2]
+    theirs = pipeline(
+        pictures if len(pictures) > 1 else pictures[0], "make it night", " ", true_cfg_scale=4.0,
+        num_inference_steps=2, latents=noise_of(0, size)[0], output_type="pt",
+    ).images[0]
+    assert_close(ours[None], pixels(2 * theirs - 1)[None])
+
+    assert call(sample, "--out", str(tmp_path / "b"), *given, "--steps", "1") == 0
+    [file] = (tmp_path / "b").iterdir()
+    deciding = pictures[0] if name == "edit" else pictures[-1]
+    assert Image.open(file).size == deciding.size
+
+
+def test_pictures_are_turned_and_laid_on_white(folder):
+    turned = edit.upright(Image.open(folder / "turned.jpg"))
+    assert turned.size == (13 * 9, 16 * 9) and turned.mode == "RGB"
+    clear = Image.open(folder / "clear.png")
+    seen = np.asarray(edit.upright(clear), float)
+    rgba = np.asarray(clear, float)
+    share = rgba[..., 3:] / 255
+    np.testing.assert_allclose(seen, rgba[..., :3] * share + 255 * (1 - share), atol=1)
+    grey = Image.fromarray(np.full((30, 40), 90, np.uint8))
+    assert np.asarray(edit.upright(grey)).tolist() == np.full((30, 40, 3), 90).tolist()
+
+
+@pytest.mark.parametrize("size", [
+    (350, 350), (406, 406), (448, 320), (1184, 896), (28, 28), (57, 29), (300, 1000), (33, 700),
+])
+def test_what_is_looked_at_is_what_the_processor_makes(size):
+    picture = Image.fromarray(
+        np.random.default_rng(size[0]).integers(0, 255, (*size[::-1], 3), np.uint8)
+    )
+    least, most = 3136, 200_000
+    theirs = Qwen2VLImageProcessorPil(min_pixels=least, max_pixels=most)(picture)
+    ours = edit.pixels(edit.looked_at(picture, edit.vision.Config(), least, most))
+    assert [1, ours.shape[0] // 14, ours.shape[1] // 14] == theirs["image_grid_thw"][0].tolist()
+    height, width, _ = ours.shape
+    rows = ours.reshape(height // 28, 2, 14, width // 28, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    rows = rows[:, :, :, :, :, None].repeat(2, axis=5).reshape(-1, 1176)
+    np.testing.assert_allclose(rows, theirs["pixel_values"], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from twinflow_jax.checkpoints.random import write_random
+
+    return write_random("qwen_image_edit_plus", tmp_path_factory.mktemp("random") / "c", 0).folder
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--prompt", "x"], "this network edits pictures: give --image and --prompt, or --edits"),
+    (["--image", "wide.png"], "give --image and --prompt, or --edits"),
+    (["--image", "none.png", "--prompt", "x"], "none.png cannot be read as a picture (No such"),
+    (["--image", "text.png", "--prompt", "x"], "text.png cannot be read as a picture"),
+    (["--image", "dot.png", "--prompt", "x"], "dot.png: a picture of 10x10 pixels: sides are"),
+    (["--image", "long.png", "--prompt", "x"], "20000x30 pixels: sides are from 28 to 16,384"),
+    (["--image", "wide.png"] * 4 + ["--prompt", "x"], "is about 4 pictures: this network takes 1"),
+    (["--image", "wide.png", "--prompt", " "], "prompt 1 of 1 is empty"),
+    (["--image", "wide.png", "--prompt", "a b " * 900], "they may make"),
+    (["--edits", "bad.jsonl"], 'bad.jsonl, line 2: write {"images":'),
+    (["--edits", "none.jsonl"], "none.jsonl cannot be read"),
+    (["--image", "wide.png", "--prompt", "x", "--sheet"], "--sheet: edits have sizes"),
+    (["--image", "wide.png", "--prompt", "x", "--classes", "1"], "--classes cannot be used"),
+])
+def test_requests_that_are_refused(arguments, says, folder, checkpoint, tmp_path, capsys):
+    Image.new("RGB", (10, 10)).save(folder / "dot.png")
+    Image.new("L", (20_000, 30)).save(folder / "long.png")
+    (folder / "text.png").write_text("no picture")
+    lines = [json.dumps({"images": ["wide.png"], "prompt": "x"}), json.dumps({"prompt": "x"})]
+    (folder / "bad.jsonl").write_text("\n".join(lines))
+    here = [str(folder / a) if a.endswith((".png", ".jsonl")) else a for a in arguments]
+    assert call(sample, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "o"), *here) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in error and error.startswith("error: ")
+    assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
