@@ -25,7 +25,7 @@ from transformers import (
 from tests import qwen_folder
 from tests.test_text_to_image import assert_close, noise_of, pixels
 from tests.test_verbs import call
-from twinflow_jax import sample
+from twinflow_jax import encode, sample, train
 from twinflow_jax.checkpoints import importing
 from twinflow_jax.models.qwen_image import edit, tiny
 
@@ -170,6 +170,21 @@ def checkpoint(tmp_path_factory):
     from twinflow_jax.checkpoints.random import write_random
 
     return write_random("qwen_image_edit_plus", tmp_path_factory.mktemp("random") / "c", 0).folder
+
+
+@pytest.mark.parametrize("verb, arguments", [
+    (train, ["--config", "configs/qwen20b_tpu.py:tiny", "--workdir", "OUT",
+             "--config.model.name=qwen_image_edit_plus"]),
+    (encode, ["FOLDER", "OUT", "--pipeline", "CHECKPOINT", "--size", "64"]),
+])
+def test_what_does_not_edit_yet_says_so(verb, arguments, checkpoint, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (300, 300)).save(tmp_path / "photos/a.png")
+    (tmp_path / "photos/a.txt").write_text("a photo")
+    places = {"OUT": tmp_path / "o", "FOLDER": tmp_path / "photos", "CHECKPOINT": checkpoint}
+    assert call(verb, *(str(places.get(one, one)) for one in arguments)) == 2
+    assert "edits pictures" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "o" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("arguments, says", [

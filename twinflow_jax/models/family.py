@@ -357,6 +357,8 @@ def _check_text(family: Family) -> list[str]:
         problems.append("has no TextNetwork")
     for member, contract in (("tokenize", Tokenize), ("embed", Embed)):
         problems += _tried(member, contracts.missing, getattr(text, member), contract)
+    if text.editing is not None:
+        problems += _tried("editing", contracts.missing, text.editing, Editing)
     for name, network in text.networks.items():
         problems += _tried(name, _check_network, name, network, text.tiny.get(name))
     if problems:

@@ -26,14 +26,20 @@ def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
       UserError: says what differs.
     """
     settings, rows = run.model, run.data.batch_size
+    text = run.family.text_to_image
+    if text is not None and text.editing:
+        raise UserError(
+            f"model {settings.name!r} edits pictures, and training on edits is not there yet: "
+            "`sample --image` draws from what was imported"
+        )
     total = len(source.learned) if isinstance(source, data.Dataset) else sum(map(len, source))
     if total < rows:
         raise UserError(
             f"data has {total} rows to train on, too few for a batch of {rows}: "
             "give more, or a smaller data.batch_size"
         )
-    if run.family.text_to_image is not None:
-        check_pipeline(run.pipeline, run.family.text_to_image, settings)
+    if text is not None:
+        check_pipeline(run.pipeline, text, settings)
         if run.data.records:
             check_encoders(run.pipeline, source)
         return

@@ -48,7 +48,7 @@ def load_tokenizer(folder: str | os.PathLike):
 
 def without_pictures(tokenizer, prompts, tokens: int | None = None, negative: bool = False):
     """Raises UserError: a prompt of this family is about pictures."""
-    raise UserError("this network edits pictures: give them with --image")
+    raise UserError("this network edits pictures: only `sample --image` draws from it")
 
 
 def upright(picture: Image.Image) -> Image.Image:
