@@ -17,7 +17,7 @@ import pytest
 from twinflow_jax import checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS = 60  # of a twentieth of a second or more: JAX looks for signals once a second
+STEPS = 150  # a signal takes seconds to reach all hosts
 COMMAND = [
     sys.executable, "-X", "faulthandler", "-m", "twinflow_jax.train",
     "--config", "configs/digits.py",

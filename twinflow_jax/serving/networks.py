@@ -16,10 +16,10 @@ from etils import epath
 from jaxtyping import Float
 
 from twinflow_jax import checkpoints, parallel, sampling
-from twinflow_jax.checkpoints import imported, store
+from twinflow_jax.checkpoints import store
 from twinflow_jax.config import Run
 from twinflow_jax.drawing import album, by_prompt, codec, denoising, open_pipeline, pictures
-from twinflow_jax.drawing.pipeline import Clock
+from twinflow_jax.drawing.pipeline import Clock, run_of
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.sampling import Grid, batched, few_step, make_grid
@@ -161,6 +161,8 @@ class ByPrompt:
 
     def __init__(self, folder: epath.Path, name: str, run: Run | None):
         found = open_pipeline(folder, run)
+        if found.family.editing:
+            raise UserError(f"{folder} edits pictures, which the page does not: `twinflow sample`")
         self.name, self._clock, self._open = name, Telling(), contextlib.ExitStack()
         self._pipeline = dataclasses.replace(found, progress=False, clock=self._clock)
         self._own, self._scale = denoising.latent_shape(found, None), found.config("vae").downscale
@@ -275,7 +277,7 @@ def open_networks(folders: Sequence[str]) -> list[Network]:
     opened = []
     left = (memory() or math.inf) / 2  # the rest is for what is computed
     for folder, name in zip(map(epath.Path, folders), called, strict=True):
-        run = None if imported.is_imported(folder) else checkpoints.read_run(folder)
+        run = run_of(folder)
         if run and not run.family.text_to_image:
             opened.append(ByClass(folder, name))
             continue
