@@ -118,6 +118,7 @@ def rounds(bucket: Bucket, tmp_path, processes: int, writes: list[tuple[int, int
     assert len(bucket.names("run/samples/")) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(bucket, tmp_path):
     rounds(bucket, tmp_path, 1, [(30, signal.SIGKILL), (75, signal.SIGKILL)])
 

@@ -112,7 +112,9 @@ def small(monkeypatch):
     monkeypatch.setattr(edit, "size_of_area", lambda area, size: ours(area // SMALLER, size))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("edit", "2509")), "2511",
+])
 def test_base_sampling_is_the_published_pipeline(name, folder, small, tmp_path):
     pipeline, (_, _, files) = written(folder, name), KINDS[name]
     names = itertools.chain(*(("--image", str(folder / file)) for file in files))

@@ -168,7 +168,7 @@ def check_collectives(hlo: str, config, name: str, mesh, where, base: bool) -> N
 
 @pytest.mark.parametrize("name", [
     "QWEN", "SANA", "ZIMAGE, (PLANS[1], PLANS[7])", "DIT, FEW", "TWO", "QWEN, FEW, Everywhere(a=8)",
-    "QWEN, (*FEW, PLANS[1]), Everywhere(a=8), base=True",
+    pytest.param("QWEN, (*FEW, PLANS[1]), Everywhere(a=8), base=True", marks=pytest.mark.slow),
     pytest.param("ZIMAGE", marks=pytest.mark.slow),
 ])
 def test_eight_devices_compute_what_one_does(name):

@@ -108,9 +108,10 @@ def test_rows_one_by_one_are_the_batch(small_config, teacher):
         assert np.any(a) and np.abs(a - b).max() <= 1e-6 * largest
 
 
-@pytest.mark.parametrize("file", ["qwen20b_lora_tpu", "sana06b_lora_tpu", pytest.param(
-    "zimage6b_lora_tpu", marks=pytest.mark.slow,
-)])
+@pytest.mark.parametrize("file", [
+    "qwen20b_lora_tpu", pytest.param("sana06b_lora_tpu", marks=pytest.mark.slow),
+    pytest.param("zimage6b_lora_tpu", marks=pytest.mark.slow),
+])
 def test_the_small_lora_runs_train_adapters_and_nothing_else(file, tmp_path):
     run = configs.parse(f"configs/{file}.py:tiny", [
         "train.steps=8", "train.sample_every=8", "train.checkpoint_every=8", "sample.columns=1",

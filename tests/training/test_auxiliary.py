@@ -49,7 +49,10 @@ def same(a, b) -> bool:
     return all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))
 
 
-@pytest.mark.parametrize("more", [(), ("adapter.rank=2",)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("more", [
+    pytest.param((), id="whole"),
+    pytest.param(("adapter.rank=2",), id="adapters", marks=pytest.mark.slow),
+])
 def test_a_resume_within_a_cycle_is_bit_equal(small_config, base, tmp_path, more):
     """5 steps and then 7 more, in cycles of 4, against 12; each network moves in its turns only."""
     run = lambda steps: matching(

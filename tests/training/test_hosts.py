@@ -87,6 +87,7 @@ def same(left: pathlib.Path, right: pathlib.Path, tolerance: float) -> None:
     np.testing.assert_allclose(losses(left), losses(right), rtol=max(tolerance, 1e-7))
 
 
+@pytest.mark.slow
 def test_stopped_on_one_host_and_restarted_on_another_number(tmp_path):
     """SIGTERM to one of two saves on both at the same step; one process then goes on, with the
     same devices, and ends where one that nobody stopped does."""

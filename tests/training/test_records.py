@@ -228,7 +228,9 @@ def test_other_encoders_do_not_mix(write, config, tmp_path):
         train(made, str(tmp_path / "run"), progress=False)
 
 
-@pytest.mark.parametrize("variant", ["half_r", "gated_1"])
+@pytest.mark.parametrize(
+    "variant", ["half_r", pytest.param("gated_1", marks=pytest.mark.slow)]
+)
 def test_adapters_see_r_otherwise_on_what_was_trained_on_velocities(
     write, config, tmp_path, variant
 ):
