@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from etils import epath
+from PIL import Image
 from tqdm import tqdm
 
+from twinflow_jax import images
 from twinflow_jax.drawing import codec, text
 from twinflow_jax.drawing.conditions import Embeddings, same_length
 from twinflow_jax.drawing.pipeline import Pipeline
@@ -36,12 +38,10 @@ def opened(form: Editing, instruction: str, files: Sequence[str]) -> Edit:
     found = []
     for file in files:
         try:
-            with Image.open(file) as picture:
-                found.append(form.upright(picture))
+            found.append(form.upright(images.opened(epath.Path(file).read_bytes())))
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError,
-                Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises many kinds
             why = getattr(error, "strerror", None) or reason(error)
             raise UserError(f"{file} cannot be read as a picture ({why})") from error
     return Edit(instruction, tuple(found))

@@ -41,6 +41,13 @@ class HeadProjection(nn.Module):
         return out + jnp.swapaxes(more.reshape(*h.shape[:2], c.heads, c.head_dim), 1, 2)
 
 
+def axes_problems(axes: tuple[int, int, int], head_dim: int) -> list[str]:
+    """What keeps a head's channels from being rotated by so many of each of three axes."""
+    if sum(axes) == head_dim and not any(axis % 2 for axis in axes):
+        return []
+    return [f"rope_axes {axes} must be three even numbers that add up to head_dim {head_dim}"]
+
+
 def rotate(
     x: Float[Array, "B heads S D"], cos: Float[AnyArray, "#B S half"],
     sin: Float[AnyArray, "#B S half"],

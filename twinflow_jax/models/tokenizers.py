@@ -79,6 +79,26 @@ def cut(rows: Sequence[list[int]], limit: int, before: int = 0) -> list[list[int
     return [row[: before + limit] for row in rows]
 
 
+def in_template(
+    tokenizer, template: str, prompts: Sequence[str], buckets: Sequence[int],
+    tokens: int | None = None, negative: bool = False, before: int = 0,
+) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+    """The prompts in a template as token ids and the mask of those that are no padding.
+
+    before: tokens of the template before the prompt, which are not counted. L is these and
+    `tokens`, or else the smallest bucket that holds the longest row. A longer row, or one longer
+    than the last bucket, is cut there, with a warning. negative: prompts may be empty.
+    Raises:
+      UserError: as `check`.
+    """
+    check(prompts, may_be_blank=negative)
+    rows = tokenizer([template.format(prompt) for prompt in prompts])["input_ids"]
+    rows = cut(rows, min(tokens or buckets[-1], buckets[-1]), before)
+    longest = max(map(len, rows)) - before
+    length = tokens or min(bucket for bucket in buckets if bucket >= longest)
+    return padded(rows, before + length, tokenizer.pad_token_id)
+
+
 def padded(
     rows: Sequence[list[int]], length: int, token: int
 ) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:

@@ -40,12 +40,9 @@ def tokenize(
     prompt longer than that, or than MAX_TOKENS, is cut there, with a warning. Raises UserError
     for an empty prompt; negative: allow it (" " is what Qwen-Image uses as negative prompt).
     """
-    tokenizers.check(prompts, may_be_blank=negative)
-    rows = tokenizer([TEMPLATE.format(prompt) for prompt in prompts])["input_ids"]
-    rows = tokenizers.cut(rows, min(tokens or MAX_TOKENS, MAX_TOKENS), PREFIX)
-    longest = max(map(len, rows)) - PREFIX
-    length = tokens or min(bucket for bucket in BUCKETS if bucket >= longest)
-    return tokenizers.padded(rows, PREFIX + length, tokenizer.pad_token_id)
+    return tokenizers.in_template(
+        tokenizer, TEMPLATE, prompts, BUCKETS, tokens, negative, before=PREFIX
+    )
 
 
 def drop_prefix(

@@ -26,7 +26,7 @@ from twinflow_jax.models.adapters import adapted
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import contract_in_place, tokens
 from twinflow_jax.models.conditioning import SinusoidEmbedder, embedder_names
-from twinflow_jax.models.heads import HeadProjection, rotate
+from twinflow_jax.models.heads import HeadProjection, axes_problems, rotate
 from twinflow_jax.models.int8 import is_quantised
 from twinflow_jax.models.projections import dense, rms_norm
 from twinflow_jax.models.settings import TextSettings
@@ -75,13 +75,7 @@ class Config(TextSettings):
     splits_tokens = True
 
     def problems(self) -> list[str]:
-        found, axes = super().problems(), self.rope_axes
-        if sum(axes) != self.head_dim or any(axis % 2 for axis in axes):
-            found.append(
-                f"rope_axes {axes} must be three even numbers that add up to head_dim "
-                f"{self.head_dim}"
-            )
-        return found
+        return super().problems() + axes_problems(self.rope_axes, self.head_dim)
 
     @property
     def width(self) -> int:

@@ -31,9 +31,4 @@ def tokenize(
     than that, or than MAX_TOKENS, is cut there, with a warning. Raises UserError for an empty
     prompt; negative: allow it ("" is what stands for none).
     """
-    tokenizers.check(prompts, may_be_blank=negative)
-    rows = tokenizer([TEMPLATE.format(prompt) for prompt in prompts])["input_ids"]
-    rows = tokenizers.cut(rows, min(tokens or MAX_TOKENS, MAX_TOKENS))
-    longest = max(map(len, rows))
-    length = tokens or min(bucket for bucket in BUCKETS if bucket >= longest)
-    return tokenizers.padded(rows, length, tokenizer.pad_token_id)
+    return tokenizers.in_template(tokenizer, TEMPLATE, prompts, BUCKETS, tokens, negative)

@@ -27,7 +27,7 @@ from twinflow_jax.models import decoder, names, patches, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import init_of, tokens
 from twinflow_jax.models.conditioning import TWIN, SinusoidEmbedder
-from twinflow_jax.models.heads import HeadProjection, rotate
+from twinflow_jax.models.heads import HeadProjection, axes_problems, rotate
 from twinflow_jax.models.projections import dense, rms_norm
 from twinflow_jax.models.settings import TextSettings
 from twinflow_jax.models.stack import run_layers
@@ -80,13 +80,7 @@ class Config(TextSettings):
     splits_tokens = True
 
     def problems(self) -> list[str]:
-        found, axes = super().problems(), self.rope_axes
-        if sum(axes) != self.head_dim or any(axis % 2 for axis in axes):
-            found.append(
-                f"rope_axes {axes} must be three even numbers that add up to head_dim "
-                f"{self.head_dim}"
-            )
-        return found
+        return super().problems() + axes_problems(self.rope_axes, self.head_dim)
 
     @property
     def width(self) -> int:
