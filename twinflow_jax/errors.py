@@ -19,8 +19,11 @@ from typing import NoReturn
 class UserError(ValueError, argparse.ArgumentTypeError):
     """Something that the user can put right: one line saying what, where, and what to do.
 
-    The second base lets argparse tell it as it is, where an argument's type raises it.
+    The second base lets argparse tell it as it is, where an argument's type raises it. status: that
+    a verb exits with.
     """
+
+    status = 2
 
 
 @contextlib.contextmanager
@@ -144,7 +147,7 @@ def report(error: BaseException) -> int:
     error = explained(error)
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     if isinstance(error, KeyboardInterrupt):
         number = _number(error)
         what = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]

@@ -37,11 +37,7 @@ def main() -> int:
     if args.workdir is None:
         parser.error("the following arguments are required: --workdir")
     if args.coordinator:
-        try:
-            hosts.join(args.coordinator, args.processes, args.process)
-        except ConnectionError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return hosts.UNREACHED
+        hosts.join(args.coordinator, args.processes, args.process)
     elif (args.processes, args.process) != (1, 0):
         raise UserError(
             f"this is process {args.process} of {args.processes}: give --coordinator HOST:PORT too"

@@ -125,21 +125,15 @@ def open_folder(source: str, family: str | None = None) -> Folder:
 
 def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epath.Path]]:
     """The family's name and where each of its networks lies; wanted: as `open_folder` takes it."""
-    known = {
-        name: family.text_to_image
-        for name, family in models.FAMILIES.items()
-        if family.text_to_image and wanted in (None, name)
-    }
-    if not known:
+    every = {k: f.text_to_image for k, f in models.FAMILIES.items() if f.text_to_image}
+    if wanted not in (None, *every):
         raise UserError(f"{wanted!r} is no family that draws from text")
-    given = _pipeline(path)
-    owners = [name for name, f in models.FAMILIES.items()
-              if f.text_to_image and given in f.text_to_image.pipelines]
+    pipeline = _pipeline(path)
+    owners = {name: one for name, one in every.items() if pipeline in one.pipelines}
     if wanted and owners and wanted not in owners:
-        raise UserError(f"{path} is of a {given}: import it with --family {owners[0]}")
-    if not wanted:
-        known = {name: one for name, one in known.items()
-                 if name in owners or not (owners or one.pipelines)}
+        raise UserError(f"{path} is of a {pipeline}: import it with --family {min(owners)}")
+    shared = {name: one for name, one in every.items() if not one.pipelines}
+    known = {wanted: every[wanted]} if wanted else owners or shared
     if (path / "config.json").exists() and not (path / "transformer").exists():
         given = class_name(_json(path / "config.json"))
         found = {

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from PIL import Image
 
 from twinflow_jax import arguments, files, images
-from twinflow_jax.checkpoints import store
 from twinflow_jax.config import Run
 from twinflow_jax.drawing import album, by_prompt, codec, denoising, editing, pictures
 from twinflow_jax.drawing.conditions import Embeddings
@@ -42,8 +41,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     count = 1 if args.count is None else args.count
     conditions = editing.conditions(pipeline, edits, ways[shapes[0]].settings.get("negative"))
     out, pages, drawn = epath.Path(args.out), [], []
-    weights = store.fingerprint(pipeline.arrays("transformer"))
-    autoencoder = pipeline.checkpoint.identity("vae")
+    drawn_by, restored = by_prompt.networks(pipeline), not (args.size or args.model_size)
     with pipeline.kept() as kept:
         for shape, which in groups(shapes, conditions):
             how = ways[shape]
@@ -51,11 +49,8 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
                 Embeddings.join(parts) if parts[0] else None
                 for parts in zip(*(conditions[i] for i in which), strict=True)
             )
-            told = album.settings(
-                checkpoint=args.checkpoint, seed=args.seed, raw=args.raw, dtype=pipeline.dtype,
-                at_step=pipeline.step, size=shape, weights=weights, autoencoder=autoencoder,
-                tile=tile, restored=not (args.size or args.model_size), **how.settings,
-                **({"adapters": args.adapter} if args.adapter else {}),
+            told = by_prompt.settings(
+                args, pipeline, shape, tile, how, drawn_by, restored=restored
             )
             owners, numbers = np.divmod(np.arange(len(which) * count), count)
             some = [
@@ -73,7 +68,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
                 kept, how.sampler, cond, owners[left], numbers[left], shape, args.seed, args.batch,
                 null, tile,
             )
-            if not (args.size or args.model_size):
+            if restored:
                 made = map(resized, made, own)
             album.write(out, [some[i] for i in left], made)
             drawn += [len(pages) + at for at in left]

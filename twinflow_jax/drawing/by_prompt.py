@@ -47,13 +47,9 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
             cond.save(args.save_embeddings, prompts)
     conditions = [cond.fingerprint(i) for i in range(len(prompts))]
     owners, numbers = np.divmod(np.arange(len(prompts) * count), count)
-    told = album.settings(
-        checkpoint=args.checkpoint, seed=args.seed, raw=args.raw, dtype=pipeline.dtype,
-        at_step=pipeline.step, size=shape,
-        weights=store.fingerprint(pipeline.arrays("transformer")),
-        autoencoder=pipeline.checkpoint.identity("vae"), tile=tile,
-        without=null.fingerprint(0) if null else None, **way.settings,
-        **({"adapters": args.adapter} if args.adapter else {}),  # what their weights say besides
+    told = settings(
+        args, pipeline, shape, tile, way, networks(pipeline),
+        without=null.fingerprint(0) if null else None,
     )
     out, latents = epath.Path(args.out), []
     pages = [
@@ -86,6 +82,26 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     for line in pipeline.clock.lines():
         print(line)
     return 0
+
+
+def networks(pipeline: Pipeline) -> dict[str, str]:
+    """Which weights draw."""
+    return {
+        "weights": store.fingerprint(pipeline.arrays("transformer")),
+        "autoencoder": pipeline.checkpoint.identity("vae"),
+    }
+
+
+def settings(
+    args: argparse.Namespace, pipeline: Pipeline, shape: tuple[int, int, int], tile: int, way: Way,
+    drawn_by: dict[str, str], **more,
+) -> dict[str, str]:
+    """What pictures say of how they were made."""
+    return album.settings(
+        checkpoint=args.checkpoint, seed=args.seed, raw=args.raw, dtype=pipeline.dtype,
+        at_step=pipeline.step, size=shape, **drawn_by, tile=tile, **more, **way.settings,
+        **({"adapters": args.adapter} if args.adapter else {}),  # what their weights say besides
+    )
 
 
 def prepared(

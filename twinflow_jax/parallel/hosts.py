@@ -25,7 +25,6 @@ class Elsewhere(UserError):
     """An error that the first process reports."""
 
 
-UNREACHED = 75  # exit status where the processes did not find each other: worth another try
 SILENCE = 60  # seconds without a sign of life after which a host counts as lost
 LOOK = 1.0  # seconds between looks for another process's error
 FAILED = "twinflow_jax/failed"  # where a process leaves its own with the coordinator
@@ -33,6 +32,12 @@ FAILED = "twinflow_jax/failed"  # where a process leaves its own with the coordi
 # JAX counts the looks for a signal of every process, from 1: one that came before any stops all
 # at the first.
 _looks = itertools.count(1)
+
+
+class Unreached(UserError):
+    """The processes of a run did not find each other: worth another try, as its status says."""
+
+    status = 75
 
 
 def join(coordinator: str, processes: int, process: int) -> None:
@@ -43,7 +48,7 @@ def join(coordinator: str, processes: int, process: int) -> None:
     Raises:
       UserError: an address of another form, a number of a process that there is not, or nothing
         that `auto` can find out.
-      ConnectionError: the processes did not find each other; another try may.
+      Unreached: the processes did not find each other.
     """
     given = {}
     if coordinator != "auto":
@@ -69,7 +74,7 @@ def join(coordinator: str, processes: int, process: int) -> None:
             "process 0, --processes and --process"
         ) from error
     except RuntimeError as error:
-        raise ConnectionError(
+        raise Unreached(
             f"this process did not find the others at {coordinator} "
             f"({reason(error)}): start the same command on every host"
         ) from error

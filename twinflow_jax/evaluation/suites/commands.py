@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import shlex
-import sys
 from typing import Any
 
 import jax
@@ -34,11 +33,7 @@ def draw(args: argparse.Namespace) -> int:
         raise UserError(f"--process is {args.process}; it lies from 0 to --processes less one")
     files.check_folder("--out", args.out)
     if args.coordinator:
-        try:
-            hosts.join(args.coordinator, args.processes, args.process)
-        except ConnectionError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return hosts.UNREACHED
+        hosts.join(args.coordinator, args.processes, args.process)
         args.process, args.processes = jax.process_index(), jax.process_count()
     with hosts.together():
         return drawn(args, suite, prompts)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 
 from twinflow_jax.errors import UserError
@@ -104,43 +104,6 @@ def pixels(picture: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
     return (picture.astype(np.float32) / np.float32(255) - MEAN) / DEVIATION
 
 
-def prompts_of(form: "Form", instructions: Sequence[str], pictures: int) -> list[str]:
-    """The user's turn of each instruction, with the pictures before it."""
-    named = [f"Picture {i + 1}: " if form.numbered else "" for i in range(pictures)]
-    return ["".join(name + PICTURE for name in named) + text for text in instructions]
-
-
-def tokenize(
-    tokenizer, form: "Form", instructions: Sequence[str], counts: Sequence[int],
-    tokens: int | None = None, negative: bool = False,
-) -> tuple[Int[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-    """The instructions in the template as ids, and the mask of those that are no padding.
-
-    counts: tokens of each picture. L is PREFIX and `tokens`, or else the least multiple of ROUNDED
-    that holds the longest. Nothing is cut: the pictures would be.
-    Raises:
-      UserError: an instruction that is empty and not negative, or too long.
-    """
-    tokenizers.check(instructions, may_be_blank=negative)
-    texts = [TEMPLATE.format(prompt) for prompt in prompts_of(form, instructions, len(counts))]
-    [seen] = tokenizer("<|image_pad|>")["input_ids"][:1]
-    rows = []
-    for text in texts:
-        left, row = list(counts), []
-        for token in tokenizer(text)["input_ids"]:
-            row += [token] * (left.pop(0) if token == seen and left else 1)
-        rows.append(row)
-    longest = max(map(len, rows)) - PREFIX
-    most = min(tokens or MAX_TOKENS + sum(counts), MAX_TOKENS + sum(counts))
-    if longest > most:
-        raise UserError(
-            f"an instruction and its pictures make {longest} tokens: they may make {most}; "
-            "shorten it"
-        )
-    length = tokens or -(-longest // ROUNDED) * ROUNDED
-    return tokenizers.padded(rows, PREFIX + length, tokenizer.pad_token_id)
-
-
 def limits(processor: dict[str, Any]) -> tuple[int, int]:
     """The least and the most pixels that the vision tower is shown, of a published
     preprocessor_config.json.
@@ -221,11 +184,35 @@ class Form:
         seen: Sequence[Float[np.ndarray, "_ _ 3"]], tokens: int | None = None,
         negative: bool = False,
     ) -> tuple:
+        """(ids, mask, places, pictures). The ids of a row are PREFIX and `tokens`, or else the
+        least multiple of ROUNDED that holds the longest. Nothing is cut: the pictures would be.
+
+        Raises:
+          UserError: an instruction that is empty and not negative, or too long.
+        """
+        tokenizers.check(prompts, may_be_blank=negative)
+        named = (f"Picture {i + 1}: " if self.numbered else "" for i in range(len(seen)))
+        shown = "".join(name + PICTURE for name in named)
         grids = [tuple(side // config.vision.unit for side in one.shape[:2]) for one in seen]
         counts = [height * width for height, width in grids]
-        ids, mask = tokenize(tokenizer, self, prompts, counts, tokens, negative)
-        shown = tuple(np.repeat(one[None], len(prompts), 0) for one in seen)
-        return ids, mask, places(ids, config.image_token, grids), shown
+        [picture] = tokenizer("<|image_pad|>")["input_ids"][:1]
+        rows = []
+        for prompt in prompts:
+            left, row = list(counts), []
+            for token in tokenizer(TEMPLATE.format(shown + prompt))["input_ids"]:
+                row += [token] * (left.pop(0) if token == picture and left else 1)
+            rows.append(row)
+        longest, most = max(map(len, rows)) - PREFIX, MAX_TOKENS + sum(counts)
+        most = min(tokens or most, most)
+        if longest > most:
+            raise UserError(
+                f"an instruction and its pictures make {longest} tokens: they may make {most}; "
+                "shorten it"
+            )
+        length = tokens or -(-longest // ROUNDED) * ROUNDED
+        ids, mask = tokenizers.padded(rows, PREFIX + length, tokenizer.pad_token_id)
+        pictures = tuple(np.repeat(one[None], len(prompts), 0) for one in seen)
+        return ids, mask, places(ids, config.image_token, grids), pictures
 
 
 EDIT = Form(MEGAPIXEL, most=1, numbered=False, last=False)
