@@ -17,7 +17,8 @@ from twinflow_jax.training.loop import train
 
 @pytest.mark.slow
 def test_half_r_draws_in_diffusers(tmp_path, monkeypatch):
-    """Though the weights have moved, so that the network at r = 0 is not the base."""
+    """Though the weights have moved, so that the network at r = 0 is not the base; and imported
+    again, by somebody who knows nothing of the run, they draw what the run draws."""
     pipeline = qwen_folder.write(tmp_path)
     importing.import_folder(str(tmp_path / "pipeline"), str(tmp_path / "base"), progress=False)
     run = configs.parse("configs/qwen20b_tpu.py:tiny", [
@@ -48,3 +49,8 @@ def test_half_r_draws_in_diffusers(tmp_path, monkeypatch):
         ours = draw(tmp_path / "run", tmp_path / f"out{len(sigmas)}", "--prompt", "A red fox",
                     "--steps", str(len(sigmas)))
         assert_close(ours, np.stack([pixels(2 * image - 1) for image in drawn]))
+    again = importing.import_folder(str(folder), str(tmp_path / "again"), progress=False)
+    assert again.knows_r and again.config("transformer").time_conditioning == "half_r"
+    np.testing.assert_array_equal(
+        draw(again.folder, tmp_path / "out", "--prompt", "A red fox", "--steps", "2"), ours
+    )
