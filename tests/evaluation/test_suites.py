@@ -24,10 +24,12 @@ from tests.test_verbs import call
 from twinflow_jax import drawing, evaluate, images, sampling
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.drawing import text
+from twinflow_jax.drawing.by_prompt import Way
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import speed, suites
 from twinflow_jax.evaluation.suites import commands, draw, gallery, paper, results, table
 from twinflow_jax.evaluation.suites.gallery import Gallery
+from twinflow_jax.models.qwen_image import edit
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIDE, BATCH = 64, 3
@@ -42,22 +44,42 @@ TREES = {  # of the small suites of `scorers`
     "longtext-en": [f"{n}_{k}.png" for n in ("0003", "0101") for k in range(1, 5)],
     "longtext-zh": [f"{n}_{k}.png" for n in ("0003", "0101") for k in range(1, 5)],
     "geneval2": ["00000.png", "00001.png"],
+    **{name: [
+        f"fullset/{task}/{language}/{task[:2]}{n}{ending}.png"
+        for task, n in scorers.GEDIT for ending in ("", "_SRCIMG")
+    ] for name, language in (("gedit", "en"), ("gedit-cn", "cn"))},
+    "imgedit": [f"{7 * i}.png" for i in range(len(scorers.IMGEDIT))],
 }
+EDITS = [name for name, suite in suites.SUITES.items() if suite.edits]
+
+
+SMALLER = """
+from twinflow_jax.models.qwen_image import edit
+theirs = edit.size_of_area
+edit.size_of_area = lambda area, size: theirs(area // 100, size)
+"""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Small networks, suites, and GenEval's pictures, drawn by the verb."""
+    """Small networks, suites, and GenEval's pictures, drawn by the verb; edits are a tenth as wide
+    as published networks make them."""
     folder = tmp_path_factory.mktemp("suites")
     write_random("sana", folder / "base", seed=0)
+    write_random("qwen_image_edit_plus", folder / "edit", seed=0)
     clones = scorers.write(folder / "clones")
     made = types.SimpleNamespace(
         folder=folder, base=folder / "base", clones=clones, geneval=folder / "geneval",
+        edit=folder / "edit", images=clones / "imgedit" / "singleturn",
     )
     assert call(evaluate, *draw_geneval(made, made.geneval)) == 0
     made.job = lambda suite, batch=BATCH, **more: job(made, suite, batch, **more)
-    made.pipeline = drawing.open_pipeline(made.base)
-    return made
+    made.pipelines = [drawing.open_pipeline(made.base), drawing.open_pipeline(made.edit)]
+    made.pipeline = made.pipelines[0]
+    whole = edit.size_of_area
+    exec(SMALLER, {})
+    yield made
+    edit.size_of_area = whole
 
 
 def draw_geneval(made, out, *more: str) -> list[str]:
@@ -70,16 +92,23 @@ def draw_geneval(made, out, *more: str) -> list[str]:
 
 def job(made, suite: str, batch: int, **more) -> draw.Job:
     """As the verb makes it, on the networks that all tests share."""
+    edits = suite in EDITS
     args = argparse.Namespace(
-        checkpoint=str(made.base), size=(SIDE, SIDE), seed=0, batch=batch, dtype=None, raw=False,
-        at_step=None, pipeline=None, adapter=None, tile=None, base=None, steps=None, guidance=None,
-        negative=None, prompts=str(made.clones / suite), style=None, stochastic=None, gap=None,
-        warp=None, extrapolation=None, order=None,
+        checkpoint=str(made.edit if edits else made.base), size=None if edits else (SIDE, SIDE),
+        seed=0, batch=batch, dtype=None, raw=False, at_step=None,
+        pipeline=None, adapter=None, tile=None, base=None, steps=None, guidance=None, negative=None,
+        prompts=str(made.clones / suite),
+        images=str(made.images) if suite == "imgedit" else None, style=None, stochastic=None,
+        gap=None, warp=None, extrapolation=None, order=None,
     )
     suite = suites.named(suite)
-    prompts = suites.open_prompts(suite, args.prompts, True, **more)
+    prompts = suites.open_prompts(suite, args.prompts, True, images=args.images, **more)
     found, about = commands.job_of(args, suite, prompts)
-    return dataclasses.replace(found, pipeline=made.pipeline), about
+    return dataclasses.replace(found, pipeline=made.pipelines[edits]), about
+
+
+def shape_of(made) -> tuple[int, int, int]:
+    return drawing.denoising.latent_shape(made.pipeline, (SIDE, SIDE))
 
 
 def drawn(made, suite: str, folder: pathlib.Path, process: int = 0, processes: int = 1):
@@ -101,16 +130,18 @@ def test_every_file_is_as_the_layout_has_it(made, tmp_path, suite):
     assert complete and sorted(content(folder)) == sorted(TREES[suite])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "pictures.manifest.json"]
     manifest = json.loads((tmp_path / "pictures.manifest.json").read_text())
-    assert manifest["suite"] == suite and manifest["size"] == [SIDE, SIDE]
+    edits = suite in EDITS
+    assert manifest["suite"] == suite and manifest["size"] == (None if edits else [SIDE, SIDE])
+    sizes = set()
     for name in TREES[suite]:
         if name.endswith(".png"):
             with Image.open(folder / name) as picture:
-                times = 2 if suite == "dpg" else 1
-                assert picture.size == (times * SIDE, times * SIDE)
                 assert picture.mode == "RGB" and not picture.info
-    found = gallery.check(Gallery(epath.Path(folder), 0, 1), job.suite, job.prompts.items,
-                          (SIDE, SIDE))
-    assert not found.problems and found.files == len(TREES[suite])
+                sizes |= set() if name.endswith("_SRCIMG.png") else {picture.size}
+    times = 2 if suite == "dpg" else 1
+    of_edits = {(128, 96), (96, 96)}  # a hundredth of a megapixel, in their proportions
+    assert sizes == (of_edits if edits else {(times * SIDE, times * SIDE)})
+    assert call(evaluate, "suite", "check", str(folder)) == 0
 
 
 def test_metadata_is_the_line_of_the_prompt(made):
@@ -127,8 +158,8 @@ def test_noise_is_of_seed_item_and_number(made, tmp_path):
     item = job.prompts.items[1]
     cond = text.embed(made.pipeline, [item.prompt])
     ours = [images.to_uint8(picture).astype(int) for picture in drawing.pictures(
-        made.pipeline, job.sampler, cond, np.zeros(BATCH, int), 4 * 1 + np.arange(BATCH),
-        job.shape, 0, BATCH,
+        made.pipeline, job.ways[SIDE, SIDE].sampler, cond, np.zeros(BATCH, int),
+        4 * 1 + np.arange(BATCH), shape_of(made), 0, BATCH,
     )]
     whole = np.asarray(Image.open(tmp_path / "dpg" / f"{item.id}.png"), int)
     theirs = whole[:SIDE, :SIDE], whole[:SIDE, SIDE:], whole[SIDE:, :SIDE]
@@ -140,13 +171,14 @@ def test_a_guided_teacher_draws_with_its_negative_prompt(made, tmp_path):
     job, about = made.job("geneval2")
     schedule = sampling.Schedule((1.0, 0.5, 0.0), (1.0, 0.5), "euler")
     sampler = drawing.denoising.base(made.pipeline, schedule, 4.5)
-    job = dataclasses.replace(job, sampler=sampler, way=job.way | {"negative": "blurry"})
+    way = Way(sampler, {"negative": "blurry"}, "")
+    job = dataclasses.replace(job, ways={(SIDE, SIDE): way})
     draw.draw(job, Gallery(epath.Path(tmp_path / "pictures"), 0, 1), about)
     prompts = [item.prompt for item in job.prompts.items]
     made_of = text.embed(made.pipeline, prompts, negative="blurry")
     ours = drawing.pictures(
-        made.pipeline, sampler, made_of[:2], np.arange(BATCH) % 2, np.arange(BATCH) % 2, job.shape,
-        0, BATCH, made_of[2:],
+        made.pipeline, sampler, made_of[:2], np.arange(BATCH) % 2, np.arange(BATCH) % 2,
+        shape_of(made), 0, BATCH, made_of[2:],
     )
     theirs = [np.asarray(Image.open(tmp_path / "pictures" / f"0000{i}.png"), int) for i in (0, 1)]
     ours = [images.to_uint8(picture).astype(int) for picture in ours][:2]
@@ -279,7 +311,7 @@ def test_what_wise_leaves_in_the_folder_is_its_own(tmp_path):
     for suite, foreign in (
         ("wise-verified", "Results/x.jsonl"), ("wise-legacy", "Results-qwen35/full.json"),
     ):
-        found = gallery.check(Gallery(epath.Path(tmp_path), 0, 1), suites.named(suite), [], (1, 1))
+        found = gallery.check(Gallery(epath.Path(tmp_path), 0, 1), suites.named(suite), [], [])
         assert found.problems == {"foreign": [foreign]}
 
 
@@ -524,7 +556,9 @@ def test_speed_counts_no_compiling(made, monkeypatch):
     monkeypatch.setattr(speed, "BATCHES", (BATCH,))
     monkeypatch.setattr(speed, "REPEATS", 1)
     job, _ = made.job("geneval")
-    [row] = speed.measure(made.pipeline, job.sampler, job.shape, job.tile, None)
+    [row] = speed.measure(
+        made.pipeline, job.ways[SIDE, SIDE].sampler, shape_of(made), job.tile, None
+    )
     seconds = row["seconds"]
     assert row["pictures a second"] == pytest.approx(BATCH / seconds["all"])
     parts = [seconds[stage] for stage in speed.STAGES]

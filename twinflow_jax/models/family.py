@@ -227,7 +227,7 @@ class Editing(Protocol):
         """The one whose size the result has."""
 
     def encoded(self, picture: Any) -> UInt8[np.ndarray, "H W 3"]:
-        """As the autoencoder takes it."""
+        """As the autoencoder takes it; of one size where the results have one."""
 
     def seen(
         self, config, processor: dict[str, Any], picture: Any
