@@ -74,7 +74,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     rows = [
         {
             "task_type": task, "key": f"{task[:2]}{n}", "instruction": f"{said} {i}\nplease",
-            "instruction_language": language, "Intersection_exist": i % 3 > 0,
+            "instruction_language": language, "Intersection_exist": n != 1,
             "input_image": {"bytes": png(source(i)), "path": None},
         }
         for i, (task, n) in enumerate(GEDIT) for language, said in (("en", "paint"), ("cn", "画"))
@@ -155,9 +155,13 @@ def longtext(folder: pathlib.Path) -> str:
     )
 
 
-def gedit(folder: pathlib.Path, scores, again: int = 0) -> str:
-    """Rows of both languages, those of `scores` (semantics, quality) by the English ones' number;
-    the first `again` twice, the second time with zeros, as after a stop."""
+GEDIT_SCORES = [((3 * i + 4) % 10, (7 * i + 9) % 10) for i in range(len(GEDIT))]  # 4 and 9 first
+IMGEDIT_SCORES = [((i % 5) + 1, 2 * i % 5 + 1, (3 * i + 1) % 5 + 1) for i in range(len(IMGEDIT))]
+
+
+def gedit(folder: pathlib.Path, again: int = 0) -> str:
+    """Rows of both languages, with GEDIT_SCORES; the first `again` twice, the second time with
+    zeros, as after a stop."""
     buffer = io.StringIO()
     names = ("source_image", "edited_image", "instruction", "sementics_score", "quality_score",
              "intersection_exist", "instruction_language")
@@ -165,9 +169,9 @@ def gedit(folder: pathlib.Path, scores, again: int = 0) -> str:
     writer.writeheader()
     rows = [
         dict(zip(names, (
-            f"{place}_SRCIMG.png", f"{place}.png", f"{said} {i}\nplease", *of, i % 3 > 0, language,
+            f"{place}_SRCIMG.png", f"{place}.png", f"{said} {i}\nplease", *of, n != 1, language,
         ), strict=True))
-        for i, ((task, n), of) in enumerate(zip(GEDIT, scores, strict=True))
+        for i, ((task, n), of) in enumerate(zip(GEDIT, GEDIT_SCORES, strict=True))
         for language, said in (("en", "paint"), ("cn", "画"))
         for place in [f"{folder}/fullset/{task}/{language}/{task[:2]}{n}"]
     ]
@@ -176,10 +180,10 @@ def gedit(folder: pathlib.Path, scores, again: int = 0) -> str:
     return buffer.getvalue()
 
 
-def imgedit(scores) -> dict[str, str]:
-    """What the judge says of each, of three whole numbers."""
+def imgedit() -> dict[str, str]:
+    """What the judge says of each, with IMGEDIT_SCORES."""
     heads = ("Brief reasoning: fine: yes\nPrompt Compliance", "Visual Seamlessness", "Fidelity")
     return {
         str(7 * i): "\n".join(f"{head}: {number}" for head, number in zip(heads, of, strict=True))
-        for i, of in enumerate(scores)
+        for i, of in enumerate(IMGEDIT_SCORES)
     }

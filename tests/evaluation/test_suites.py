@@ -23,7 +23,7 @@ from tests.evaluation import scorers
 from tests.test_verbs import call
 from twinflow_jax import drawing, evaluate, images, sampling
 from twinflow_jax.checkpoints.random import write_random
-from twinflow_jax.drawing import text
+from twinflow_jax.drawing import editing, text
 from twinflow_jax.drawing.by_prompt import Way
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import speed, suites
@@ -87,6 +87,14 @@ def draw_geneval(made, out, *more: str) -> list[str]:
         "suite", "draw", "geneval", "--prompts", str(made.clones / "geneval"), "--unpublished",
         "--checkpoint", str(made.base), "--out", str(out), "--size", str(SIDE),
         "--batch", str(BATCH), *more,
+    ]
+
+
+def draw_edits(made, suite: str, out, *more: str) -> list[str]:
+    images = ["--images", str(made.images)] if suite == "imgedit" else []
+    return [
+        "suite", "draw", suite, "--prompts", str(made.clones / suite), "--unpublished", *images,
+        "--checkpoint", str(made.edit), "--out", str(out), "--batch", str(BATCH), *more,
     ]
 
 
@@ -185,8 +193,29 @@ def test_a_guided_teacher_draws_with_its_negative_prompt(made, tmp_path):
     assert np.abs(np.stack(ours) - np.stack(theirs)).max() <= 1 and np.std(ours[0]) > 1
 
 
-def test_three_processes_that_are_stopped_make_what_one_makes(made, tmp_path, monkeypatch):
+def test_noise_of_edits_is_of_seed_item_and_number(made, tmp_path):
+    """Whatever it is drawn beside, and whatever its number among those of its size."""
+    _, job = drawn(made, "imgedit", tmp_path / "a")
+    pipeline, [one, number] = made.pipelines[1], [job.prompts.items[5], 5]
+    file = str(made.images / one.source)
+    asked = editing.opened(pipeline.family.editing, one.prompt, [file])
+    [(cond, _)] = editing.conditions(pipeline, [asked])
+    size = job.sizes[number]
+    [ours] = drawing.pictures(
+        pipeline, job.ways[size].sampler, cond, np.zeros(1, int), np.array([number]),
+        drawing.denoising.latent_shape(pipeline, size[::-1]), 0, 1,
+    )
+    theirs = np.asarray(Image.open(tmp_path / "a" / f"{one.id}.png"), int)
+    assert np.abs(images.to_uint8(ours).astype(int) - theirs).max() <= 1 and theirs.std() > 1
+
+
+@pytest.mark.parametrize("suite", ["geneval", "gedit"])
+def test_three_processes_that_are_stopped_make_what_one_makes(made, tmp_path, monkeypatch, suite):
     folder, save, left = tmp_path / "pictures", images.save, iter(range(7))
+    whole, number = made.geneval, len(TREES[suite])
+    if suite == "gedit":
+        whole = tmp_path / "whole" / "pictures"
+        drawn(made, suite, whole)
 
     def stopped(*given, **more):
         if next(left, None) is None:
@@ -196,26 +225,29 @@ def test_three_processes_that_are_stopped_make_what_one_makes(made, tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(images, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
-            drawn(made, "geneval", folder, 1, 3)
+            drawn(made, suite, folder, 1, 3)
     some = content(folder)
-    assert 0 < len(some) < 60 and "in_use" not in str(sorted(tmp_path.rglob("*")))
+    assert 0 < len(some) < number and "in_use" not in str(sorted(tmp_path.rglob("*")))
     for process in (2, 1, 0):
-        assert drawn(made, "geneval", folder, process, 3)[0] == (process == 0)
-    assert content(folder) == content(made.geneval)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "pictures.manifest.json"]
-    (folder / "00003" / "samples" / "00002.png").unlink()
-    assert drawn(made, "geneval", folder)[0] and content(folder) == content(made.geneval)
+        assert drawn(made, suite, folder, process, 3)[0] == (process == 0)
+    assert content(folder) == content(whole)
+    left_over = {p.name for p in tmp_path.iterdir()} - {"whole"}
+    assert left_over == {"pictures", "pictures.manifest.json"}
+    (folder / TREES[suite][-1]).unlink()
+    assert drawn(made, suite, folder)[0] and content(folder) == content(whole)
 
 
-def killed_often(made, folder: pathlib.Path, rounds: int, seed: int) -> None:
+def killed_often(arguments: list[str], folder: pathlib.Path, rounds: int, seed: int) -> None:
     """Starts three processes, kills each at a random moment, and at last lets them end."""
     rng = random.Random(seed)
+    program = f"{SMALLER}\nfrom twinflow_jax import errors, evaluate\n"
+    program += "errors.run_verb(evaluate.main)"
     for number in range(rounds + 1):
-        share = lambda k: draw_geneval(made, folder, "--process", str(k), "--processes", "3")
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "twinflow_jax.evaluate", *share(k)], cwd=ROOT, text=True,
-                env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [sys.executable, "-c", program, *arguments, "--process", str(k), "--processes",
+                 "3"], cwd=ROOT, text=True, env=os.environ, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
             for k in range(3)
         ]
@@ -237,8 +269,12 @@ def killed_often(made, folder: pathlib.Path, rounds: int, seed: int) -> None:
 @pytest.mark.slow
 def test_processes_killed_again_and_again(made, tmp_path):
     for seed in range(3):
-        killed_often(made, tmp_path / str(seed), rounds=4, seed=seed)
-        assert content(tmp_path / str(seed)) == content(made.geneval)
+        folder = tmp_path / str(seed)
+        killed_often(draw_geneval(made, folder), folder, rounds=4, seed=seed)
+        assert content(folder) == content(made.geneval)
+    drawn(made, "gedit", tmp_path / "whole")
+    killed_often(draw_edits(made, "gedit", tmp_path / "edits"), tmp_path / "edits", 4, seed=3)
+    assert content(tmp_path / "edits") == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -304,6 +340,74 @@ def test_check_finds_each_fault_by_name(made, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+def test_check_finds_what_is_wrong_with_edits(made, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    drawn(made, "gedit", folder)
+    results = folder / "gpt4o" / "eval_results_new" / "pictures_combined_gpt_score.csv"
+    results.parent.mkdir(parents=True)
+    results.write_text("")
+    capsys.readouterr()
+    assert call(evaluate, "suite", "check", str(folder)) == 0
+    out = capsys.readouterr().out
+    assert f"--model_name pictures --save_path {tmp_path} --backbone gpt4o\n" in out
+    place = lambda n, ending="": folder / "fullset" / "ps_human" / "en" / f"ps{n}{ending}.png"
+    place(0).unlink()
+    place(1, "_SRCIMG").write_bytes(place(2, "_SRCIMG").read_bytes())
+    place(2, "_SRCIMG").write_bytes(b"")
+    Image.new("RGB", (SIDE, SIDE)).save(place(1))
+    Image.new("RGB", (SIDE, SIDE)).save(place(3))
+    assert call(evaluate, "suite", "check", str(folder)) == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "missing: fullset/ps_human/en/ps0.png", "foreign: fullset/ps_human/en/ps3.png",
+        "of another size: fullset/ps_human/en/ps1.png",
+        "changed: fullset/ps_human/en/ps1_SRCIMG.png", "torn: fullset/ps_human/en/ps2_SRCIMG.png",
+    ]
+
+
+def test_edits_that_cannot_be_drawn_get_one_line(made, tmp_path, capsys):
+    def refused(said: str, *args: str, status: int = 2):
+        assert call(evaluate, *map(str, args)) == status
+        err = capsys.readouterr().err.splitlines()
+        assert said in err[-1] and err[-1].startswith("error: ") and "Traceback" not in str(err)
+
+    given = lambda suite, *more: draw_edits(made, suite, tmp_path / "o", *more)
+    without = lambda flag, args: [
+        a for a, before in zip(args, ["", *args], strict=False) if flag not in (a, before)
+    ]
+    edits = given("imgedit")
+    refused("base does not edit pictures, as imgedit asks for", *edits, "--checkpoint", made.base)
+    text_suite = draw_geneval(made, tmp_path / "o", "--checkpoint", str(made.edit))
+    refused("prompts of geneval are about none: choose from gedit, gedit-cn, imgedit",
+            *without("--size", text_suite))
+    refused("the prompts of geneval are of no pictures", *text_suite, "--images", made.images)
+    refused("lie apart from its prompts: give --images", *without("--images", edits))
+    refused("the prompts of gedit hold their pictures", *given("gedit"), "--images", made.images)
+    refused("gedit (14, not 606): take those of huggingface.co/datasets/stepfun-ai/GEdit-Bench@",
+            *[a for a in given("gedit") if a != "--unpublished"])
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    (clone / "0.parquet").write_text("no table")
+    refused("0.parquet cannot be read", *given("gedit"), "--prompts", clone)
+    (clone / "0.parquet").unlink()
+    row = {"id": "../../secret.png", "prompt": "paint it", "edit_type": "add"}
+    for names, said in (
+        ({"1": row}, "'1' names a file of another folder"),
+        ({"../1": row | {"id": "daily object/0.png"}}, "'../1' names a file of another folder"),
+        ({"1": row | {"id": "/etc/passwd"}}, "names a file of another folder"),
+        ({"1": row | {"id": "daily object/9.png"}}, "daily object/9.png cannot be read as a pict"),
+        ({"1": row | {"id": "daily object"}}, "daily object cannot be read as a picture"),
+    ):
+        (clone / "basic_edit.json").write_text(json.dumps(names))
+        refused(said, *edits, "--prompts", clone)
+    assert not (tmp_path / "o").exists()
+    drawn(made, "imgedit", tmp_path / "done")
+    other = shutil.copytree(made.images, tmp_path / "other")
+    scorers.source(9).save(other / "daily object" / "0.png")
+    refused("the pictures that imgedit edits are not those", "suite", "check", tmp_path / "done",
+            "--images", other)
+    refused("their sources is", *draw_edits(made, "imgedit", tmp_path / "done"), "--images", other)
+
+
 def test_what_wise_leaves_in_the_folder_is_its_own(tmp_path):
     for name in ("Results-qwen35/full.json", "Results/x.jsonl"):
         (tmp_path / name).parent.mkdir()
@@ -348,7 +452,6 @@ def test_bad_input_gets_one_line(made, tmp_path, capsys):
     refused("their nfe is 1, not 2", *base, "--steps", "2")
     refused("are not the published ones of geneval (12, not 553)",
             *[a for a in base if a != "--unpublished"])
-    refused("edits pictures, and no family here does yet", "draw", "gedit", *base[2:])
     refused("no suite 'genevil'", "draw", "genevil", *base[2:])
     refused("has no prompts of dpg: give a clone", "draw", "dpg", *base[2:])
     refused("--process is 3", *base, "--process", "3")
@@ -390,7 +493,8 @@ GENEVAL, WISE_LEGACY, WISE_VERIFIED = 0.68056, 0.74, 0.40
 
 def read(made, suite: str, folder, names: list, **more):
     suite = suites.named(suite)
-    items = suites.open_prompts(suite, str(made.clones / suite.name), True).items
+    images = str(made.images) if suite.name == "imgedit" else None
+    items = suites.open_prompts(suite, str(made.clones / suite.name), True, images=images).items
     return results.read(suite, items, epath.Path(folder), [str(name) for name in names], **more)
 
 
@@ -480,6 +584,55 @@ def test_geneval_2_has_both_means(made, tmp_path):
         read(made, "geneval2", tmp_path, [file])
 
 
+# What the official summaries said of them: overall, its two parts, and of what all answered; of
+# rows doubled by a stop 3.411. Of ImgEdit by type; people take the mean of the nine.
+GEDIT = (3.684, 4.076, 4.530, 4.122)
+IMGEDIT = {"add": 1.33, "adjust": 3.33, "extract": 3.67, "replace": 2.66, "remove": 3.33,
+           "background": 3.67, "style": 2.33, "compose": 4.33, "action": 1.33}
+
+
+@pytest.mark.parametrize("again", [0, 2])
+def test_gedit_is_the_mean_of_its_tasks_and_counts_nothing_twice(made, tmp_path, again):
+    file = tmp_path / "run_combined_gpt_score.csv"
+    file.write_text(scorers.gedit(tmp_path / "run", again))
+    (tmp_path / "summary.txt").write_text(
+        "Average: 3.894, 4.121, 3.411\nAverage Intersection: 1.000, 1.000, 1.000\n"
+    )
+    found = read(made, "gedit", tmp_path / "run", [file, tmp_path / "summary.txt"])
+    numbers = [found["score"], *found["further"].values()]
+    assert numbers == pytest.approx(GEDIT, abs=5e-4) and found["groups"]["background_change"] == 6
+    assert found["notes"] == ["the scorer's own line says 3.411, its results give 3.6837"]
+    plain = np.mean([np.sqrt(a * b) for a, b in scorers.GEDIT_SCORES])
+    assert abs(plain - found["score"]) > 0.01 and found["found"] == found["expected"] == 14
+    by_task = [tmp_path / f"{n}.csv" for n in range(2)]  # as the scorer's files of tasks
+    head, *rows = file.read_text().split("\r\n")
+    for n, some in enumerate((rows[:9], rows[9:])):
+        by_task[n].write_text("\r\n".join([head, *some]))
+    apart = read(made, "gedit", tmp_path / "run", by_task)
+    assert [apart["score"], *apart["further"].values()] == pytest.approx(numbers)
+    file.write_text(file.read_text().replace("paint 3", "paint 4"))
+    with pytest.raises(UserError, match="is of another prompt"):
+        read(made, "gedit", tmp_path / "run", [file])
+
+
+def test_imgedit_is_the_mean_of_its_types(made, tmp_path):
+    said, means = scorers.imgedit(), tmp_path / "types.json"
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(said))
+    means.write_text(json.dumps(IMGEDIT))
+    found = read(made, "imgedit", tmp_path / "pictures", [file, means])
+    assert found["groups"] == pytest.approx(IMGEDIT, abs=5e-3) and found["notes"] == []
+    assert found["score"] == pytest.approx(np.mean(list(IMGEDIT.values())), abs=5e-3)
+    assert abs(found["score"] - np.mean(scorers.IMGEDIT_SCORES)) > 0.01
+    means.write_text(json.dumps(IMGEDIT | {"style": 2.5}))
+    assert "says 2.50 of style, its results give 2.33" in read(
+        made, "imgedit", tmp_path / "pictures", [file, means])["notes"][0]
+    # The scorer leaves these out without a word, or stops at the last.
+    file.write_text(json.dumps(said | {"0": "Score: 4.5", "7": "Score: 4/5", "14": {"error": ""}}))
+    with pytest.raises(UserError, match=r"results of 3 of 11 are missing \(0; 14; 7\)"):
+        read(made, "imgedit", tmp_path / "pictures", [file])
+
+
 def test_intervals_are_of_prompts_not_of_pictures():
     """Four pictures of a prompt that are all alike tell no more than one."""
     rng = np.random.default_rng(0)
@@ -536,6 +689,29 @@ def test_the_table_has_the_papers_row_and_never_two_judges(made, tmp_path, capsy
         table.table([str(tmp_path / "run"), str(tmp_path / "base")])
 
 
+def test_the_table_of_edits_has_their_row_of_the_paper(made, tmp_path):
+    for suite, name, text_ in (
+        ("gedit", "run_combined_gpt_score.csv", scorers.gedit(tmp_path / "gedit")),
+        ("imgedit", "result.json", json.dumps(scorers.imgedit())),
+    ):
+        drawn(made, suite, tmp_path / suite)
+        (tmp_path / name).write_text(text_)
+        args = ["suite", "read", str(tmp_path / suite), "--results", str(tmp_path / name)]
+        assert call(evaluate, *args) == 0
+        kept = file_of(tmp_path / suite, ".scores.json")
+        kept["manifest"] |= {"parameters": 20_430_401_088, "adapters": True, "nfe": 4}
+        (tmp_path / f"{suite}.scores.json").write_text(json.dumps(kept))
+    found = table.table([str(tmp_path / "gedit"), str(tmp_path / "imgedit")])
+    assert found.heads[1:] == (
+        "TwinFlow-Qwen-Image-Edit LoRA, 4 NFE", "Qwen-Image-Edit, 50 steps guided"
+    )
+    rows = {row.metric: (row.paper, row.teacher, row.judge) for row in found.rows}
+    assert rows["GEdit-Bench (English)"] == (5.91, 7.56, "GPT-4.1")
+    assert rows["  perceptual quality"] == (6.97, 7.86, "")
+    assert rows["ImgEdit-Bench (basic)"] == (3.55, 4.27, "GPT-4o")
+    assert "each picture's own size" in found.text()
+
+
 def file_of(folder: pathlib.Path, ending: str) -> dict:
     return json.loads((folder.parent / (folder.name + ending)).read_text())
 
@@ -569,7 +745,11 @@ def test_speed_counts_no_compiling(made, monkeypatch):
 def test_published_digests_are_of_whole_suites():
     assert {name: suite.count for name, suite in suites.SUITES.items()} == {
         "geneval": 553, "dpg": 1065, "wise-legacy": 1000, "wise-verified": 1000,
-        "longtext-en": 160, "longtext-zh": 160, "geneval2": 800,
+        "longtext-en": 160, "longtext-zh": 160, "geneval2": 800, "gedit": 606, "gedit-cn": 606,
+        "imgedit": 737,
     }
-    assert all(len(suite.digest) == 2 * hashlib.sha256().digest_size
-               for suite in suites.SUITES.values())
+    for name, suite in suites.SUITES.items():
+        if name.startswith("gedit"):
+            assert sum(suite.digest.values()) == suite.count
+        else:
+            assert len(suite.digest) == 2 * hashlib.sha256().digest_size
