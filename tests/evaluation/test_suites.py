@@ -19,6 +19,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from tests.bucket import NAME
 from tests.evaluation import scorers
 from tests.test_verbs import call
 from twinflow_jax import drawing, evaluate, images, sampling
@@ -235,6 +236,44 @@ def test_three_processes_that_are_stopped_make_what_one_makes(made, tmp_path, mo
     assert left_over == {"pictures", "pictures.manifest.json"}
     (folder / TREES[suite][-1]).unlink()
     assert drawn(made, suite, folder)[0] and content(folder) == content(whole)
+
+
+@pytest.mark.parametrize("suite", [
+    "geneval", pytest.param("gedit", marks=pytest.mark.slow),
+])
+def test_a_suite_in_a_bucket_is_that_of_a_disk(made, bucket, tmp_path, monkeypatch, suite):
+    """Prompts too; two processes, one of which is stopped once."""
+    out, save, left = f"gs://{NAME}/some/pictures", images.save, iter(range(7))
+    whole, edits = made.geneval, suite in EDITS
+    if edits:
+        whole = tmp_path / "whole"
+        drawn(made, suite, whole)
+    for name, data in content(made.clones / suite).items():
+        bucket.put(f"clone/{name}", data, {})
+    prompts = suites.open_prompts(suites.named(suite), f"gs://{NAME}/clone", True)
+    job, about = made.job(suite)
+    job = dataclasses.replace(job, prompts=prompts)
+    draw_share = lambda k: draw.draw(job, Gallery(epath.Path(out), k, 2), about)
+
+    def stopped(*given, **more):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        save(*given, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            draw_share(1)
+    assert not draw_share(1) and draw_share(0)
+    found = {
+        name.removeprefix("some/pictures/"): blob.data for name, blob in bucket.blobs.items()
+        if not name.startswith("clone/")
+    }
+    assert json.loads(found.pop("some/pictures.manifest.json"))["suite"] == suite
+    assert found == content(whole)
+    assert call(evaluate, "suite", "check", out) == 0
+    del bucket.blobs[f"some/pictures/{TREES[suite][-1]}"]
+    assert call(evaluate, "suite", "check", out) == 2
 
 
 def killed_often(arguments: list[str], folder: pathlib.Path, rounds: int, seed: int) -> None:
