@@ -433,8 +433,8 @@ def test_edits_that_cannot_be_drawn_get_one_line(made, tmp_path, capsys):
         ({"1": row}, "'1' names a file of another folder"),
         ({"../1": row | {"id": "daily object/0.png"}}, "'../1' names a file of another folder"),
         ({"1": row | {"id": "/etc/passwd"}}, "names a file of another folder"),
-        ({"1": row | {"id": "daily object/9.png"}}, "daily object/9.png cannot be read as a pict"),
-        ({"1": row | {"id": "daily object"}}, "daily object cannot be read as a picture"),
+        ({"1": row | {"id": "daily object/9.png"}}, "daily object/9.png, which 1 is about, cannot be read"),
+        ({"1": row | {"id": "daily object"}}, "daily object, which 1 is about, cannot be read"),
     ):
         (clone / "basic_edit.json").write_text(json.dumps(names))
         refused(said, *edits, "--prompts", clone)

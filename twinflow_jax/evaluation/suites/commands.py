@@ -154,10 +154,8 @@ def checked(
         )
     if suite.map:
         drawing.map_file(suite, place, prompts.items)
-    commands = suite.commands(
-        place.folder, size[0] if size else 0, args.prompts or manifest["prompts_path"],
-        args.images or manifest.get("images_path"),
-    )
+    images = buckets.absolute(args.images) if args.images else manifest.get("images_path")
+    commands = suite.commands(place.folder, size[0] if size else 0, images)
     again = f"twinflow evaluate suite read {shlex.quote(str(place.folder))} --results FILE ..."
     print(f"{found.files:,} files in {place.folder} are as {suite.name} wants them. In a clone of "
           f"github.com/{suite.repository}:\n\n{commands}\n\nand then {again}")

@@ -182,7 +182,8 @@ def embed_edits(job: Job, gallery: Gallery, units: list[list[int]]) -> None:
         editing.Edit(items[i].text, (sources.picture(form, job.prompts, items[i]),))
         for unit in units for i in unit
     )
-    made = editing.conditions(job.pipeline, edits, job.way.get("negative"))
+    told = dataclasses.replace(job.pipeline, progress=True)  # it takes a while
+    made = editing.conditions(told, edits, job.way.get("negative"))
     with contextlib.closing(made):
         for unit in units:
             conds, nulls = zip(*itertools.islice(made, len(unit)), strict=True)

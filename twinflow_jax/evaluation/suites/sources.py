@@ -18,7 +18,8 @@ def picture(form: Editing, prompts: Prompts, item: Item) -> Image.Image:
     Raises:
       UserError: it cannot be read or edited; names it.
     """
-    return editing.picture(form, item.source, functools.partial(prompts.read, item))
+    name = f"{item.source}, which {item.id} is about,"
+    return editing.picture(form, name, functools.partial(prompts.read, item))
 
 
 def seen(form: Editing, prompts: Prompts) -> tuple[list[Size], str]:

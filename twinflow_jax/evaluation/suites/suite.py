@@ -66,8 +66,7 @@ class Suite:
     has where no digest of them is known. parse: their contents by name to items. samples: pictures
     of each; grid: in one file, two by two. place: a picture's path, of an item's `id` and `k`,
     counted from `first`. allowed: pattern of what scorers leave in the folder. command: what to run
-    in a clone of the repository, of {folder}, which is {name} in {parent}, {side}, {prompts} and
-    {images}.
+    in a clone of the repository, of {folder}, which is {name} in {parent}, {side} and {images}.
 
     parts: results of each item. read: (contents, items by id) -> lines and further scores by name,
     of a results file with the ending `results`. weights: of groups in the score, None where all
@@ -137,11 +136,10 @@ class Suite:
                 f"--size {max(size)}"
             )
 
-    def commands(self, folder: epath.Path, side: int, prompts: str, images: str | None) -> str:
-        """What scores a folder, to be copied."""
+    def commands(self, folder: epath.Path, side: int, images: epath.PathLike | None) -> str:
+        """What scores a folder, to be copied. images: where the pictures of prompts lie."""
         places = {
-            "folder": folder, "name": folder.name, "parent": folder.parent, "prompts": prompts,
-            "images": images,
+            "folder": folder, "name": folder.name, "parent": folder.parent, "images": images
         }
         quoted = {name: shlex.quote(str(place)) for name, place in places.items()}
         return self.command.format(side=side, **quoted)
