@@ -172,15 +172,14 @@ def open_prompts(
     found = _files(suite, path)
     try:
         contents = {file.name: suite.content(file) for file in found}
+        items = suite.parse(contents)
     except OSError as error:
         raise UserError(f"--prompts {path} cannot be read ({error.strerror or error})") from error
-    digest = _digest(contents)
-    try:
-        items = suite.parse(contents)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--prompts {path} are no prompts of {suite.name} ({reason(error)})") from (
             error
         )
+    digest = _digest(contents)
     groups = collections.Counter(item.group for item in items)
     published = suite.digest in (digest, groups)
     if not published and not unpublished:
