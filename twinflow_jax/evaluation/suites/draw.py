@@ -178,10 +178,7 @@ def embed_edits(job: Job, gallery: Gallery, units: list[list[int]]) -> None:
     """Encodes the instructions of units and their pictures into files; after them, where there is
     one, the negative prompt with each of the pictures."""
     items, form = job.prompts.items, job.pipeline.family.editing
-    edits = (
-        editing.Edit(items[i].text, (sources.picture(form, job.prompts, items[i]),))
-        for unit in units for i in unit
-    )
+    edits = (sources.edit(form, job.prompts, items[i]) for unit in units for i in unit)
     told = dataclasses.replace(job.pipeline, progress=True)  # it takes a while
     made = editing.conditions(told, edits, job.way.get("negative"))
     with contextlib.closing(made):

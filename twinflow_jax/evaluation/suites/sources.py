@@ -12,14 +12,20 @@ from twinflow_jax.evaluation.suites.suite import Item, Prompts, Size
 from twinflow_jax.models.family import Editing
 
 
-def picture(form: Editing, prompts: Prompts, item: Item) -> Image.Image:
-    """As the network sees it.
+def edit(form: Editing, prompts: Prompts, item: Item) -> editing.Edit:
+    """What is to be drawn of an item.
 
     Raises:
-      UserError: it cannot be read or edited; names it.
+      UserError: its picture cannot be read or edited; names it.
     """
     name = f"{item.source}, which {item.id} is about,"
-    return editing.picture(form, name, functools.partial(prompts.read, item))
+    return editing.decoded(form, item.text, [(name, functools.partial(prompts.read, item))])
+
+
+def picture(form: Editing, prompts: Prompts, item: Item) -> Image.Image:
+    """As the network sees it; raises as `edit`."""
+    [found] = edit(form, prompts, item).pictures
+    return found
 
 
 def seen(form: Editing, prompts: Prompts) -> tuple[list[Size], str]:
@@ -27,7 +33,7 @@ def seen(form: Editing, prompts: Prompts) -> tuple[list[Size], str]:
     before.
 
     Raises:
-      UserError: as `picture`.
+      UserError: as `edit`.
     """
 
     def look(item: Item) -> tuple[Size, bytes]:
