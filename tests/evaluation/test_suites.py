@@ -248,7 +248,9 @@ def test_three_processes_that_are_stopped_make_what_one_makes(made, tmp_path, mo
 @pytest.mark.parametrize("suite", [
     "geneval", pytest.param("gedit", marks=pytest.mark.slow),
 ])
-def test_a_suite_in_a_bucket_is_that_of_a_disk(made, bucket, tmp_path, monkeypatch, suite):
+def test_a_suite_in_a_bucket_is_that_of_a_disk(
+    made, bucket, tmp_path, monkeypatch, capsys, suite
+):
     """Prompts too; two processes, one of which is stopped once."""
     out, save, left = f"gs://{NAME}/some/pictures", images.save, iter(range(7))
     whole, edits = made.geneval, suite in EDITS
@@ -278,7 +280,9 @@ def test_a_suite_in_a_bucket_is_that_of_a_disk(made, bucket, tmp_path, monkeypat
     }
     assert json.loads(found.pop("some/pictures.manifest.json"))["suite"] == suite
     assert found == content(whole)
+    capsys.readouterr()
     assert call(evaluate, "suite", "check", out) == 0
+    assert f"gcloud storage cp -r {out} {pathlib.Path.cwd()}\n" in capsys.readouterr().out
     del bucket.blobs[f"some/pictures/{TREES[suite][-1]}"]
     assert call(evaluate, "suite", "check", out) == 2
 

@@ -152,10 +152,15 @@ def checked(
             f"{place.folder} is not what {suite.name} wants ({counts} of {found.files:,} files): "
             "move what is foreign away, remove what is not right, and draw again"
         )
+    local, copy = place.folder, ""
+    if buckets.is_remote(local):  # which no scorer reads
+        local = epath.Path(local.name).resolve()
+        moved = [place.folder, *[place.beside(".json")] * suite.map, local.parent]
+        copy = f"gcloud storage cp -r {shlex.join(map(str, moved))}\n"
     if suite.map:
-        drawing.map_file(suite, place, prompts.items)
+        drawing.map_file(suite, place, prompts.items, local)
     images = buckets.absolute(args.images) if args.images else manifest.get("images_path")
-    commands = suite.commands(place.folder, size[0] if size else 0, images)
+    commands = copy + suite.commands(local, size[0] if size else 0, images)
     again = f"twinflow evaluate suite read {shlex.quote(str(place.folder))} --results FILE ..."
     print(f"{found.files:,} files in {place.folder} are as {suite.name} wants them. In a clone of "
           f"github.com/{suite.repository}:\n\n{commands}\n\nand then {again}")

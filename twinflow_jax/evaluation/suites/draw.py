@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import Image
 
@@ -235,7 +236,10 @@ def grid(pixels: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "HH WW 3
     return np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)])
 
 
-def map_file(suite: Suite, gallery: Gallery, items: tuple[Item, ...]) -> None:
-    """Writes where each prompt's picture is, for a scorer that asks for it."""
-    places = {i.prompt: str(gallery.folder / suite.pictures(i)[0]) for i in items}
+def map_file(
+    suite: Suite, gallery: Gallery, items: tuple[Item, ...], folder: epath.Path
+) -> None:
+    """Writes where each prompt's picture is, for a scorer that asks for it. folder: where the
+    scorer finds them."""
+    places = {i.prompt: str(folder / suite.pictures(i)[0]) for i in items}
     files.write(gallery.beside(".json"), json.dumps(places, indent=1).encode())
