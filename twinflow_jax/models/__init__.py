@@ -24,6 +24,7 @@ from twinflow_jax.models import (
     mlp,
     qwen_image,
     sana,
+    sd35,
     unet,
     zimage,
 )
@@ -41,6 +42,7 @@ FAMILIES = {
     "qwen_image_edit_plus": qwen_image.EDIT_PLUS,
     "sana": sana.FAMILY,
     "zimage": zimage.FAMILY,
+    "sd35": sd35.FAMILY,
     "minilm_dit": minilm_dit.FAMILY,
 }
 

@@ -160,6 +160,11 @@ def linear(key: str, path: str, bias: bool = True) -> tuple[tuple[str, str, str]
     return kernel + (((f"{key}.bias", f"{path}/bias", "same"),) if bias else ())
 
 
+def norm(key: str, path: str) -> tuple[tuple[str, str, str], ...]:
+    """(key, path, layout) of a norm's scale and bias."""
+    return (f"{key}.weight", f"{path}/scale", "same"), (f"{key}.bias", f"{path}/bias", "same")
+
+
 def spelled(
     module: nn.Module, inputs: tuple, layout: Callable[[str, int], str]
 ) -> tuple[Rule, ...]:
