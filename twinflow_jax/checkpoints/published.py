@@ -153,6 +153,10 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
     def accepted(networks: dict[str, Network]) -> int:
         return sum(n.accepts(_class_in(path / n.folder)) for n in networks.values())
 
+    for place in ("transformer/config.json", "unet/config.json"):
+        given = _class_in((path / place).parent)
+        if given and not any(n.accepts(given) for o in known.values() for n in o.networks.values()):
+            raise UserError(f"{path / place} {_unknown_class(given, known)}")
     # Families may share networks, and differ in what encodes their text.
     counts = {k: (accepted(one.networks), accepted(one.encoders)) for k, one in known.items()}
     best = max(counts.values())
@@ -160,8 +164,6 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
         family = _only([family for family, count in counts.items() if count == best], path)
         networks = known[family].without(_left_out(path, known[family])).networks
         return family, {name: path / n.folder for name, n in networks.items() if n.published}
-    if given := _class_in(path / "transformer"):
-        raise UserError(f"{path / 'transformer/config.json'} {_unknown_class(given, known)}")
     raise UserError(
         f"{path} is no pipeline folder: it has neither transformer/config.json nor config.json"
     )
