@@ -75,6 +75,7 @@ def test_base_sampling_is_the_published_pipeline(made, tmp_path):
     assert_close(ours, base(made.pipeline, 5, 4.5))
 
 
+@pytest.mark.slow
 def test_without_t5(tmp_path):
     pipeline = sd35_folder.write(tmp_path, 5, t5=False, joint_attention_dim=t5.Config.width)
     checkpoint = imported(tmp_path, "pipeline")

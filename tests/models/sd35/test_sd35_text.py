@@ -53,7 +53,7 @@ WIDE = {  # one layer that is read, or two
         "num_layers": 1, "vocab_size": 100, "d_ff": 256,
     },
 }
-CASES = [*SMALL.items(), *WIDE.items()]
+CASES = [*SMALL.items(), *(pytest.param(*case, marks=pytest.mark.slow) for case in WIDE.items())]
 
 
 def torch_model(published):

@@ -115,12 +115,15 @@ def error(config: Config, dtype: str = "float32") -> float:
     return relative_error(velocity, theirs(module, *others))
 
 
-@pytest.mark.parametrize("config", [SMALL, SD3], ids=["3.5", "3"])
+@pytest.mark.parametrize(
+    "config", [SMALL, pytest.param(SD3, marks=pytest.mark.slow)], ids=["3.5", "3"]
+)
 def test_parity(config):
     assert error(config) <= BOUNDS["float32"]
     assert error(config, "bfloat16") <= BOUNDS["bfloat16"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_block_at_full_width():
     config, width = Config(), Config().width
@@ -196,6 +199,7 @@ def test_text_padding():
     oracles.assert_text_padding_is_not_seen(functools.partial(apply, SMALL, params), ours)
 
 
+@pytest.mark.slow
 def test_a_text_of_no_tokens():
     """Nothing undefined, and nothing seen of what is there."""
     params, _, (x_t, t, r, cond), _ = pair(SMALL)
@@ -206,6 +210,7 @@ def test_a_text_of_no_tokens():
     assert relative_error(apply(SMALL, params, x_t, t, r, none), velocity) <= 2e-6
 
 
+@pytest.mark.slow
 def test_how_it_sees_r():
     params, _, ours, _ = pair(SMALL)
     oracles.assert_equal_times_ignore_the_second_embedder(apply, SMALL, params, ours)
