@@ -15,9 +15,11 @@ import torch
 from tests import sd35_folder
 from tests.test_text_to_image import assert_close, draw, pixels
 from tests.test_zimage import PROMPTS, SIZE, noise_of, normal
+from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import exporting, importing
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.sd35 import t5
+from twinflow_jax.training import setup
 
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 SECOND = "time_text_embed_2."
@@ -127,6 +129,17 @@ def test_goes_back_byte_for_byte(made, released, tmp_path):
             after = safetensors.numpy.load_file(tmp_path / name / network / file.name)
             assert before.keys() == after.keys(), network
             assert all(before[key].tobytes() == after[key].tobytes() for key in before), network
+
+
+def test_the_table_of_positions_is_not_trained():
+    """The published network: nothing is held of it but the table itself."""
+    run = configs.parse("configs/sd35m_tpu.py")
+    state = setup.prepare(run).abstract_state()
+    held = jax.tree.leaves((state.opt_state, state.teacher, state.average))
+    assert state.params["positions"].shape == (1, 384**2, 1536)
+    assert (1, 384**2, 1536) not in {leaf.shape for leaf in held}
+    averaged = jax.tree.leaves(state.average.params)
+    assert sum(leaf.size for leaf in averaged) == 2_251_435_200
 
 
 @pytest.mark.parametrize(("lacking", "said"), [
