@@ -15,7 +15,7 @@ from twinflow_jax.arrays import TextIds, TextMask
 from twinflow_jax.models import decoder, names, settings
 from twinflow_jax.models.axes import init_of, rows
 from twinflow_jax.models.openuni.prompt import QUERIES
-from twinflow_jax.models.projections import dense, layer_norm, rms_norm
+from twinflow_jax.models.projections import dense, rms_norm
 from twinflow_jax.models.stack import run_layers
 
 ARCHITECTURE = "OpenUniTextEncoder"  # ours: nobody publishes it in one folder
@@ -54,6 +54,8 @@ class ConnectorConfig:
     layers: int = 6
     heads: int = 24
     hidden: int = 8960
+
+    norm_eps = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +116,9 @@ class ConnectorBlock(nn.Module):
 
     @nn.compact
     def __call__(self, h: Float[Array, "B Q D"]):
-        c, inner, h = self.config, self.config.connector, rows(h)
-        norm = lambda name: layer_norm(1e-6, c.dtype, name)
-        heads = dataclasses.replace(c, heads=inner.heads)
-        h = h + decoder.attended(heads, norm("attention_norm")(h), c.width)
-        up = nn.gelu(dense(c, inner.hidden, ("embed", "mlp"), "up")(norm("mlp_norm")(h)))  # of tanh
-        return h + dense(c, c.width, ("mlp", "embed"), "down")(up), None
+        c, own = self.config, self.config.connector
+        c = dataclasses.replace(c, heads=own.heads, hidden=own.hidden, norm_eps=own.norm_eps)
+        return decoder.after_norms(c, rows(h), nn.gelu), None  # of tanh
 
 
 class TextEncoder(nn.Module):
@@ -157,16 +156,6 @@ class TextEncoder(nn.Module):
 
 def table(config: Config) -> names.NameTable:
     """The names in OpenUni's checkpoint and, of the language model, in InternVL3's."""
-    connector = (
-        *names.norm("layer_norm1", "attention_norm"),
-        *names.linear("self_attn.q_proj", "query"),
-        *names.linear("self_attn.k_proj", "key"),
-        *names.linear("self_attn.v_proj", "value"),
-        *names.linear("self_attn.out_proj", "out"),
-        *names.norm("layer_norm2", "mlp_norm"),
-        *names.linear("mlp.fc1", "up"),
-        *names.linear("mlp.fc2", "down"),
-    )
     body, layers = "language_model.model", config.connector.layers
     return names.NameTable(
         rules=(
@@ -174,7 +163,7 @@ def table(config: Config) -> names.NameTable:
             *names.stack(f"{body}.layers", decoder.qwen_names(config), "layers", config.layers),
             names.Rule(f"{body}.norm.weight", "norm/scale"),
             names.Rule("meta_queries", "queries"),
-            *names.stack("connector.layers", connector, "connector", layers),
+            *names.stack("connector.layers", decoder.CLIP_NAMES, "connector", layers),
             *(names.Rule(*each) for each in names.linear("projector", "projector")),
         ),
     )
