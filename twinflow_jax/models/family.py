@@ -242,6 +242,11 @@ class Editing(Protocol):
         """Instructions about the same pictures, as the text encoder takes them after its
         parameters: arrays with rows first. config: of the text encoder."""
 
+    def shown(
+        self, config, ids: Int[np.ndarray, "L"], seen: Sequence[Float[np.ndarray, "_ _ 3"]]
+    ) -> int:
+        """How many of a row's embedded tokens come before its instruction, whatever that is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage:

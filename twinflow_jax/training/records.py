@@ -1,6 +1,5 @@
 """Training from what twinflow encode wrote: the folders of a config as streams of rows."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ def open_folders(
 
 def digest(folders: Sequence[Records]) -> str:
     """Of what the folders hold: another one where they were encoded from something else."""
-    contents = [(dataclasses.asdict(f.manifest), f.splits, f.report) for f in folders]
+    contents = [(f.manifest.told(), f.splits, f.report) for f in folders]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 

@@ -214,6 +214,14 @@ class Form:
         pictures = tuple(np.repeat(one[None], len(prompts), 0) for one in seen)
         return ids, mask, places(ids, config.image_token, grids), pictures
 
+    def shown(
+        self, config, ids: Int[np.ndarray, "L"], seen: Sequence[Float[np.ndarray, "_ _ 3"]]
+    ) -> int:
+        unit = config.vision.unit
+        count = sum(one.shape[0] * one.shape[1] // unit**2 for one in seen)
+        last = np.flatnonzero(ids == config.image_token)[count - 1]
+        return int(last) + 2 - PREFIX  # the end of the picture comes after it
+
 
 EDIT = Form(MEGAPIXEL, most=1, numbered=False, last=False)
 PLUS = Form(384 * 384, most=3, numbered=True, last=True)
