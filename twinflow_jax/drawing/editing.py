@@ -50,6 +50,14 @@ def opened(form: Editing, instruction: str, files: Sequence[str]) -> Edit:
     return Edit(instruction, tuple(found))
 
 
+def area_of(pipeline: Pipeline) -> int:
+    """Pixels of a result, and of each picture beside it: as a run was trained, or as published."""
+    if pipeline.trained is None:
+        return pipeline.family.editing.area
+    height, width = pipeline.config("transformer").sample_shape[:2]
+    return height * width * pipeline.config("vae").downscale ** 2
+
+
 def conditions(
     pipeline: Pipeline, edits: Sequence[Edit], negative: str | None = None
 ) -> list[tuple[Embeddings, Embeddings | None]]:
@@ -64,7 +72,8 @@ def conditions(
     with codec.encoder(pipeline) as encode:
         bar = tqdm(edits, unit="edit", desc="encoding", disable=not pipeline.progress)
         for edit, parts in zip(bar, texts, strict=True):
-            shown = (pipeline.family.editing.encoded(picture) for picture in edit.pictures)
+            form, area = pipeline.family.editing, area_of(pipeline)
+            shown = (form.encoded(picture, area) for picture in edit.pictures)
             references = tuple(
                 encode(one[None].astype(np.float32) / 127.5 - 1, 1).astype(np.float32)
                 for one in shown

@@ -209,9 +209,10 @@ class Embed(Protocol):
 @runtime_checkable
 class Editing(Protocol):
     """How a family that edits pictures shows them to its networks. most: pictures that an
-    instruction may be about."""
+    instruction may be about. area: pixels of the result and of each of them, as published."""
 
     most: int
+    area: int
 
     def upright(self, picture: Any) -> Any:
         """A PIL picture as it is meant to be seen, in RGB.
@@ -220,14 +221,14 @@ class Editing(Protocol):
           UserError: none of its size can be edited.
         """
 
-    def size(self, pictures: Sequence[Any]) -> tuple[int, int]:
-        """(width, height) of the result."""
+    def size(self, pictures: Sequence[Any], area: int) -> tuple[int, int]:
+        """(width, height) of the result, of about so many pixels."""
 
     def decides(self, pictures: Sequence[Any]) -> Any:
         """The one whose size the result has."""
 
-    def encoded(self, picture: Any) -> UInt8[np.ndarray, "H W 3"]:
-        """As the autoencoder takes it."""
+    def encoded(self, picture: Any, area: int) -> UInt8[np.ndarray, "H W 3"]:
+        """As the autoencoder takes it, of about so many pixels."""
 
     def seen(
         self, config, processor: dict[str, Any], picture: Any

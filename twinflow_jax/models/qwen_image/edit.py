@@ -160,18 +160,19 @@ class Form:
     most: int
     numbered: bool
     last: bool
+    area: int = MEGAPIXEL
 
     def upright(self, picture: Image.Image) -> Image.Image:
         return upright(picture)
 
-    def size(self, pictures: Sequence[Image.Image]) -> tuple[int, int]:
-        return size_of_area(MEGAPIXEL, self.decides(pictures).size)
+    def size(self, pictures: Sequence[Image.Image], area: int) -> tuple[int, int]:
+        return size_of_area(area, self.decides(pictures).size)
 
     def decides(self, pictures: Sequence[Image.Image]) -> Image.Image:
         return pictures[-1 if self.last else 0]
 
-    def encoded(self, picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-        return np.asarray(resized(picture, MEGAPIXEL))
+    def encoded(self, picture: Image.Image, area: int) -> UInt8[np.ndarray, "H W 3"]:
+        return np.asarray(resized(picture, area))
 
     def seen(
         self, config, processor: dict[str, Any], picture: Image.Image
