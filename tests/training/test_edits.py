@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from tests.test_verbs import call
 from twinflow_jax import config as configs
-from twinflow_jax import models
+from twinflow_jax import convert, models, sample
 from twinflow_jax.checkpoints import random
 from twinflow_jax.data import records
 from twinflow_jax.errors import UserError
@@ -56,7 +58,7 @@ def write(checkpoint, tmp_path_factory):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(checkpoint):
     def make(folder, *overrides: str, name: str = "qwen_edit_tpu"):
         given = (f"pipeline={checkpoint.folder}", f"data.records=('{folder}',)", *FIELDS)
@@ -121,15 +123,48 @@ def test_every_pass_has_its_rows_own_sources(order):
     assert {(1.0, 0.0), (-1.0, 0.0), (1.0, 1.0)} <= seen
 
 
-@pytest.mark.parametrize("name, splits", [
-    ("qwen_edit_lora_tpu", {"32x32_32x32": 9}),
-    pytest.param("qwen_edit_tpu", SPLITS, marks=pytest.mark.slow),
-])
-def test_it_trains(name, splits, write, config, tmp_path):
-    """On records of one or two shapes, adapters or all weights; pictures beside their sources."""
-    run = config(write(splits), name=name)
-    ended = train(run, str(tmp_path / "run"), progress=False)
-    assert int(ended.step) == 4 and (tmp_path / "run/samples/step_000004.png").exists()
+@pytest.fixture(scope="module")
+def trained(write, config, checkpoint, tmp_path_factory):
+    """The folder of a run of adapters."""
+    run = config(
+        write({"32x32_32x32": 9}), f"train.init_from={checkpoint.folder}",
+        "model.time_conditioning=second_embedder", name="qwen_edit_lora_tpu",
+    )
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert int(train(run, str(folder), progress=False).step) == 4
+    return folder
+
+
+def test_pictures_are_beside_their_sources(trained):
+    """Eight rows of one picture after one evaluation, each after its source."""
+    with Image.open(trained / "samples/step_000004.png") as sheet:
+        assert sheet.text["rows"] == "\n".join(["one"] * 8)
+        tile = round(220 / 33) * 33
+        assert sheet.height >= 8 * tile and sheet.width > 2 * tile
+
+
+@pytest.mark.slow
+def test_records_of_two_shapes_train_all_weights(write, config, tmp_path):
+    assert int(train(config(write()), str(tmp_path / "run"), progress=False).step) == 4
+
+
+@pytest.mark.slow
+def test_exported_adapters_draw_as_their_run(trained, checkpoint, tmp_path):
+    exported = str(tmp_path / "exported")
+    assert call(convert, "adapter", "export", str(trained), exported) == 0
+    assert "have 4x4 latents" in (tmp_path / "exported/README.md").read_text()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 60, 3), np.uint8)).save(
+        tmp_path / "in.png"
+    )
+    given = ("--image", str(tmp_path / "in.png"), "--prompt", "make it night", "--steps", "1")
+    drawn, base = [], (checkpoint.folder, "--adapter", exported)
+    for number, way in enumerate([(trained,), base, (trained, "--raw")]):
+        out = str(tmp_path / str(number))
+        assert call(sample, "--checkpoint", *map(str, way), *given, "--out", out) == 0
+        [file] = (tmp_path / str(number)).iterdir()
+        drawn.append(np.asarray(Image.open(file), int))
+    assert drawn[0].shape == (90, 60, 3) and np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert np.abs(drawn[0] - drawn[2]).max() > 1
 
 
 @pytest.mark.parametrize("given, overrides, says", [

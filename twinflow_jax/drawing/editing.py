@@ -51,8 +51,9 @@ def opened(form: Editing, instruction: str, files: Sequence[str]) -> Edit:
 
 
 def area_of(pipeline: Pipeline) -> int:
-    """Pixels of a result, and of each picture beside it: as a run was trained, or as published."""
-    if pipeline.trained is None:
+    """Pixels of a result, and of each picture beside it: as a run or adapters were trained, or as
+    published."""
+    if pipeline.trained is None and not pipeline.few:
         return pipeline.family.editing.area
     height, width = pipeline.config("transformer").sample_shape[:2]
     return height * width * pipeline.config("vae").downscale ** 2
