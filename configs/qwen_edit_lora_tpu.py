@@ -1,8 +1,8 @@
 """Qwen-Image-Edit 20B frozen, adapters (LoRA) of rank 64: the paper's edits in 2 to 4 evaluations.
 
     python -m twinflow_jax.convert import Qwen/Qwen-Image-Edit-2509 checkpoints/qwen_image_edit
-    python -m twinflow_jax.encode edits.jsonl records/edits --pipeline checkpoints/qwen_image_edit \\
-        --size 512
+    python -m twinflow_jax.encode edits.jsonl records/edits \\
+        --pipeline checkpoints/qwen_image_edit --size 512
     python -m twinflow_jax.train --config configs/qwen_edit_lora_tpu.py --workdir runs/edit_lora
 
 15,000 pairs of 512x512, 24 a step, 7,000 steps. Its alpha is 32; here it is the rank, as

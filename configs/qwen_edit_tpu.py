@@ -1,8 +1,8 @@
 """Qwen-Image-Edit 20B, all parameters, into an editor of two to four evaluations.
 
     python -m twinflow_jax.convert import Qwen/Qwen-Image-Edit-2509 checkpoints/qwen_image_edit
-    python -m twinflow_jax.encode edits.jsonl records/edits --pipeline checkpoints/qwen_image_edit \\
-        --size 512
+    python -m twinflow_jax.encode edits.jsonl records/edits \\
+        --pipeline checkpoints/qwen_image_edit --size 512
     python -m twinflow_jax.train --config configs/qwen_edit_tpu.py --workdir runs/edit
 
 docs/data.md says which edits, and in which forms; Edit-2511 is another --config.model.zero_cond_t,

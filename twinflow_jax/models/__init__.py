@@ -21,6 +21,7 @@ from twinflow_jax.models import (
     conditioning,
     dit,
     minilm_dit,
+    minilm_edit,
     mlp,
     qwen_image,
     sana,
@@ -42,6 +43,7 @@ FAMILIES = {
     "sana": sana.FAMILY,
     "zimage": zimage.FAMILY,
     "minilm_dit": minilm_dit.FAMILY,
+    "minilm_edit": minilm_edit.FAMILY,
 }
 
 
