@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from twinflow_jax.models import minilm_dit
+from twinflow_jax.models import family, minilm_dit
 from twinflow_jax.models.minilm_dit import prompt
 from twinflow_jax.models.qwen_image import edit, edit_inputs, transformer
 
@@ -51,7 +51,8 @@ FAMILY = dataclasses.replace(
     minilm_dit.FAMILY, config=Config, module=transformer.Transformer,
     text_to_image=dataclasses.replace(
         TEXT, networks=TEXT.networks | {"transformer": TRANSFORMER},
-        null_prompt=edit.NULL_PROMPT, negative_prompt="", pipelines=("minilm_edit",),
+        null_prompt=edit.NULL_PROMPT, pipelines=("minilm_edit",),
+        **family.of_one_encoder(edit.without_pictures, minilm_dit.embed),
         editing=Unseen(looked=0, most=1, numbered=False, last=False, area=32 * 32),
     ),
 )

@@ -156,6 +156,11 @@ def programs(
 
     shapes: of rows. Raises UserError for a run that cannot be trained there.
     """
+    if _edits(run) and set(verbs) != {"train"}:
+        raise UserError(
+            f"model {run.model.name!r} edits pictures, of which training alone is rehearsed: give "
+            "--verbs train"
+        )
     with tempfile.TemporaryDirectory() as folder:
         blank = _blank(run, epath.Path(folder)) if run.family.text_to_image else None
         model = models.build(run.model, adapter=run.adapter)
@@ -184,6 +189,10 @@ def shapes(run: Run) -> list[models.Shape]:
     if not run.data.records or not all(epath.Path(path).exists() for path in run.data.records):
         return [models.shape_of(run.model)]
     return inputs.shapes(inputs.open_data(run), run.model)
+
+
+def _edits(run: Run) -> bool:
+    return bool(models.shape_of(run.model).references)
 
 
 def _blank(run: Run, folder: epath.Path) -> Blank:
@@ -244,9 +253,9 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
 
 
 def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
-    """What training prepares; of records, which need not be here, without their rows."""
+    """What training prepares; of records, which need not be here, and of edits without rows."""
     prompts, tokens = run.sample.prompts, run.data.text_tokens
-    source = None if run.data.records else data.load(run.data.name)
+    source = None if run.data.records or _edits(run) else data.load(run.data.name)
     if pipeline is None:
         known = inputs.of_classes(run.model, source, scored=False)
         judge = evaluation.ClassJudge(source, Classifier(source.num_classes), {})
