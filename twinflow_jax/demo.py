@@ -4,9 +4,9 @@
     python -m twinflow_jax.demo --checkpoint checkpoints/qwen_image --checkpoint runs/qwen
 
 The same noise at 1, 2, 4, 8 and 32 evaluations, checkpoints side by side, and the trajectories. A
-checkpoint is a training run's --workdir, or an imported one (twinflow convert). The page is for
-browsers of this machine unless --host says otherwise; it asks for nothing from elsewhere. It takes
-the extra `demo`: pip install -e ".[demo]" -c constraints.txt
+checkpoint is a training run's --workdir, or an imported one (twinflow convert); one that edits asks
+for pictures too. The page is for browsers of this machine unless --host says otherwise; it asks for
+nothing from elsewhere. It takes the extra `demo`: pip install -e ".[demo]" -c constraints.txt
 """
 
 import argparse

@@ -110,6 +110,13 @@ def test_merged_into_its_base_and_no_other(trained, checkpoint, tmp_path, capsys
     assert "time_text_embed_gated.timestep_embedder.linear_1.bias" in read(
         tmp_path / "back" / "transformer"
     )
+    assert convert("import", tmp_path / "back", tmp_path / "again") == 0  # as somebody else would
+    again = imported.open_imported(tmp_path / "again")
+    assert again.knows_r and again.config("transformer").time_conditioning == "gated"
+    config = tmp_path / "back/transformer/config.json"
+    config.write_text(config.read_text().replace('"gated"', '"gate"'))
+    assert convert("import", tmp_path / "back", tmp_path / "wrong") == 2
+    assert "time_conditioning is 'gate'; known are second_embedder" in capsys.readouterr().err
     assert convert("adapter", "merge", other, out, tmp_path / "new") == 2
     assert "was trained on other weights, pipeline (" in capsys.readouterr().err
     assert convert("adapter", "import", out, tmp_path / "kept", "--base", other) == 2

@@ -1,6 +1,7 @@
 """A rehearsal names every program that the verbs then compile; with libtpu, it compiles them."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -77,6 +78,36 @@ def test_nothing_compiles_that_was_not_rehearsed(lowered, tmp_path):
 
     found = lowered(draw)
     assert len(found) >= 3 and found - lowered(rehearse, run, "sample") == set()
+
+
+@pytest.mark.skipif(jax.device_count() != 2, reason="of two devices: see the next test")
+def test_a_run_that_goes_on_on_another_mesh(lowered, tmp_path):
+    of = lambda mesh, steps: configs.parse(
+        "configs/digits.py", [*FEW[1:-1], "model.depth=1", "sample.score_count=0", *mesh, steps]
+    )
+    whole, halves = of(["mesh.data=2"], "train.steps=2"), of(["mesh.fsdp=2"], "train.steps=4")
+    train(whole, str(tmp_path), progress=False)
+    found = lowered(train, halves, str(tmp_path), progress=False)
+    assert any("jit(step)" in one for one in found)
+    assert found - lowered(rehearse, halves, "train") == set()
+
+
+@pytest.mark.slow
+def test_on_two_devices():
+    name = test_a_run_that_goes_on_on_another_mesh.__name__
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", f"{__file__}::{name}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert "1 passed" in done.stdout, done.stdout
+
+
+def test_samples_of_classes_are_rehearsed(lowered, tmp_path):
+    run = configs.parse("configs/digits.py", [*FEW[:-1], "sample.score_count=0", "model.depth=1"])
+    train(run, str(tmp_path / "run"), progress=False)
+    drawing = "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")
+    found = lowered(call, sample, *drawing)
+    assert any("jit(sample)" in one for one in found)
+    assert found - lowered(rehearse, run, "sample") == set()
 
 
 def test_what_lies_beside_a_program_counts():

@@ -23,6 +23,7 @@ from twinflow_jax import demo, sample
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
+from twinflow_jax.models.qwen_image import edit
 from twinflow_jax.serving import networks
 from twinflow_jax.serving.studio import Studio
 from twinflow_jax.serving.wish import Wish
@@ -31,7 +32,7 @@ from twinflow_jax.training.loop import train
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 ASKED = {
     "checkpoints": [0], "evaluations": [1], "count": 1, "seed": "7", "label": 3,
-    "prompt": "a red fox", "size": "", "strip": False,
+    "prompt": "a red fox", "size": "", "strip": False, "pictures": [],
 }
 FLOW = {
     "_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction",
@@ -162,6 +163,36 @@ def test_prompts_and_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     assert drawn.nfe == 4 and json.loads(drawn.pages[0].text["twinflow"])["base"] is True
 
 
+def test_edits_what_sample_edits(tmp_path, monkeypatch, capsys):
+    """In the picture's own size where none is given; what is no picture is a sentence."""
+    monkeypatch.setattr(edit, "MEGAPIXEL", 64 * 64)
+    folder = str(write_random("qwen_image_edit_plus", tmp_path / "c", seed=0).folder)
+    source, rng = tmp_path / "in.png", np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (60, 90, 3), np.uint8)).save(source)
+    given = base64.b64encode(source.read_bytes()).decode()
+    studio = Studio(networks.open_networks([folder]))
+    [about] = [network.about for network in studio.networks]
+    assert about["edits"] == 3
+    for size, shape in ("", (60, 90, 3)), ("32x64", (64, 32, 3)):
+        out = tmp_path / f"out{size}"
+        assert call(
+            sample, "--checkpoint", folder, "--image", str(source), "--prompt", "a red fox",
+            "--seed", "7", "--out", str(out), *(("--size", size) if size else ()),
+        ) == 0
+        [file] = out.iterdir()
+        [theirs] = [one for one in events(studio, wish(size=size, pictures=[given]))
+                    if "pictures" in one]
+        ours = pixels(theirs["pictures"][0]["png"])
+        with Image.open(file) as theirs:
+            np.testing.assert_allclose(ours, np.asarray(theirs, int), atol=1)
+        assert ours.shape == shape
+    last = lambda *pictures: events(studio, wish(pictures=pictures))[-1]["error"]
+    assert last() == "choose a picture that the instruction is about"
+    assert "is about 4 pictures: this network takes 1 to 3" in last(*[given] * 4)
+    torn = base64.b64encode(source.read_bytes()[:2000]).decode()
+    assert re.match("picture 2 cannot be read as a picture", last(given, torn))
+
+
 @pytest.mark.parametrize("changed, says", [
     ({"seed": "-1"}, "the seed is -1; give a whole number"),
     ({"size": "10x"}, "'10x' is no size"),
@@ -170,7 +201,9 @@ def test_prompts_and_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     ({"evaluations": []}, "choose a number of evaluations"),
     ({"count": 10**9}, "is not the page's: count"),
     ({"evaluations": [[1]]}, "is not the page's"),
-    ({"prompt": "x" * 300_000}, "over 262,144 bytes: shorten the prompt"),
+    ({"prompt": "x" * 300_000}, "the prompt has over 131,072 letters: shorten it"),
+    ({"pictures": ["A" * (1 << 26)]}, "over 67,108,864 bytes: choose smaller pictures"),
+    ({"pictures": ["no base64"]}, "is not the page's"),
 ])
 def test_a_wish_that_is_none_is_refused(changed, says):
     with pytest.raises(UserError, match=re.escape(says)):

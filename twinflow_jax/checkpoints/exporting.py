@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from twinflow_jax import files
 from twinflow_jax.checkpoints import published, store, tensors
-from twinflow_jax.checkpoints.imported import Imported, layout
+from twinflow_jax.checkpoints.imported import TIMES, Imported, layout
 from twinflow_jax.errors import UserError, few
 from twinflow_jax.models.names import Rule
 
@@ -108,6 +108,9 @@ def export_folder(
             folder = target if alone else target / part.folder
             _write_network(folder, part.stem, network, wanted[name], bar)
             config = dict(checkpoint.record["networks"][name]["published"])
+            settings = checkpoint.record["networks"][name].get("settings", {})
+            if settings.get("time_conditioning", "second_embedder") != "second_embedder":
+                config[TIMES] = settings["time_conditioning"]  # which no tensor may say
             if config.get("_class_name", "").endswith(WRAPPER):
                 config["_class_name"] = part.classes[0]
             files.write(folder / "config.json", json.dumps(config, indent=2).encode())

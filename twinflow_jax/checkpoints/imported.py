@@ -18,10 +18,11 @@ from etils import epath
 from twinflow_jax import files, models
 from twinflow_jax.checkpoints import store, tensors
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import names
+from twinflow_jax.models import conditioning, names
 from twinflow_jax.models.family import Network, TextToImage
 
 RECORD = "checkpoint.json"
+TIMES = "_twinflow_time_conditioning"  # in config.json: a name that other readers pass over
 FORMAT = 2  # 1 had the channels of Qwen-Image's queries and keys in another order
 
 
@@ -40,6 +41,21 @@ def layout(network: Network, config) -> tuple[names.NameTable, dict[str, Any]]:
     Kept, since tracing a network takes up to a second.
     """
     return network.table(config), names.flatten(network.abstract(config)[0])
+
+
+def config_of(network: Network, published: dict[str, Any]):
+    """Ours of a network's config.json, which in an export says how it sees its target time.
+
+    Raises:
+      UserError: it is of another network, or a time conditioning that is not known.
+    """
+    config = network.config.from_published(published)
+    told = published.get(TIMES)
+    if told is None or not hasattr(config, "time_conditioning"):
+        return config
+    if told not in list(conditioning.TIMES):
+        raise UserError(f"{TIMES} is {told!r}; known are {', '.join(conditioning.TIMES)}")
+    return dataclasses.replace(config, time_conditioning=told)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +124,7 @@ class Imported:
         if not network.published:
             return network.config()
         recorded = self.recorded(name)
-        config = network.config.from_published(recorded["published"])
+        config = config_of(network, recorded["published"])
         config = network.found(config, recorded["added"])
         return dataclasses.replace(config, **recorded.get("settings", {}))
 

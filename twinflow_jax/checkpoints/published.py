@@ -214,7 +214,7 @@ def _open_part(network: Network, folder: epath.Path) -> tuple[Part | None, list[
         found, unread, problems = {}, set(), [str(error)]
     try:
         published = _json(folder / "config.json")
-        config = network.config.from_published(published)
+        config = imported.config_of(network, published)
         table, abstract = imported.layout(network, config)
     except UserError as error:
         return None, [str(error), *problems]

@@ -14,11 +14,13 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.sampling import batched, by_class, counted, few_step, generate
 
+COUNT = 8  # samples of a class, where none is given
+
 
 def sample(args: argparse.Namespace) -> int:
     """Draws what the verb's arguments ask for; returns the exit status."""
     grid = few_step(1 if args.steps is None else args.steps, **arguments.sampler(args))
-    count = 8 if args.count is None else args.count
+    count = COUNT if args.count is None else args.count
     run, model, params, step = checkpoints.load_weights(args.checkpoint, args.raw, args.at_step)
     classes = parse_classes(args.classes, run.model.num_classes)
     if args.pairs and any(grid.stochastic):

@@ -33,20 +33,27 @@ def opened(form: Editing, instruction: str, files: Sequence[str]) -> Edit:
     Raises:
       UserError: no picture or too many, or one that cannot be read or edited; names its file.
     """
-    if not 1 <= len(files) <= form.most:
+    return decoded(form, instruction, [(file, epath.Path(file).read_bytes) for file in files])
+
+
+def decoded(
+    form: Editing, instruction: str, named: Sequence[tuple[str, Callable[[], bytes]]]
+) -> Edit:
+    """As `opened`, of pictures' names, each with what reads its file."""
+    if not 1 <= len(named) <= form.most:
         raise UserError(
-            f"{instruction!r} is about {len(files)} pictures: this network takes 1"
+            f"{instruction!r} is about {len(named)} pictures: this network takes 1"
             + (f" to {form.most}" if form.most > 1 else "")
         )
     found = []
-    for file in files:
+    for name, read in named:
         try:
-            found.append(form.upright(images.opened(epath.Path(file).read_bytes())))
+            found.append(form.upright(images.opened(read())))
         except UserError as error:
-            raise UserError(f"{file}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
         except Exception as error:  # Pillow raises many kinds
             why = getattr(error, "strerror", None) or reason(error)
-            raise UserError(f"{file} cannot be read as a picture ({why})") from error
+            raise UserError(f"{name} cannot be read as a picture ({why})") from error
     return Edit(instruction, tuple(found))
 
 

@@ -19,7 +19,7 @@ from etils import epath
 from twinflow_jax import data, evaluation, models, parallel
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.config import RANDOM, Run
-from twinflow_jax.drawing import Embeddings, Pipeline, codec, denoising, text
+from twinflow_jax.drawing import Embeddings, Pipeline, by_class, codec, denoising, text
 from twinflow_jax.encoding.encode import batch_of
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import captioned, features, held_out
@@ -31,7 +31,7 @@ from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo, plan
 from twinflow_jax.planning.compiling import compiled
 from twinflow_jax.planning.topology import GIB
-from twinflow_jax.sampling import few_step, schedules
+from twinflow_jax.sampling import any_step, batched, few_step, schedules
 from twinflow_jax.training import inputs, records, setup, state
 from twinflow_jax.training.preview import Preview
 from twinflow_jax.training.setup import on_device
@@ -177,7 +177,10 @@ def programs(
             )
             if verb == "train":
                 yield _training(run, devices, shapes, pipeline)
-            elif pipeline is not None:
+            elif pipeline is None:
+                if verb != "encode":
+                    yield _of_classes(run, verb, host[0])
+            else:
                 with warnings.catch_warnings():  # of texts that are cut
                     warnings.simplefilter("ignore")
                     PLAYS[verb](run, shapes, pipeline)
@@ -280,16 +283,9 @@ def _sampling(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
     )
     count, rows = len(prompts), parallel.row_parts(pipeline.mesh())
     for shape in (one.sample for one in shapes):
-        ways = [(denoising.FewStep(few_step(n)), cond[0], None) for n in run.sample.steps]
-        with contextlib.suppress(UserError):  # a checkpoint without a scheduler
-            schedule = schedules.static_shift(family.base_steps)
-            if real := pipeline.checkpoint.real:
-                own = dataclasses.replace(pipeline, checkpoint=real)
-                schedule = denoising.schedule(own, family.base_steps, shape)
-            base = denoising.base(pipeline, schedule, family.base_guidance)
-            ways.append((base, cond[1][:count], cond[1][count:]))
-        for sampler, given, null in ways:
-            _draw(pipeline, sampler, given, shape, rows, null)
+        for n in run.sample.steps:
+            _draw(pipeline, denoising.FewStep(few_step(n)), cond[0], shape, rows, None)
+        _draw_as_base(pipeline, cond[1][:count], shape, rows, cond[1][count:])
         list(codec.decode(pipeline, np.zeros((1, *shape), np.float32)))
 
 
@@ -308,6 +304,10 @@ def _encoding(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
             batch = batch_of(codec.BATCH, (width, height))
             encode(np.zeros((batch, height, width, 3), np.float32), batch)
     text.null(pipeline)
+    # With --generate the base model draws, beside nothing.
+    cond = text.embed(pipeline, ["a picture"], negative=pipeline.family.negative_prompt)
+    rows = parallel.row_parts(pipeline.mesh())
+    _draw_as_base(pipeline, cond[:1], run.model.sample_shape, rows, cond[1:])
 
 
 def _evaluating(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
@@ -342,6 +342,44 @@ def _evaluating(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
 def _draw(pipeline, sampler, cond: Embeddings, shape, rows: int, null: Embeddings | None) -> None:
     owners, numbers = np.zeros(rows, int), np.arange(rows)
     list(denoising.denoise(pipeline, sampler, cond, owners, numbers, shape, 0, rows, null))
+
+
+def _draw_as_base(pipeline, cond: Embeddings, shape, rows: int, null: Embeddings) -> None:
+    family = pipeline.family
+    with contextlib.suppress(UserError):  # a checkpoint without a scheduler
+        schedule = schedules.static_shift(family.base_steps)
+        if real := pipeline.checkpoint.real:
+            own = dataclasses.replace(pipeline, checkpoint=real)
+            schedule = denoising.schedule(own, family.base_steps, shape)
+        base = denoising.base(pipeline, schedule, family.base_guidance)
+        _draw(pipeline, base, cond, shape, rows, null)
+
+
+def _of_classes(run: Run, verb: str, device) -> list[Program]:
+    """Samples of classes, drawn on one device."""
+    model, where = models.build(run.model), (device.platform,)
+    count = max(run.model.num_classes, 1) * by_class.COUNT if verb == "sample" else batched.BATCH
+    rows = min(count, batched.BATCH)
+    keys, labels = jax.random.split(jax.random.key(0), rows), np.zeros(rows, np.int32)
+    on_it = jax.sharding.SingleDeviceSharding(device)
+    params, noise, cond, keys = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_it),
+        (model.abstract_params(), *jax.eval_shape(lambda: (
+            jax.numpy.zeros((rows, *model.sample_shape)), model.cond(labels), keys
+        ))),
+    )
+
+    def lower(grid) -> jax.stages.Lowered:
+        with attention.compiled_for(device.platform):
+            traced = any_step.sample.trace(model.apply, params, noise, cond, grid, keys)
+            return traced.lower(lowering_platforms=where)
+
+    return [
+        Program(verb, f"samples {n} NFE, {_by(noise.shape)}", functools.partial(
+            lower, few_step(n)
+        ), 0, "fewer samples")
+        for n in run.sample.steps
+    ]
 
 
 PLAYS = {"sample": _sampling, "encode": _encoding, "evaluate": _evaluating}

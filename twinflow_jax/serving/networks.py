@@ -18,8 +18,9 @@ from jaxtyping import Float
 from twinflow_jax import checkpoints, parallel, sampling
 from twinflow_jax.checkpoints import store
 from twinflow_jax.config import Run
-from twinflow_jax.drawing import album, by_prompt, codec, denoising, open_pipeline, pictures
-from twinflow_jax.drawing.pipeline import Clock, run_of
+from twinflow_jax.drawing import album, by_edit, by_prompt, codec, denoising, editing, pictures
+from twinflow_jax.drawing.conditions import Embeddings
+from twinflow_jax.drawing.pipeline import Clock, Pipeline, open_pipeline, run_of
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.sampling import Grid, batched, few_step, make_grid
@@ -28,7 +29,7 @@ from twinflow_jax.serving.wish import Wish
 STATES = 8  # steps of a trajectory that is shown
 LARGER = 4  # times the pixels that a network was made for: the largest picture
 Say = Callable[[str], None]
-Pictures = Float[np.ndarray, "N H W C"]
+Pictures = Float[np.ndarray, "N _ _ C"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +160,7 @@ class Visited:
 class ByPrompt:
     """An imported checkpoint, or a text-to-image run."""
 
-    def __init__(self, folder: epath.Path, name: str, run: Run | None):
-        found = open_pipeline(folder, run)
-        if found.family.editing:
-            raise UserError(f"{folder} edits pictures, which the page does not: `twinflow sample`")
+    def __init__(self, found: Pipeline, name: str, run: Run | None):
         self.name, self._clock, self._open = name, Telling(), contextlib.ExitStack()
         self._pipeline = dataclasses.replace(found, progress=False, clock=self._clock)
         self._own, self._scale = denoising.latent_shape(found, None), found.config("vae").downscale
@@ -196,7 +194,7 @@ class ByPrompt:
             way = by_prompt.base(self._pipeline, shape, evaluations)
         else:
             way = by_prompt.few(grids(self._jumps, evaluations))
-        cond, null = self._embed(wish.prompt, way.settings.get("negative"))
+        cond, null = self._embed(wish, way.settings.get("negative"))
         numbers = np.arange(wish.count)
         before = self._clock.ran()
         x = np.stack(list(pictures(
@@ -204,8 +202,10 @@ class ByPrompt:
             null=null,
         )))
         seconds = (self._clock.ran() - before) / len(x)
+        x, more = self._finished(wish, x)
         text = album.settings(
-            **self._told, seed=wish.seed, size=shape, dtype=self._pipeline.dtype, **way.settings
+            **self._told, seed=wish.seed, size=shape, dtype=self._pipeline.dtype, **more,
+            **way.settings,
         )
         pages = [
             album.Page(f"{by_prompt.plain(wish.prompt)}_{number:02d}_{way.label}_seed{wish.seed}",
@@ -218,33 +218,46 @@ class ByPrompt:
         if fake and not self.about["fake"]:
             return None
         shape = self._prepare(wish, say)
-        cond, _ = self._embed(wish.prompt, None)
+        cond, _ = self._embed(wish, None)
         [beside] = denoising.denoise(
             self._pipeline, Visited(trajectory(fake)), cond, [0], [0], shape, wish.seed
         )
         states = np.concatenate(np.split(beside, STATES + 1, axis=2))
         return np.stack(list(codec.decode(self._pipeline, states)))
 
-    def _embed(self, *prompts: str | None) -> tuple:
-        """A prompt and a negative one, or None, encoded: of what was asked last it is kept, with
-        the warnings, which come again."""
-        if prompts not in self._embedded:
+    def _embed(self, wish: Wish, negative: str | None) -> tuple[Embeddings, Embeddings | None]:
+        """A wish's prompt and a negative one, or None, encoded: of what was asked last it is kept,
+        with the warnings, which come again."""
+        asked = wish.prompt, wish.pictures, negative
+        if asked not in self._embedded:
             self._embedded.clear()
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                found = by_prompt.embedded(self._pipeline, [prompts[0]], None, prompts[1])
-            self._embedded[prompts] = found, told
-        found, told = self._embedded[prompts]
+                found = self._encode(wish, negative)
+            self._embedded[asked] = found, told
+        found, told = self._embedded[asked]
         for one in told:
             warnings.warn(one.message, stacklevel=2)
         return found
 
+    def _encode(self, wish: Wish, negative: str | None) -> tuple[Embeddings, Embeddings | None]:
+        return by_prompt.embedded(self._pipeline, [wish.prompt], None, negative)
+
+    def _size(self, wish: Wish) -> tuple[int, int]:
+        """(width, height) that the network was made for."""
+        return self.about["size"]
+
+    def _finished(self, wish: Wish, x: Pictures) -> tuple[Pictures, dict[str, Any]]:
+        """Pictures as the page gets them, and what their files say of that."""
+        return x, {}
+
     def _prepare(self, wish: Wish, say: Say) -> tuple[int, int, int]:
         """The shape of the latents. Refuses what the memory here does not hold."""
         self._clock.say = say
-        width, height = wish.size or self.about["size"]
+        made_for = self._size(wish)
+        width, height = wish.size or made_for
         shape = denoising.latent_shape(self._pipeline, (height, width))
-        own = math.prod(self.about["size"])
+        own = math.prod(made_for)
         if width * height > LARGER * own:
             raise UserError(
                 f"{width}x{height} is over {LARGER} times the {own:,} pixels that {self.name} was "
@@ -257,6 +270,36 @@ class ByPrompt:
                 f"machine has {there / 1e9:.1f} GB: serve it from a larger one"
             )
         return shape
+
+
+class ByEdit(ByPrompt):
+    """A checkpoint that edits pictures: the prompt is an instruction about them."""
+
+    def __init__(self, found: Pipeline, name: str, run: Run | None):
+        super().__init__(found, name, run)
+        self.about["edits"] = found.family.editing.most
+
+    def _edit(self, wish: Wish) -> editing.Edit:
+        if not wish.pictures:
+            raise UserError("choose a picture that the instruction is about")
+        named = [(f"picture {i + 1}", lambda data=data: data)
+                 for i, data in enumerate(wish.pictures)]
+        return editing.decoded(self._pipeline.family.editing, wish.prompt, named)
+
+    def _encode(self, wish: Wish, negative: str | None) -> tuple[Embeddings, Embeddings | None]:
+        [found] = editing.conditions(self._pipeline, [self._edit(wish)], negative)
+        return found
+
+    def _size(self, wish: Wish) -> tuple[int, int]:
+        area = editing.area_of(self._pipeline)
+        return self._pipeline.family.editing.size(self._edit(wish).pictures, area)
+
+    def _finished(self, wish: Wish, x: Pictures) -> tuple[Pictures, dict[str, Any]]:
+        """In the size of the picture that decides, where none was asked for."""
+        if not wish.size:
+            own = self._pipeline.family.editing.decides(self._edit(wish).pictures).size
+            x = np.stack([by_edit.resized(one, own) for one in x])
+        return x, {"restored": not wish.size}
 
 
 def memory() -> int | None:
@@ -281,7 +324,8 @@ def open_networks(folders: Sequence[str]) -> list[Network]:
         if run and not run.family.text_to_image:
             opened.append(ByClass(folder, name))
             continue
-        network = ByPrompt(folder, name, run)
+        found = open_pipeline(folder, run)
+        network = (ByEdit if found.family.editing else ByPrompt)(found, name, run)
         if (taken := sum(network.sizes.values())) <= left:
             left -= taken
             network.keep()
@@ -291,4 +335,4 @@ def open_networks(folders: Sequence[str]) -> list[Network]:
 
 def _about(name: str, step: int | None, run: Run | None, fake: bool) -> dict[str, Any]:
     kind = run.model.name if run else "imported"
-    return {"name": name, "kind": kind, "step": step, "fake": fake}
+    return {"name": name, "kind": kind, "step": step, "fake": fake, "edits": 0}
