@@ -70,7 +70,8 @@ class Entry:
         for name in ("captions", "size", "problem"):
             fields[name] = tuple(fields[name]) if fields[name] is not None else None
         fields["sources"] = tuple(
-            Picture(one["place"], one["image"], tuple(one["size"])) for one in fields["sources"]
+            Picture(one["place"], one["image"], tuple(one["size"]))
+            for one in fields.get("sources", ())  # of a listing from before there were any
         )
         return cls(**fields)
 
