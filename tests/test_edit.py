@@ -25,8 +25,9 @@ from transformers import (
 from tests import qwen_folder
 from tests.test_text_to_image import assert_close, noise_of, pixels
 from tests.test_verbs import call
-from twinflow_jax import encode, sample, train
-from twinflow_jax.checkpoints import importing
+from twinflow_jax import encode, sample
+from twinflow_jax.checkpoints import exporting, imported, importing
+from twinflow_jax.errors import UserError
 from twinflow_jax.models.qwen_image import edit, tiny
 
 SMALLER = 64  # times: than the published pipelines' pictures
@@ -174,19 +175,21 @@ def checkpoint(tmp_path_factory):
     return write_random("qwen_image_edit_plus", tmp_path_factory.mktemp("random") / "c", 0).folder
 
 
-@pytest.mark.parametrize("verb, arguments", [
-    (train, ["--config", "configs/qwen20b_tpu.py:tiny", "--workdir", "OUT",
-             "--config.model.name=qwen_image_edit_plus"]),
-    (encode, ["FOLDER", "OUT", "--pipeline", "CHECKPOINT", "--size", "64"]),
-])
-def test_what_does_not_edit_yet_says_so(verb, arguments, checkpoint, tmp_path, capsys):
+def test_what_is_no_edit_is_refused(checkpoint, tmp_path, capsys):
+    """Pictures with captions, and a folder of this family imported as one that draws from text."""
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (300, 300)).save(tmp_path / "photos/a.png")
     (tmp_path / "photos/a.txt").write_text("a photo")
-    places = {"OUT": tmp_path / "o", "FOLDER": tmp_path / "photos", "CHECKPOINT": checkpoint}
-    assert call(verb, *(str(places.get(one, one)) for one in arguments)) == 2
-    assert "edits pictures" in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "o" / "checkpoints").exists()
+    given = str(tmp_path / "photos"), str(tmp_path / "o"), "--pipeline", str(checkpoint)
+    assert call(encode, *given, "--size", "64") == 2
+    assert "photos holds no edits: give a folder with target/" in capsys.readouterr().err
+    folder = tmp_path / "published"
+    exporting.export_folder(imported.open_imported(checkpoint), folder, progress=False)
+    index = {"_class_name": "QwenImageEditPlusPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    says = "is of a QwenImageEditPlusPipeline: import it with --family qwen_image_edit_plus"
+    with pytest.raises(UserError, match=says):
+        importing.import_folder(str(folder), str(tmp_path / "c"), family="qwen_image")
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -7,9 +7,13 @@
     python -m twinflow_jax.encode prompts.txt records/drawn --pipeline checkpoints/qwen_image \\
         --generate
 
-SOURCE is a folder of pictures with captions beside them (CAT.jpg and CAT.txt or CAT.json), a file
-of JSON lines, .parquet or WebDataset .tar files or a folder of them, a TFDS dataset (NAME:SPLIT or
-its folder), or a text file with one prompt a line. DST becomes a TFDS dataset that training reads.
+With a checkpoint that edits pictures, SOURCE has instructions, sources and results: JSON lines or
+a JSON list, .parquet files, or a folder with target/ and source/ in it.
+
+Otherwise SOURCE is a folder of pictures with captions beside them (CAT.jpg and CAT.txt or
+CAT.json), a file of JSON lines, .parquet or WebDataset .tar files or a folder of them, a TFDS
+dataset (NAME:SPLIT or its folder), or a text file with one prompt a line. DST becomes a TFDS
+dataset that training reads.
 What cannot be used is left out and listed in DST/skipped.jsonl. Stopped at any point, the same
 command goes on; with --process K --processes N several do it together. docs/data.md says more.
 """
@@ -53,6 +57,8 @@ def parse() -> argparse.Namespace:
                         "captions (default: caption, text or the like)")
     parser.add_argument("--image-column",
                         help="that has the pictures (default: image, image_bytes or file_name)")
+    parser.add_argument("--source-column", help="of edits: that has the pictures before them, one "
+                        "or several (default: as in the known sets)")
     parser.add_argument("--min-side", type=arguments.whole,
                         help="pixels: smaller pictures are left out (default 64)")
     parser.add_argument("--text-tokens", type=arguments.whole,
@@ -106,10 +112,18 @@ def run(args) -> int:
     from twinflow_jax.encoding.workspace import SKIPPED, Workspace
 
     pipeline = open_pipeline(args.pipeline, dtype=args.dtype)
-    source = encoding.open_source(
-        args.source, not args.prompts_only and not args.generate, args.shard_size,
-        args.image_column, args.caption_column,
-    )
+    if form := pipeline.family.editing:
+        others = [n for n in ("prompts_only", "generate", "text_tokens") if getattr(args, n)]
+        arguments.refuse(args, others, f"{args.pipeline} edits pictures, and learns from whole "
+                         "instructions with the pictures before and after")
+        columns = args.caption_column, args.source_column, args.image_column
+        source = encoding.open_edits(args.source, args.shard_size, form.most, columns)
+    else:
+        arguments.refuse(args, ("source_column",), f"{args.pipeline} does not edit pictures")
+        source = encoding.open_source(
+            args.source, not args.prompts_only and not args.generate, args.shard_size,
+            args.image_column, args.caption_column,
+        )
     if not source.pictures:
         of_pictures = ("min_side",) if args.generate else ("size", "buckets", "min_side")
         arguments.refuse(args, of_pictures, f"of {args.source} no pictures are read")

@@ -32,6 +32,10 @@ QWEN = qwen_image.transformer.Config(
     sample_shape=(4, 12, 16), layers=2, heads=8, head_dim=8, text_width=24, rope_axes=(2, 2, 4),
     remat="full",
 )
+EDIT = qwen_image.EditPlusConfig(
+    sample_shape=(4, 12, 16), layers=2, heads=8, head_dim=8, text_width=24, rope_axes=(2, 2, 4),
+    remat="full", zero_cond_t=True,
+)
 SANA = sana.transformer.Config(
     sample_shape=(4, 4, 32), layers=2, heads=4, head_dim=16, cross_heads=2, cross_head_dim=32,
     text_width=24, remat="full",
@@ -104,12 +108,14 @@ MODULES = {"two": TwoStacks} | {name: family.module for name, family in models.F
 
 
 def inputs(config, rows: int) -> tuple:
-    """Rows with texts of several lengths."""
+    """Rows with texts of several lengths, and with sources where they are edits."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     times = rng.uniform(-1, 1, (2, rows)).astype(np.float32)
     mask = np.arange(8) <= (np.arange(rows) % 8)[:, None]
     cond = {} if config is TWO else {"tokens": normal(rows, 8, config.text_width), "mask": mask}
+    if config is EDIT:
+        cond["references"] = (normal(rows, *config.sample_shape),)
     return normal(rows, *config.sample_shape), *times, cond
 
 
@@ -187,6 +193,7 @@ def check_collectives(hlo: str, config, name: str, mesh, where, base: bool) -> N
     "QWEN", "SANA", "ZIMAGE, (PLANS[1], PLANS[7])", "DIT, FEW", "TWO", "QWEN, FEW, Everywhere(a=8)",
     pytest.param("QWEN, (*FEW, PLANS[1]), Everywhere(a=8), base=True", marks=pytest.mark.slow),
     pytest.param("ZIMAGE", marks=pytest.mark.slow), pytest.param("SD35", marks=pytest.mark.slow),
+    pytest.param("EDIT, (PLANS[1], PLANS[6], PLANS[7])", marks=pytest.mark.slow),
 ])
 def test_eight_devices_compute_what_one_does(name):
     program = "import tests.conftest; from tests.parallel.test_strategies import *"

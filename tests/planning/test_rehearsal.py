@@ -140,7 +140,7 @@ def test_a_rehearsal_of_the_small_networks():
 def test_runs_of_adapters_are_rehearsed_with_them():
     def arguments(rank: int) -> int:
         run = configs.parse("configs/sana06b_tpu.py:tiny", [f"adapter.rank={rank}"])
-        [found] = rehearsal.programs(run, jax.devices(), [run.model.sample_shape], ["sample"])
+        [found] = rehearsal.programs(run, jax.devices(), rehearsal.shapes(run), ["sample"])
         [one] = [program for program in found if program.name.startswith("denoising 1 NFE")]
         return len(jax.tree.leaves(one.lower().args_info))
 

@@ -65,6 +65,7 @@ def export_trained(
     }
     # At r = t alone, where nothing but flow matching is, a second embedder is not seen.
     few, time = run.objective.learns_jumps, run.model.time_conditioning
+    edits = models.shape_of(run.model).references
     said = {
         "family": run.model.name, "base": _name(run.train.init_from),
         "base_digest": adapting.base_digest(base, table), "rank": run.adapter.rank,
@@ -73,6 +74,7 @@ def export_trained(
         "objective": run.objective.form, "order": getattr(run.objective, "order", ""),
         "sampler": dialects.FEW if few else "base", "step": step,
         "whole": ",".join(run.adapter.whole) if whole else "",
+        "latents": "x".join(map(str, run.model.sample_shape[:2])) if edits else "",
     }
     said = {f"{dialects.OURS}{key}": str(value) for key, value in said.items() if value != ""}
     return _write(target, run.model.name, form, low, spots, dtype or "float32", said, whole)
@@ -134,6 +136,11 @@ STOCK = """
 The network was told the target time r so that at r = 0, where few steps are drawn, it is the
 published one with these adapters: any pipeline that loads them draws in few steps.
 """
+EDITS = """
+It was trained on edits whose result and sources have {latents} latents (height x width): give it
+pictures of that area. diffusers and ComfyUI encode sources in about a megapixel; `twinflow_jax`
+takes the size that it was trained for.
+"""
 BESIDE = f"""
 `{dialects.WHOLE}` holds weights that trained whole beside the adapters. Loaders of adapters do not
 take it; `twinflow_jax` does, where both files lie together.
@@ -160,6 +167,8 @@ def _write(
             tensors.write(target / dialects.WHOLE, shapes, arrays)
         time = said.get("twinflow_time", "")
         notes = SECOND if time == "second_embedder" else STOCK if time else ""
+        if latents := said.get("twinflow_latents"):
+            notes += EDITS.format(latents=latents)
         notes += BESIDE if whole else ""
         readme = README.format(
             name=target.name, base=said.get("twinflow_base") or family, file=file.name, notes=notes

@@ -45,7 +45,7 @@ def make(name: str, checkpoint: Imported, trained: Trained | None = None) -> dic
     draws = "transformer" in checkpoint.parts
     library = "transformers" if set(checkpoint.parts) <= {*family.encoders} else "diffusers"
     head = [f"library_name: {library}", *record.get("licence", ())]
-    head += ["pipeline_tag: text-to-image"] if draws else []
+    head += [f"pipeline_tag: {'image' if family.editing else 'text'}-to-image"] if draws else []
     head += [f"base_model: {record['hub']}"] if "hub" in record else []
     head += ["tags: [twinflow]"] if trained else []
     base = record["source"] if "hub" in record else epath.Path(record["source"]).name

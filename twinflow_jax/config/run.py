@@ -281,6 +281,12 @@ class Run:
             which = f"model {self.model.name!r}, which draws from text," if self.objective.pairs \
                 else f"objective {self.objective.form!r}"
             problems.append(f"data.pairs is set, but {which} learns from none: leave it out")
+        text = self.family.text_to_image
+        if text is not None and text.editing and train.unconditional == "permuted":
+            problems.append(
+                f"train.unconditional is 'permuted', but model {self.model.name!r} edits pictures, "
+                "and what stands for no instruction is about a row's own: take empty"
+            )
         if self.objective.auxiliary:
             problems += [
                 f"train.steps is {train.steps}, in which objective.turns never trains the {name}: "

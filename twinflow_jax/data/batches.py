@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Int, UInt
 
@@ -106,11 +107,9 @@ def joined(parts: list[tuple[np.ndarray, dict[str, Any]]], count: int) -> dict[s
         return parts[0][1]
 
     def one(*arrays):
-        if isinstance(arrays[0], dict):
-            return {key: one(*(array[key] for array in arrays)) for key in arrays[0]}
         whole = np.empty((count, *arrays[0].shape[1:]), arrays[0].dtype)
         for (mine, _), array in zip(parts, arrays, strict=True):
             whole[mine] = array
         return whole
 
-    return one(*(tree for _, tree in parts))
+    return jax.tree.map(one, *(tree for _, tree in parts))

@@ -5,8 +5,9 @@
     FOLDER/features.json, dataset_info.json   TFDS's: `tfds.builder_from_directory(FOLDER)` reads it
     FOLDER/records-SPLIT.array_record-00000-of-00002
 
-A split holds pictures of one size ("768x512": width x height in pixels), or prompts alone
-("prompts"). The features of a record:
+A split holds pictures of one size ("768x512": width x height in pixels), edits of one size with
+sources of others ("768x512_768x512": the result, then each source), or prompts alone ("prompts").
+The features of a record:
 
     id        where it came from
     captions  one or several
@@ -15,6 +16,12 @@ A split holds pictures of one size ("768x512": width x height in pixels), or pro
     latents   (h, w, c), float16: normalised, the mean of the autoencoder's distribution
     image     in place of latents, for networks that draw pixels: a PNG
     width, height   of the picture as it was found
+
+and of an edit, whose captions are instructions:
+
+    shown       (tokens, width), float16: of the pictures, which stand before those of each caption
+    null        (tokens, width), float16: those after them of the instruction that stands for none
+    references  (places, c), float16: the sources' latents, one source after the other
 """
 
 import contextlib
@@ -52,7 +59,8 @@ class Manifest:
 
     family: of models. text_encoder, autoencoder: which weights, as they are named to people;
     autoencoder is "" for pixels. channels: of a sample, 0 for prompts alone. text_width: of a
-    token. downscale: pixels a side for one place of a sample.
+    token. downscale: pixels a side for one place of a sample. edits: whether captions are about
+    other pictures.
     """
 
     family: str
@@ -61,41 +69,59 @@ class Manifest:
     autoencoder: str
     channels: int
     downscale: int
+    edits: bool = False
+
+    def told(self) -> dict[str, Any]:
+        """The fields, as they were before there were edits where these are none."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "edits" or v}
 
     def features(self) -> tfds.features.FeaturesDict:
         """The documented features of a record."""
         kinds = tfds.features
+        half = lambda *shape: kinds.Tensor(shape=shape, dtype=np.float16, encoding="bytes")
         fields = {
             "id": kinds.Text(),
             "captions": kinds.Sequence(kinds.Text()),
             "lengths": kinds.Tensor(shape=(None,), dtype=np.int32),
-            "tokens": kinds.Tensor(
-                shape=(None, self.text_width), dtype=np.float16, encoding="bytes"
-            ),
+            "tokens": half(None, self.text_width),
         }
         if self.channels:
             fields |= {"width": kinds.Scalar(np.int32), "height": kinds.Scalar(np.int32)}
         if self.autoencoder:
-            fields["latents"] = kinds.Tensor(
-                shape=(None, None, self.channels), dtype=np.float16, encoding="bytes"
-            )
+            fields["latents"] = half(None, None, self.channels)
         elif self.channels:
             fields["image"] = kinds.Image(
                 shape=(None, None, self.channels), encoding_format="png"
             )
+        if self.edits:
+            fields |= {name: half(None, self.text_width) for name in ("shown", "null")}
+            fields["references"] = half(None, self.channels)
         return kinds.FeaturesDict(fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """What an edit has besides. shown: the tokens of its pictures, which stand before each
+    caption's and before `null`, those of the instruction that stands for none. references: the
+    latents of its pictures."""
+
+    shown: Float[np.ndarray, "_ D"]
+    null: Float[np.ndarray, "_ D"]
+    references: tuple[Float[np.ndarray, "_ _ c"], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One record. tokens: each caption's. sample: latents, or pixels in [-1, 1]; None where
-    there are prompts alone. size: (width, height) of the picture as it was found."""
+    there are prompts alone. size: (width, height) of the picture as it was found. edit: of records
+    of edits."""
 
     id: str
     captions: Sequence[str]
     tokens: Sequence[Float[np.ndarray, "_ D"]]
     sample: Float[np.ndarray, "h w c"] | None = None
     size: tuple[int, int] = (0, 0)
+    edit: Edit | None = None
 
 
 def shard_file(folder: epath.PathLike, split: str, number: int, shards: int) -> epath.Path:
@@ -161,6 +187,10 @@ def _fields(example: Example, manifest: Manifest) -> dict[str, Any]:
         fields["image"] = io.BytesIO()
         Image.fromarray(pixels).save(fields["image"], "PNG")
         fields["image"].seek(0)
+    if example.edit is not None:
+        places = [one.reshape(-1, one.shape[-1]) for one in example.edit.references]
+        beside = {**vars(example.edit), "references": np.concatenate(places)}
+        fields |= {name: _half(array, example.id) for name, array in beside.items()}
     return fields
 
 
@@ -194,7 +224,7 @@ def finish(
         data_dir=folder, features=manifest.features(), split_infos=splits, version=VERSION,
         description="Encoded pictures and captions of twinflow_jax.", check_data=False,
     )
-    record = {"format": FORMAT, "manifest": dataclasses.asdict(manifest), **report}
+    record = {"format": FORMAT, "manifest": manifest.told(), **report}
     files.write(folder / RECORD, json.dumps(record, indent=1).encode())
 
 
@@ -255,8 +285,16 @@ class Records:
 
     def sample_shape(self, split: str) -> tuple[int, int, int]:
         """(h, w, c) of a split's samples."""
-        width, height = (int(side) // self.manifest.downscale for side in split.split("x"))
-        return height, width, self.manifest.channels
+        return self._shapes(split)[0]
+
+    def reference_shapes(self, split: str) -> tuple[tuple[int, int, int], ...]:
+        """(h, w, c) of each source of a split's edits."""
+        return self._shapes(split)[1:]
+
+    def _shapes(self, split: str) -> tuple[tuple[int, int, int], ...]:
+        sizes = (map(int, size.split("x")) for size in split.split("_"))
+        scale, channels = self.manifest.downscale, self.manifest.channels
+        return tuple((height // scale, width // scale, channels) for width, height in sizes)
 
     @functools.cache  # noqa: B019 - few folders, for as long as a run
     def source(self, split: str) -> Sequence[dict[str, Any]]:
@@ -284,7 +322,21 @@ class Records:
             fields["id"].decode(), tuple(caption.decode() for caption in fields["captions"]),
             np.split(fields["tokens"], ends), sample,
             (int(fields.get("width", 0)), int(fields.get("height", 0))),
+            self._edit(split, fields) if self.manifest.edits else None,
         )
+
+    def _edit(self, split: str, fields: dict[str, Any]) -> Edit:
+        """Raises UserError where the sources have other shapes than the split's."""
+        shapes, places = self.reference_shapes(split), fields["references"]
+        ends = np.cumsum([height * width for height, width, _ in shapes])
+        if ends[-1] != len(places):
+            raise UserError(
+                f"record {fields['id'].decode()} of {split} in {self.folder} has {len(places)} "
+                f"latents of sources, not {ends[-1]}: one batch holds one shape; encode again"
+            )
+        parts = zip(np.split(places, ends[:-1]), shapes, strict=True)
+        references = tuple(part.reshape(shape) for part, shape in parts)
+        return Edit(fields["shown"], fields["null"], references)
 
 
 def open_records(folder: epath.PathLike) -> Records:

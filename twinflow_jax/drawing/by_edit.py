@@ -29,9 +29,10 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
         raise UserError("--sheet: edits have sizes of their own, and are written one by one")
     pipeline = by_prompt.pipeline_of(args, run)
     form, tile = pipeline.family.editing, codec.tile_of(pipeline, args.tile)
+    area = editing.area_of(pipeline)
     edits = [editing.opened(form, *asked) for asked in read(args)]
     shapes = [
-        denoising.latent_shape(pipeline, (args.size or form.size(edit.pictures))[::-1])
+        denoising.latent_shape(pipeline, (args.size or form.size(edit.pictures, area))[::-1])
         for edit in edits
     ]
     ways = {shape: by_prompt.asked(args, pipeline, shape) for shape in dict.fromkeys(shapes)}

@@ -1,10 +1,13 @@
 """Instructions about pictures, as a network that edits takes them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
@@ -54,6 +57,15 @@ def decoded(
     return Edit(instruction, tuple(found))
 
 
+def area_of(pipeline: Pipeline) -> int:
+    """Pixels of a result, and of each picture beside it: as a run or adapters were trained, or as
+    published."""
+    if pipeline.trained is None and not pipeline.few:
+        return pipeline.family.editing.area
+    height, width = pipeline.config("transformer").sample_shape[:2]
+    return height * width * pipeline.config("vae").downscale ** 2
+
+
 def conditions(
     pipeline: Pipeline, edits: Iterable[Edit], negative: str | None = None
 ) -> Iterator[tuple[Embeddings, Embeddings | None]]:
@@ -72,7 +84,7 @@ def conditions(
             said = [form.tokenize(tokenizer, config, [edit.instruction], seen)]
             if negative is not None:
                 said.append(form.tokenize(tokenizer, config, [negative], seen, negative=True))
-            shown = (form.encoded(picture) for picture in edit.pictures)
+            shown = (form.encoded(picture, area_of(pipeline)) for picture in edit.pictures)
             references = tuple(
                 encode_picture(one[None].astype(np.float32) / 127.5 - 1, 1).astype(np.float32)
                 for one in shown
@@ -82,3 +94,66 @@ def conditions(
                 for part in same_length(*(encode({name: one}) for one in said))
             )
             yield cond, null[0] if null else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """Instructions about the same pictures as embedded tokens. shown: those of the pictures, which
+    come first and are the same for all: the text encoder is causal. tokens: of each instruction
+    those after them; null: of the instruction that stands for none."""
+
+    shown: Float[np.ndarray, "_ D"]
+    tokens: list[Float[np.ndarray, "_ D"]]
+    null: Float[np.ndarray, "_ D"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instructions:
+    """Instructions through a pipeline's text encoder. embed: what `text.encoder` gives."""
+
+    pipeline: Pipeline
+    embed: Callable
+
+    @functools.cached_property
+    def _tokenizers(self):
+        return text.tokenizers(self.pipeline)
+
+    def __call__(
+        self, edits: Sequence[tuple[Sequence[str], Sequence[UInt8[np.ndarray, "_ _ 3"]]]]
+    ) -> list[Told | UserError]:
+        """Of each edit, instructions with pictures as the autoencoder takes them; the error of one
+        that is too long.
+
+        An instruction is padded for itself and goes with others of its shapes, so that it does
+        not matter which these are.
+        """
+        form, [name] = self.pipeline.family.editing, self.pipeline.family.encoders
+        config, processor = self.pipeline.config(name), self.pipeline.checkpoint.processor
+        rows, groups, shown, found = {}, {}, {}, {}
+        for number, (instructions, pictures) in enumerate(edits):
+            images = map(Image.fromarray, pictures)
+            seen = [form.seen(config, processor, image) for image in images]
+            told = (*instructions, self.pipeline.family.null_prompt)
+            try:
+                tokenized = [
+                    form.tokenize(self._tokenizers[name], config, [one], seen) for one in told
+                ]
+            except UserError as error:
+                found[number] = error
+                continue
+            shown[number] = form.shown(config, tokenized[0][0][0], seen)
+            for place, row in enumerate(tokenized):
+                rows[number, place] = row
+                shapes = tuple(array.shape for array in jax.tree.leaves(row))
+                groups.setdefault(shapes, []).append((number, place))
+        tokens = {}
+        for _, group in sorted(groups.items()):
+            whole = jax.tree.map(lambda *arrays: np.concatenate(arrays), *map(rows.get, group))
+            embedded = self.embed({name: whole})
+            valid = (t[m] for t, m in zip(embedded.tokens, embedded.mask, strict=True))
+            tokens |= dict(zip(group, valid, strict=True))
+        for number, count in shown.items():
+            of_one = [tokens[number, place] for place in range(len(edits[number][0]) + 1)]
+            *mine, null = (one[count:] for one in of_one)
+            found[number] = Told(of_one[0][:count], mine, null)
+        return [found[number] for number in range(len(edits))]

@@ -83,9 +83,11 @@ class Parquet:
             yield Item(f"{stem}*", problem=(UNREADABLE, error.strerror))
             return
         for row, values in enumerate(captions):
-            place = [number, group, row] if self.pictures else None
-            value = values if self._caption is None else values[self._caption]
-            yield labelled(f"{stem}{row}", value, place)
+            yield self._item(f"{stem}{row}", [number, group, row], values)
+
+    def _item(self, name: str, place: list, captions: dict[str, Any]) -> Item:
+        value = captions if self._caption is None else captions[self._caption]
+        return labelled(name, value, place if self.pictures else None)
 
     def read(self, place) -> bytes:
         number, group, row = place

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from twinflow_jax import files
 from twinflow_jax.checkpoints import store
 from twinflow_jax.data import records
-from twinflow_jax.data.records import Example, Manifest
-from twinflow_jax.drawing import Pipeline, codec, text
+from twinflow_jax.data.records import Edit, Example, Manifest
+from twinflow_jax.drawing import Pipeline, codec, editing, text
 from twinflow_jax.encoding import index, sizes
 from twinflow_jax.encoding.captions import Captions
 from twinflow_jax.encoding.drawn import Drawing, drawn, schedule_of
@@ -30,6 +30,7 @@ from twinflow_jax.encoding.sources import THREADS, UNREADABLE, Source, cut
 from twinflow_jax.encoding.workspace import ShardReport, Workspace, nothing_in
 from twinflow_jax.errors import UserError
 
+TOO_LONG = "too long"
 BLOCK = 64  # items whose pictures and embeddings are in memory at once
 
 
@@ -40,6 +41,7 @@ def manifest_of(pipeline: Pipeline, pictures: bool) -> Manifest:
         checkpoint.family, checkpoint.text_identity, checkpoint.text_width,
         checkpoint.identity("vae") if pictures else "",
         vae.latent_channels if pictures else 0, vae.downscale,
+        pipeline.family.editing is not None,
     )
 
 
@@ -72,7 +74,7 @@ class Job:
             "sizes": [sizes.name(size) for size in self.sizes], "min_side": self.min_side,
             "shard_size": self.shard_size, "text_tokens": self.text_tokens, "batch": self.batch,
             "dtype": self.pipeline.dtype, **by,
-            **dataclasses.asdict(manifest_of(self.pipeline, bool(self.sizes))),
+            **manifest_of(self.pipeline, bool(self.sizes)).told(),
         }
 
 
@@ -114,8 +116,9 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
             return None
         reports = [space.report_file(shard) for shard in plan.shards]
         space.wait(reports, "the records", lambda: False)
-        null = text.null(job.pipeline)
-        null.save(space.folder / records.NULL, [job.pipeline.family.null_prompt])
+        if not manifest.edits:  # each of those has its own
+            null = text.null(job.pipeline)
+            null.save(space.folder / records.NULL, [job.pipeline.family.null_prompt])
         return space.close(plan, manifest, settings)
 
 
@@ -146,6 +149,7 @@ def encoders(job: Job):
         embed = stack.enter_context(text.encoder(pipeline, text.BATCH))
         encode_images = stack.enter_context(codec.encoder(pipeline)) if job.sizes else None
         captions = Captions(pipeline, embed, job.text_tokens)
+        instructions = editing.Instructions(pipeline, embed)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"PIL\.")  # said when the pictures were listed
 
@@ -155,44 +159,58 @@ def encoders(job: Job):
             load = lambda keys: list(threads.map(one, keys))
             for block in store.ahead(map(load, blocks)):
                 report.skipped |= {key: found for key, _, found in block if type(found) is Skipped}
-                kept = [(entry, x) for _, entry, x in block if type(x) is not Skipped]
-                entries, pixels = [entry for entry, _ in kept], [x for _, x in kept]
-                tokens = captions([entry.captions for entry in entries], report)
-                samples = [None] * len(kept)
-                if shard.size:
-                    samples = latents_of(encode_images, pixels, batch_of(job.batch, shard.size))
-                for entry, caption_tokens, sample in zip(entries, tokens, samples, strict=True):
-                    yield Example(entry.id, entry.captions, caption_tokens, sample, entry.size)
+                kept = [one for one in block if type(one[2]) is not Skipped]
+                if shard.sources:
+                    told = instructions([(entry.captions, x[1:]) for _, entry, x in kept])
+                    report.skipped |= {
+                        key: Skipped(entry.id, TOO_LONG, str(one))
+                        for (key, entry, _), one in zip(kept, told, strict=True)
+                        if isinstance(one, UserError)
+                    }
+                    kept = [one for one in kept if one[0] not in report.skipped]
+                    told = [one for one in told if not isinstance(one, UserError)]
+                    tokens = [one.tokens for one in told]
+                else:
+                    tokens, told = captions([entry.captions for _, entry, _ in kept], report), ()
+                latents = [
+                    latents_of(encode_images, [x[k] for *_, x in kept], batch_of(job.batch, size))
+                    for k, size in enumerate(shard.sizes)
+                ]
+                for i, (_, entry, _) in enumerate(kept):
+                    sample, *references = (of[i] for of in latents) if latents else (None,)
+                    edit = Edit(told[i].shown, told[i].null, tuple(references)) if told else None
+                    yield Example(entry.id, entry.captions, tokens[i], sample, entry.size, edit)
 
         yield examples
 
 
 def load_one(
     job: Job, space: Workspace, shard: Shard, key: Key
-) -> tuple[Key, Entry, UInt8[np.ndarray, "H W 3"] | Skipped | None]:
-    """An item of a shard with its picture, or why that cannot be used.
+) -> tuple[Key, Entry, list[UInt8[np.ndarray, "_ _ 3"]] | Skipped]:
+    """An item of a shard with its pictures, or why those cannot be used.
 
     Raises:
-      UserError: the picture's file is not the one that was listed.
+      UserError: a picture's file is not the one that was listed.
     """
-    entry = index.read_chunk(space.work, key[0])[key[1]]
-    if shard.size is None:
-        return key, entry, None
-    try:
-        data = job.source.read(entry.place)
-    except OSError as error:
-        raise UserError(
-            f"{entry.id} could be read when it was listed, and now not "
-            f"({error.strerror or error}): the same command goes on when it is back"
-        ) from error
-    if hashlib.sha256(data).hexdigest() != entry.image:
-        raise UserError(
-            f"{entry.id} has changed since it was listed: put it back, or choose another folder"
-        )
-    try:
-        return key, entry, sizes.decode(data, shard.size)
-    except Exception as error:  # Pillow raises many kinds
-        return key, entry, Skipped(entry.id, UNREADABLE, index.reason_of(error))
+    entry, pixels = index.read_chunk(space.work, key[0])[key[1]], []
+    for size, picture in zip(shard.sizes, entry.pictures, strict=False):  # prompts have none
+        try:
+            data = job.source.read(picture.place)
+        except OSError as error:
+            raise UserError(
+                f"{entry.id} could be read when it was listed, and now not "
+                f"({error.strerror or error}): the same command goes on when it is back"
+            ) from error
+        if hashlib.sha256(data).hexdigest() != picture.image:
+            raise UserError(
+                f"{entry.id} has changed since it was listed: put it back, or choose another folder"
+            )
+        try:
+            like = entry.size if sizes.alike(picture.size, entry.size) else None
+            pixels.append(sizes.decode(data, size, like))
+        except Exception as error:  # Pillow raises many kinds
+            return key, entry, Skipped(entry.id, UNREADABLE, index.reason_of(error))
+    return key, entry, pixels
 
 
 def batch_of(batch: int, size: sizes.Size) -> int:

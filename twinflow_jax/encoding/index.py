@@ -38,8 +38,18 @@ Key = tuple[int, int]  # of an item: its chunk, and its place there
 
 
 @dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture as it was found. image: digest of its file."""
+
+    place: Any
+    image: str
+    size: sizes.Size
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
-    """An item as it was found. image: digest of its file. problem: (reason, detail), if any."""
+    """An item as it was found. image: digest of its file. problem: (reason, detail), if any.
+    sources: of an edit."""
 
     id: str
     captions: tuple[str, ...] = ()
@@ -47,12 +57,22 @@ class Entry:
     image: str = ""
     size: sizes.Size = (0, 0)
     problem: tuple[str, str] | None = None
+    sources: tuple[Picture, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All that belong to it, its own first."""
+        return Picture(self.place, self.image, self.size), *self.sources
 
     @classmethod
     def from_json(cls, line: str) -> "Entry":
         fields = json.loads(line)
         for name in ("captions", "size", "problem"):
             fields[name] = tuple(fields[name]) if fields[name] is not None else None
+        fields["sources"] = tuple(
+            Picture(one["place"], one["image"], tuple(one["size"]))
+            for one in fields.get("sources", ())  # of a listing from before there were any
+        )
         return cls(**fields)
 
 
@@ -83,25 +103,33 @@ def examine(source: Source, item: Item, min_side: int) -> Entry:
         return problem(NO_CAPTION, "it is empty")
     if not source.pictures:
         return Entry(item.id, item.captions)
-    try:
-        data = source.read(item.place)
-    except OSError as error:
-        if error.errno not in LOST:
-            raise UserError(f"{item.id} cannot be read now ({error.strerror or error})") from error
-        return problem(UNREADABLE, error.strerror or str(error))
-    # Threads share what catches warnings. Decoding, which repeats these, is silent (encode.py).
-    with LOOKING:
+    found = []
+    for number, place in enumerate((item.place, *item.sources)):
+        which = f"source {number}: " if number else ""
         try:
-            with warnings.catch_warnings(record=True) as told:
-                warnings.simplefilter("always")
-                size = sizes.measure(data)
-        except Exception as error:  # Pillow raises many kinds
-            return problem(UNREADABLE, reason_of(error))
-        for warning in told:
-            warnings.warn(f"{item.id}: {reason(warning.message)}", stacklevel=2)
-    if min(size) < min_side:
-        return problem(TOO_SMALL, f"it is {sizes.name(size)}")
-    return Entry(item.id, item.captions, item.place, hashlib.sha256(data).hexdigest(), size)
+            data = source.read(place)
+        except OSError as error:
+            why = error.strerror or str(error)
+            if error.errno not in LOST:
+                raise UserError(f"{item.id} cannot be read now ({which}{why})") from error
+            return problem(UNREADABLE, which + why)
+        # Threads share what catches warnings. Decoding, which repeats these, is silent (encode.py).
+        with LOOKING:
+            try:
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    size = sizes.measure(data)
+            except Exception as error:  # Pillow raises many kinds
+                return problem(UNREADABLE, which + reason_of(error))
+            for warning in told:
+                warnings.warn(f"{item.id}: {reason(warning.message)}", stacklevel=2)
+        if min(size) < min_side:
+            return problem(TOO_SMALL, f"{which}it is {sizes.name(size)}")
+        found.append(Picture(place, hashlib.sha256(data).hexdigest(), size))
+    one, *sources = found
+    return Entry(
+        item.id, item.captions, one.place, one.image, one.size, sources=tuple(sources)
+    )
 
 
 def reason_of(error: Exception) -> str:
@@ -119,7 +147,8 @@ def read_chunk(work: epath.Path, chunk: int) -> tuple[Entry, ...]:
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """A file of records to be. size: of its pictures, None for prompts. first: the number of its
-    first item among those of its split. of: files of the split."""
+    first item among those of its split. of: files of the split. sources: sizes of the pictures
+    that they are edits of."""
 
     split: str
     size: sizes.Size | None
@@ -127,6 +156,12 @@ class Shard:
     of: int
     first: int
     keys: tuple[Key, ...]
+    sources: tuple[sizes.Size, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[sizes.Size, ...]:
+        """Of all pictures of a record, its own first; none for prompts."""
+        return (self.size, *self.sources) if self.size else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +184,9 @@ def plan(
 ) -> Plan:
     """Everything that follows from the listings.
 
-    choices: the sizes that pictures go to; none for prompts. Of items alike in picture and
-    captions all but the first are left out.
+    choices: the sizes that pictures go to; none for prompts. Sources of an edit that are in
+    proportion with it go to its size, others to their own. Of items alike in pictures and captions
+    all but the first are left out.
     """
     seen, skipped, splits = {}, {}, collections.defaultdict(list)
     numbered = ((n, row) for n in range(chunks) for row in enumerate(read_chunk(work, n)))
@@ -159,19 +195,28 @@ def plan(
         if entry.problem:
             skipped[key] = Skipped(entry.id, *entry.problem)
             continue
-        content = digest(entry.image, *entry.captions)
+        content = digest(entry.image, *entry.captions, *(one.image for one in entry.sources))
         if content in seen:
             skipped[key] = Skipped(entry.id, DUPLICATE, f"the same as {seen[content]}")
             continue
         seen[content] = entry.id
         found = entry.size if entry.image else (choices[0] if choices else None)
-        splits[sizes.nearest(found, choices) if choices else None].append(key)
+        size = sizes.nearest(found, choices) if choices else None
+        beside = (
+            size if sizes.alike(one.size, found) else sizes.nearest(one.size, choices)
+            for one in entry.sources
+        )
+        splits[size, *beside].append(key)
     shards = []
-    for size in sorted(splits, key=str):
-        keys, split = splits[size], PROMPTS if size is None else sizes.name(size)
+    for found in sorted(splits, key=str):
+        keys, (size, *sources) = splits[found], found
+        split = PROMPTS if size is None else "_".join(map(sizes.name, found))
         starts = range(0, len(keys), shard_size)
         shards += [
-            Shard(split, size, n, len(starts), start, tuple(keys[start : start + shard_size]))
+            Shard(
+                split, size, n, len(starts), start, tuple(keys[start : start + shard_size]),
+                tuple(sources),
+            )
             for n, start in enumerate(starts)
         ]
     return Plan(shards, skipped)

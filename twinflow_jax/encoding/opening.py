@@ -8,6 +8,7 @@ from etils import epath
 
 from twinflow_jax.encoding.archives import TARS, Parquet, Tars, Tfds
 from twinflow_jax.encoding.beside import Folder, visible
+from twinflow_jax.encoding.edits import EditFolders, EditLines, EditTables
 from twinflow_jax.encoding.sources import SUFFIXES, Lines, Prompts, Source, suffix_of
 from twinflow_jax.errors import UserError
 
@@ -38,6 +39,35 @@ def open_source(
     if not epath.Path(dataset).is_dir() and not re.fullmatch(r"\w+(/[\w.]+)*", dataset):
         raise UserError(f"{name} does not exist: give a folder, a file or the name of a dataset")
     return Tfds(dataset, split, pictures, chunk, image, caption)
+
+
+def open_edits(
+    name: str, chunk: int, most: int, columns: tuple[str | None, str | None, str | None]
+) -> Source:
+    """The source of edits that a path is. most: pictures that an edit may be of. columns: that hold
+    the instructions, the sources and the results, where their names are not known.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    path = epath.Path(name)
+    try:
+        if path.is_dir():
+            tables = sorted(entry for entry in path.iterdir() if entry.name.endswith(".parquet"))
+            if tables:
+                return EditTables(tables, path.name, columns, most)
+            refuse_columns(path, *columns)
+            return EditFolders(path, sorted(visible(path)), chunk, most)
+        if path.suffix.lower() == ".parquet" and path.exists():
+            return EditTables([path], path.name, columns, most)
+        if path.suffix.lower() in (".jsonl", ".ndjson", ".json") and path.exists():
+            return EditLines(path, chunk, columns, most)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror or error})") from error
+    raise UserError(
+        f"{name} holds no edits: give .jsonl, .json or .parquet, or a folder with target/ and "
+        "source/ in it"
+    )
 
 
 def of_folder(folder, pictures: bool, chunk: int, image, caption):
@@ -123,7 +153,10 @@ def of_file(file, pictures: bool, chunk: int, image, caption):
     )
 
 
-def refuse_columns(path, image: str | None, caption: str | None) -> None:
+def refuse_columns(path, *columns: str | None) -> None:
     """Raises UserError where columns were named of something that has none."""
-    if image or caption:
-        raise UserError(f"{path} has no columns: leave --image-column and --caption-column out")
+    if any(columns):
+        raise UserError(
+            f"{path} has no columns: leave --image-column and --caption-column out"
+            + (", and --source-column" if len(columns) > 2 else "")
+        )

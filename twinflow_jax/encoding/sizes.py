@@ -64,17 +64,23 @@ def measure(data: bytes) -> Size:
         return picture.size[::-1] if turned else picture.size
 
 
-def decode(data: bytes, size: Size) -> UInt8[np.ndarray, "H W 3"]:
+def alike(a: Size, b: Size) -> bool:
+    """Whether sizes have the same proportions, within 1 %."""
+    return abs(math.log(a[0] * b[1] / (a[1] * b[0]))) <= 0.01
+
+
+def decode(data: bytes, size: Size, like: Size | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """A picture in RGB, upright, resized so that it covers `size`, and cut at its centre.
 
     As the published training code does with torchvision: bilinear with antialiasing. What is
-    transparent becomes white.
+    transparent becomes white. like: a size that it is taken to have, so that it is cut as a picture
+    of that size is.
     Raises:
       Exception: of many kinds, where the picture is damaged.
     """
     with images.opened(data) as picture:
         picture = rgb(ImageOps.exif_transpose(picture))
-    (width, height), (found_width, found_height) = size, picture.size
+    (width, height), (found_width, found_height) = size, like or picture.size
     if width * found_height >= height * found_width:
         covering = width, width * found_height // found_width
     else:

@@ -33,13 +33,15 @@ class Item:
     """A picture with its captions, or captions alone.
 
     id: unique in its source. place: what `read` finds the picture with, in JSON; None where
-    there is none. problem: (reason, detail) where it cannot be used.
+    there is none. problem: (reason, detail) where it cannot be used. sources: places of the
+    pictures that it is an edit of.
     """
 
     id: str
     captions: tuple[str, ...] = ()
     place: Any = None
     problem: tuple[str, str] | None = None
+    sources: tuple[Any, ...] = ()
 
 
 @runtime_checkable

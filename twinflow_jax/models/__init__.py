@@ -21,6 +21,7 @@ from twinflow_jax.models import (
     conditioning,
     dit,
     minilm_dit,
+    minilm_edit,
     mlp,
     openuni,
     qwen_image,
@@ -46,7 +47,23 @@ FAMILIES = {
     "zimage": zimage.FAMILY,
     "sd35": sd35.FAMILY,
     "minilm_dit": minilm_dit.FAMILY,
+    "minilm_edit": minilm_edit.FAMILY,
 }
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Shape:
+    """Of a row: of its sample and, where that is an edit, of the latents of its sources."""
+
+    sample: tuple[int, ...]
+    references: tuple[tuple[int, ...], ...] = ()
+
+
+def shape_of(settings: Settings) -> Shape:
+    """The shape that a network is made for: an edit has one source of the sample's."""
+    text = FAMILIES[settings.name].text_to_image
+    edits = text is not None and text.editing is not None
+    return Shape(settings.sample_shape, (settings.sample_shape,) * edits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +91,24 @@ class Model:
         """Of computation."""
         return self.config.dtype
 
-    def abstract_null(self, text_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes of `null`, for text of so many tokens in the dtype of computation."""
+    def abstract_null(self, text_tokens: int, shape: Shape | None = None) -> dict[str, Any]:
+        """The shapes of `null`, for text of so many tokens in the dtype of computation.
+
+        shape: of rows (default: that of `shape_of`).
+        """
+        references = (shape or shape_of(self.config)).references
+
         def abstract(name, leaf):
             of_text = name in ("tokens", "mask")
             shape = (1, text_tokens, *leaf.shape[2:]) if of_text else leaf.shape
             dtype = jnp.dtype(self.dtype) if name == "tokens" else leaf.dtype
             return jax.ShapeDtypeStruct(shape, dtype)
 
-        return {name: abstract(name, leaf) for name, leaf in self.null.items()}
+        found = {
+            name: abstract(name, leaf) for name, leaf in self.null.items() if name != "references"
+        }
+        latents = tuple(jax.ShapeDtypeStruct((1, *one), jnp.float32) for one in references)
+        return found | ({"references": latents} if latents else {})
 
     def cond(self, labels) -> dict[str, jax.Array]:
         """The condition for class labels (B,); {} for a network without classes."""

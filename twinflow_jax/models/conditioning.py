@@ -1,7 +1,8 @@
 """How networks see their times and the small ones their condition.
 
 `cond` is a dict: {"label": (B,) int32} for classes, where label num_classes stands for no
-class; {"tokens": (B, L, D), "mask": (B, L)} for text; {} for unconditional networks.
+class; {"tokens": (B, L, D), "mask": (B, L)} for text, and "references", a tuple of latents
+(B, h, w, C), for edits; {} for unconditional networks.
 """
 
 import dataclasses

@@ -211,9 +211,10 @@ class Embed(Protocol):
 @runtime_checkable
 class Editing(Protocol):
     """How a family that edits pictures shows them to its networks. most: pictures that an
-    instruction may be about."""
+    instruction may be about. area: pixels of the result and of each of them, as published."""
 
     most: int
+    area: int
 
     def upright(self, picture: Any) -> Any:
         """A PIL picture as it is meant to be seen, in RGB.
@@ -222,14 +223,15 @@ class Editing(Protocol):
           UserError: none of its size can be edited.
         """
 
-    def size(self, pictures: Sequence[Any]) -> tuple[int, int]:
-        """(width, height) of the result."""
+    def size(self, pictures: Sequence[Any], area: int) -> tuple[int, int]:
+        """(width, height) of the result, of about so many pixels."""
 
     def decides(self, pictures: Sequence[Any]) -> Any:
         """The one whose size the result has."""
 
-    def encoded(self, picture: Any) -> UInt8[np.ndarray, "H W 3"]:
-        """As the autoencoder takes it; of one size where the results have one."""
+    def encoded(self, picture: Any, area: int) -> UInt8[np.ndarray, "H W 3"]:
+        """As the autoencoder takes it, of about so many pixels; of one size where the results have
+        one."""
 
     def seen(
         self, config, processor: dict[str, Any], picture: Any
@@ -243,6 +245,11 @@ class Editing(Protocol):
     ) -> tuple:
         """Instructions about the same pictures, as the text encoder takes them after its
         parameters: arrays with rows first. config: of the text encoder."""
+
+    def shown(
+        self, config, ids: Int[np.ndarray, "L"], seen: Sequence[Float[np.ndarray, "_ _ 3"]]
+    ) -> int:
+        """How many of a row's embedded tokens come before its instruction, whatever that is."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from twinflow_jax.training import inputs, records, setup, state
 from twinflow_jax.training.preview import Preview
 from twinflow_jax.training.setup import on_device
 
-Shapes = Sequence[tuple[int, ...]]
+Shapes = Sequence[models.Shape]
 LEVERS = {  # of the stages of a pipeline
     text.STAGE: "--dtype bfloat16, or a host with more chips", "denoising": "a smaller --batch",
     "encoding": "a smaller --batch", "decoding": "a smaller --tile",
@@ -158,8 +158,13 @@ def programs(
 ) -> Iterator[list[Program]]:
     """Those of each verb, in VERBS: in the order in which it comes to them.
 
-    shapes: of samples. Raises UserError for a run that cannot be trained there.
+    shapes: of rows. Raises UserError for a run that cannot be trained there.
     """
+    if _edits(run) and set(verbs) != {"train"}:
+        raise UserError(
+            f"model {run.model.name!r} edits pictures, of which training alone is rehearsed: give "
+            "--verbs train"
+        )
     with tempfile.TemporaryDirectory() as folder:
         blank = _blank(run, epath.Path(folder)) if run.family.text_to_image else None
         model = models.build(run.model, adapter=run.adapter)
@@ -186,11 +191,15 @@ def programs(
                 yield pipeline.programs
 
 
-def shapes(run: Run) -> list[tuple[int, ...]]:
-    """Of the samples that a run trains on: its records', where they are here."""
+def shapes(run: Run) -> list[models.Shape]:
+    """Of the rows that a run trains on: its records', where they are here."""
     if not run.data.records or not all(epath.Path(path).exists() for path in run.data.records):
-        return [run.model.sample_shape]
+        return [models.shape_of(run.model)]
     return inputs.shapes(inputs.open_data(run), run.model)
+
+
+def _edits(run: Run) -> bool:
+    return bool(models.shape_of(run.model).references)
 
 
 def _blank(run: Run, folder: epath.Path) -> Blank:
@@ -219,7 +228,7 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
     helps = plan.levers(run.mesh.strategy, run.model.remat, 1.0)
     found = [
         Program(
-            "train", f"{phase} step, {_by(shape)}", functools.partial(
+            "train", f"{phase} step, {_by(shape.sample)}", functools.partial(
                 prepared.lower, phase, shape, **where
             ), on_device(prepared.abstract_batch(shape)), helps, flags.options(kind),
         )  # beside the next batch
@@ -252,9 +261,9 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
 
 
 def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
-    """What training prepares; of records, which need not be here, without their rows."""
+    """What training prepares; of records, which need not be here, and of edits without rows."""
     prompts, tokens = run.sample.prompts, run.data.text_tokens
-    source = None if run.data.records else data.load(run.data.name)
+    source = None if run.data.records or _edits(run) else data.load(run.data.name)
     if pipeline is None:
         known = inputs.of_classes(run.model, source, scored=False)
         judge = evaluation.ClassJudge(source, Classifier(source.num_classes), {})
@@ -262,8 +271,8 @@ def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
     if source is not None:
         return inputs.of_captions(pipeline, source, tokens, prompts)
     model = models.build(run.model)
-    null = {k: np.zeros(a.shape, a.dtype) for k, a in model.abstract_null(tokens).items()}
-    shown = {name: np.repeat(array, records.SHOWN, 0) for name, array in null.items()}
+    null = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), model.abstract_null(tokens))
+    shown = jax.tree.map(lambda array: np.repeat(array, records.SHOWN, 0), null)
     if prompts:
         embeddings = text.embed(pipeline, prompts, tokens)
         shown = inputs.conditions(embeddings, tokens, run.model.dtype)
@@ -278,7 +287,7 @@ def _sampling(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
         pipeline, prompts, negative=family.negative_prompt
     )
     count, rows = len(prompts), parallel.row_parts(pipeline.mesh())
-    for shape in shapes:
+    for shape in (one.sample for one in shapes):
         for n in run.sample.steps:
             _draw(pipeline, denoising.FewStep(few_step(n)), cond[0], shape, rows, None)
         _draw_as_base(pipeline, cond[1][:count], shape, rows, cond[1][count:])
@@ -296,7 +305,7 @@ def _encoding(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
         for ids in texts.values():
             embed(ids)
         for shape in shapes:
-            height, width = (side * downscale for side in shape[:2])
+            height, width = (side * downscale for side in shape.sample[:2])
             batch = batch_of(codec.BATCH, (width, height))
             encode(np.zeros((batch, height, width, 3), np.float32), batch)
     text.null(pipeline)

@@ -291,7 +291,8 @@ class ByEdit(ByPrompt):
         return found
 
     def _size(self, wish: Wish) -> tuple[int, int]:
-        return self._pipeline.family.editing.size(self._edit(wish).pictures)
+        area = editing.area_of(self._pipeline)
+        return self._pipeline.family.editing.size(self._edit(wish).pictures, area)
 
     def _finished(self, wish: Wish, x: Pictures) -> tuple[Pictures, dict[str, Any]]:
         """In the size of the picture that decides, where none was asked for."""

@@ -27,10 +27,10 @@ def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
     """
     settings, rows = run.model, run.data.batch_size
     text = run.family.text_to_image
-    if text is not None and text.editing:
+    if text is not None and text.editing and run.sample.prompts:
         raise UserError(
-            f"model {settings.name!r} edits pictures, and training on edits is not there yet: "
-            "`sample --image` draws from what was imported"
+            f"sample.prompts is set, but model {settings.name!r} edits pictures: leave it out, and "
+            "previews show edits of the data"
         )
     total = len(source.learned) if isinstance(source, data.Dataset) else sum(map(len, source))
     if total < rows:

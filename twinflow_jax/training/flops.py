@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import ad
 
-from twinflow_jax.models import Model, remat
+from twinflow_jax.models import Model, Shape, remat, shape_of
 from twinflow_jax.models.attention import compiled_for
 from twinflow_jax.objectives import STUDENT, Batch, Objective
 from twinflow_jax.training.step import micro_batches
@@ -39,14 +39,15 @@ class Call:
 
 
 def forward(
-    model: Model, text_tokens: int, platform: str = "tpu", shape: tuple[int, ...] | None = None
+    model: Model, text_tokens: int, platform: str = "tpu", shape: Shape | None = None
 ) -> Forward:
     """The FLOPs of one row, as the network computes it on a platform.
 
-    shape: of a sample (default: the network's own).
+    shape: of the row (default: the network's own).
     """
-    null = model.abstract_null(text_tokens)
-    x = jax.ShapeDtypeStruct((1, *(shape or model.sample_shape)), jnp.float32)
+    shape = shape or shape_of(model.config)
+    null = model.abstract_null(text_tokens, shape)
+    x = jax.ShapeDtypeStruct((1, *shape.sample), jnp.float32)
     time = jax.ShapeDtypeStruct((1,), jnp.float32)
     with compiled_for(platform):
         jaxpr = jax.make_jaxpr(model.apply)(model.abstract_params(), x, time, time, null)

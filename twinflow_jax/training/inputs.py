@@ -7,33 +7,36 @@ text encoder once, before training; or the run reads what twinflow encode made o
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401 - NumPy then knows bfloat16 by name
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from twinflow_jax import checkpoints, data, evaluation, models
-from twinflow_jax.arrays import AnyArray
+from twinflow_jax import checkpoints, data, evaluation, images, models
 from twinflow_jax.checkpoints import imported, random
 from twinflow_jax.config import RANDOM, Data, Run
+from twinflow_jax.data import edits
 from twinflow_jax.data.records import Records
-from twinflow_jax.drawing import Pipeline, codec, pairs, text
+from twinflow_jax.drawing import Pipeline, codec, editing, pairs, text
 from twinflow_jax.errors import UserError
 from twinflow_jax.models.settings import Settings
 from twinflow_jax.parallel import hosts
 from twinflow_jax.training import records
 
-Conditions = dict[str, AnyArray]  # row k of each array is of label, or prompt, k
+Conditions = dict[str, Any]  # row k of each array is of label, or prompt, k
+EDITED = 256  # pictures of a named dataset that edits are made of
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """streams: of each shape of samples, rows of {"x", "cond"} (data.batches).
 
-    null: the condition that stands for none, of one row. shown: the conditions that previews
-    draw, with their names. decode: samples -> images. judge: what scores drawn samples of each
-    label, where there is one.
+    null: the condition that stands for none, of one row; {} where rows bring their own. shown: the
+    conditions that previews draw, with their names. decode: samples -> images. judge: what scores
+    drawn samples of each label, where there is one.
     """
 
     model: models.Model
@@ -47,7 +50,7 @@ class Inputs:
 
 def take(conditions: Conditions, index) -> Conditions:
     """The conditions of some labels, one row each."""
-    return {name: table[index] for name, table in conditions.items()}
+    return jax.tree.map(lambda table: table[index], conditions)
 
 
 def open_data(run: Run) -> data.Dataset | list[Records]:
@@ -64,10 +67,10 @@ def open_data(run: Run) -> data.Dataset | list[Records]:
 
 def shapes(
     source: data.Dataset | list[Records], settings: Settings
-) -> list[tuple[int, ...]]:
-    """Of the samples, in the order of `Inputs.streams`."""
+) -> list[models.Shape]:
+    """Of the rows, in the order of `Inputs.streams`."""
     if isinstance(source, data.Dataset):
-        return [settings.sample_shape]
+        return [models.shape_of(settings)]
     return list(records.by_shape(source, settings))
 
 
@@ -85,6 +88,8 @@ def prepare(
     if run.family.text_to_image is None:
         return of_classes(run.model, source, scored=run.sample.score_count > 0)
     pipeline = open_pipeline(run, workdir)
+    if isinstance(source, data.Dataset) and run.family.text_to_image.editing:
+        return of_edits(pipeline, source, run.data.text_tokens)
     if isinstance(source, data.Dataset):
         return of_captions(pipeline, source, run.data.text_tokens, run.sample.prompts)
     return of_records(pipeline, source, run.data, run.sample.prompts)
@@ -132,6 +137,38 @@ def of_captions(
     )
 
 
+def of_edits(pipeline: Pipeline, dataset: data.Dataset, tokens: int) -> Inputs:
+    """Pictures of a dataset, changed as each of some instructions says; previews draw the first."""
+    settings, side = pipeline.settings, pipeline.config("vae").downscale
+    height, width = (side * places for places in settings.sample_shape[:2])
+    sources = edits.sources(dataset.train.x[:EDITED], height, width)
+    with text.encoder(pipeline, text.BATCH) as embed:
+        told = editing.Instructions(pipeline, embed)(
+            [(tuple(edits.CHANGES), [one]) for one in images.to_uint8(sources)]
+        )
+    latents = codec.encode(pipeline, sources)
+    targets = [codec.encode(pipeline, change(sources)) for change in edits.CHANGES.values()]
+
+    def about(which, tails):
+        texts = [np.concatenate([told[i].shown, t]) for i, t in zip(which, tails, strict=True)]
+        return records.padded(texts, settings, tokens) | {"references": (latents[which],)}
+
+    def read(numbers, seeds):
+        which, change = np.divmod(numbers, len(targets))
+        pairs = list(zip(which, change, strict=True))
+        return {
+            "x": np.stack([targets[k][i] for i, k in pairs]),
+            "cond": about(which, [told[i].tokens[k] for i, k in pairs]),
+            "null": about(which, [told[i].null for i in which]),
+        }
+
+    streams = ((data.Stream(len(sources) * len(targets), read),),)
+    return Inputs(
+        models.build(settings), streams, {}, read(np.arange(2 * len(targets)), None)["cond"],
+        2 * tuple(edits.CHANGES), decoder(pipeline), judge=None,
+    )
+
+
 def of_records(
     pipeline: Pipeline, folders: Sequence[Records], rows: Data,
     prompts: tuple[str, ...],
@@ -143,9 +180,10 @@ def of_records(
     else:
         prompts, embeddings = records.first_captions(folders[0])
         embeddings = embeddings[:, :tokens]  # as a step sees them
+    own = pipeline.family.editing is not None
     return Inputs(
         models.build(settings), records.streams(folders, rows.weights, settings, tokens),
-        conditions(records.null(folders[0]), tokens, settings.dtype),
+        {} if own else conditions(records.null(folders[0]), tokens, settings.dtype),
         conditions(embeddings, tokens, settings.dtype),
         prompts, decoder(pipeline), judge=None,
     )
@@ -181,4 +219,5 @@ def conditions(embeddings, tokens: int, dtype: str) -> Conditions:
     fill = max(tokens - embeddings.mask.shape[1], 0)
     padded = np.pad(embeddings.tokens[:, :tokens], ((0, 0), (0, fill), (0, 0)))
     mask = np.pad(embeddings.mask[:, :tokens], ((0, 0), (0, fill)))
-    return {"tokens": padded.astype(dtype), "mask": mask}
+    about = {"references": embeddings.references} if embeddings.references else {}
+    return {"tokens": padded.astype(dtype), "mask": mask} | about

@@ -108,7 +108,7 @@ def claimed(
 
 
 def loop(
-    prepared: setup.Setup, known: inputs.Inputs, shapes: list[tuple[int, ...]], steps: dict,
+    prepared: setup.Setup, known: inputs.Inputs, shapes: list[models.Shape], steps: dict,
     saver: checkpoints.Saver, mirror: buckets.Mirror, carrier: checkpoints.Carrier, workdir: str,
     progress: bool, clock: Clock,
 ) -> state.TrainState:
@@ -151,7 +151,7 @@ def loop(
                 shape, batch = next(batches)
                 batch = hosts.put_rows(batch, prepared.over_rows, rows, count)
             kind = prepared.phase(i), shapes[shape]
-            current, metrics = steps[kind](current, batch | {"null": null})
+            current, metrics = steps[kind](current, {"null": null} | batch)
             if pending:
                 log.add(*pending)
             pending = (i + 1, metrics)
@@ -200,7 +200,7 @@ def keep_compiled(workdir: str) -> None:
 
 
 def compile_phases(
-    prepared: setup.Setup, shapes: list[tuple[int, ...]], first: int, progress: bool, done: dict
+    prepared: setup.Setup, shapes: list[models.Shape], first: int, progress: bool, done: dict
 ) -> dict:
     """The steps of each phase that lies ahead, for each shape of samples, compiled.
 

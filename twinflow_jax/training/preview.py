@@ -26,6 +26,7 @@ class Preview:
         self.grids = [few_step(steps) for steps in run.sample.steps]
         self._every, self._last = run.train.sample_every, run.train.steps
         self._columns, self._rows = run.sample.columns, len(inputs.names)
+        self._about = inputs.shown.get("references", ())
         scored = run.sample.score_count if inputs.judge else 0
         self._count = max(scored, self._columns * self._rows)
         self._labels = sample_labels(self._count, self._rows)
@@ -47,7 +48,7 @@ class Preview:
         Every process samples, since all hold parts of the weights; the first one draws, the
         others have neither.
         """
-        blocks, scores = {}, {}
+        blocks, scores = self._sources(), {}
         over = parallel.over_rows(self._strategy.mesh, self._count)
         shown = np.concatenate(  # rows are classes, or prompts
             [np.flatnonzero(self._labels == row)[: self._columns] for row in range(self._rows)]
@@ -63,11 +64,21 @@ class Preview:
             blocks[f"{grid.nfe} NFE"] = x[shown]
             if self._inputs.judge:
                 scores[grid.nfe] = self._inputs.judge.score(x, self._labels)
-        if not blocks:
+        if not hosts.leads():
             return scores, None
-        sheet = images.sheet(blocks, self._columns, title=f"step {step}")
+        rows = self._inputs.names if self._about else ()
+        sheet = images.sheet(blocks, self._columns, title=f"step {step}", rows=rows)
         images.save(self._file(step), sheet, {"rows": "\n".join(self._inputs.names)})
         return scores, sheet
+
+    def _sources(self) -> dict[str, np.ndarray]:
+        """The pictures that each row is an edit of, as they are shown before it."""
+        if not hosts.leads():
+            return {}
+        return {
+            f"source {number}": self._inputs.decode(latents)
+            for number, latents in enumerate(self._about, 1)
+        }
 
     def lower(self, grid: Grid, params, **options) -> jax.stages.Lowered:
         """What `make` draws with along one of `grids`. params: abstract."""

@@ -1,16 +1,17 @@
 """Training from what twinflow encode wrote: the folders of a config as streams of rows."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from twinflow_jax import data
-from twinflow_jax.data.records import NULL, PROMPTS, Records, open_records
+from twinflow_jax.data.records import NULL, PROMPTS, Example, Records, open_records
 from twinflow_jax.drawing import Embeddings
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import Shape, shape_of
 from twinflow_jax.models.settings import Settings
 from twinflow_jax.parallel import hosts
 
@@ -47,7 +48,7 @@ def open_folders(
 
 def digest(folders: Sequence[Records]) -> str:
     """Of what the folders hold: another one where they were encoded from something else."""
-    contents = [(dataclasses.asdict(f.manifest), f.splits, f.report) for f in folders]
+    contents = [(f.manifest.told(), f.splits, f.report) for f in folders]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
@@ -72,8 +73,9 @@ def check_split(folder: Records, split: str, settings: Settings, image_free: boo
         return
     shape, taken = folder.sample_shape(split), settings.sample_shape
     any_size = settings.any_size
-    fits = shape == taken if not any_size else (
-        shape[2] == taken[2] and shape[0] % settings.patch == shape[1] % settings.patch == 0
+    fits = shape == taken if not any_size else all(
+        one[2] == taken[2] and one[0] % settings.patch == one[1] % settings.patch == 0
+        for one in (shape, *folder.reference_shapes(split))
     )
     if not fits:
         sizes = f"any size divisible by {settings.patch}" if any_size else "that size alone"
@@ -85,13 +87,14 @@ def check_split(folder: Records, split: str, settings: Settings, image_free: boo
 
 def by_shape(
     folders: Sequence[Records], settings: Settings
-) -> dict[tuple[int, ...], list[tuple[Records, str]]]:
-    """The folders and splits of each shape of samples; prompts alone take the network's own."""
+) -> dict[Shape, list[tuple[Records, str]]]:
+    """The folders and splits of each shape of rows; prompts alone take the network's own."""
     shapes = {}
     for folder in folders:
         for split in folder.splits:
-            own = settings.sample_shape
-            shape = own if split == PROMPTS else folder.sample_shape(split)
+            shape = shape_of(settings)
+            if split != PROMPTS:
+                shape = Shape(folder.sample_shape(split), folder.reference_shapes(split))
             shapes.setdefault(shape, []).append((folder, split))
     return dict(sorted(shapes.items()))
 
@@ -121,20 +124,48 @@ def streams(
     )
 
 
-def batch(folder: Records, split: str, rows, seeds, shape, settings: Settings, tokens: int):
-    """Rows {"x", "cond"} of one split; of several captions each epoch draws one."""
-    x = np.zeros((len(rows), *shape), np.float32)
-    text = np.zeros((len(rows), tokens, settings.text_width), settings.dtype)
-    mask = np.zeros((len(rows), tokens), bool)
+def batch(folder: Records, split: str, rows, seeds, shape: Shape, settings: Settings, tokens: int):
+    """Rows {"x", "cond"} of one split; of several captions each epoch draws one. Of edits "null"
+    too, each row's own, since the instruction that stands for none is about its pictures."""
+    x, said, unsaid = np.zeros((len(rows), *shape.sample), np.float32), [], []
+    references = tuple(np.zeros((len(rows), *one), np.float32) for one in shape.references)
     for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
         example = folder.read(split, int(row))
         if example.sample is not None:
             x[i] = example.sample
         several = len(example.tokens) > 1
         pick = np.random.default_rng(seed).integers(len(example.tokens)) if several else 0
-        valid = example.tokens[pick][:tokens]
+        said.append(whole(example, example.tokens[pick]))
+        if example.edit is not None:
+            unsaid.append(whole(example, example.edit.null))
+            if len(unsaid[-1]) > tokens:
+                raise UserError(
+                    f"data.text_tokens is {tokens}, but the pictures of record {example.id} in "
+                    f"{folder.folder} and the instruction that stands for none have "
+                    f"{len(unsaid[-1])} tokens: give more"
+                )
+            for array, latents in zip(references, example.edit.references, strict=True):
+                array[i] = latents
+    cond = padded(said, settings, tokens)
+    if not references:
+        return {"x": x, "cond": cond}
+    about = {"references": references}
+    return {"x": x, "cond": cond | about, "null": padded(unsaid, settings, tokens) | about}
+
+
+def whole(example: Example, tokens: Float[np.ndarray, "_ D"]) -> Float[np.ndarray, "_ D"]:
+    """The tokens of a caption, after those of the pictures that it is about."""
+    return tokens if example.edit is None else np.concatenate([example.edit.shown, tokens])
+
+
+def padded(texts: Sequence[Float[np.ndarray, "_ D"]], settings: Settings, tokens: int):
+    """{"tokens", "mask"} of texts, each padded or cut to so many."""
+    text = np.zeros((len(texts), tokens, settings.text_width), settings.dtype)
+    mask = np.zeros((len(texts), tokens), bool)
+    for i, valid in enumerate(texts):
+        valid = valid[:tokens]
         text[i, : len(valid)], mask[i, : len(valid)] = valid, True
-    return {"x": x, "cond": {"tokens": text, "mask": mask}}
+    return {"tokens": text, "mask": mask}
 
 
 def first_captions(folder: Records) -> tuple[tuple[str, ...], Embeddings]:
@@ -142,10 +173,14 @@ def first_captions(folder: Records) -> tuple[tuple[str, ...], Embeddings]:
     split = max(folder.splits, key=folder.splits.get)
     count = folder.splits[split]
     found = [folder.read(split, row) for row in range(0, count, max(count // SHOWN, 1))][:SHOWN]
-    parts = [
-        Embeddings(example.tokens[0][None], np.ones((1, len(example.tokens[0])), bool))
-        for example in found
-    ]
+    parts = []
+    for example in found:
+        tokens = whole(example, example.tokens[0])
+        references = () if example.edit is None else example.edit.references
+        parts.append(Embeddings(
+            tokens[None], np.ones((1, len(tokens)), bool),
+            tuple(latents[None].astype(np.float32) for latents in references),
+        ))
     return tuple(example.captions[0] for example in found), Embeddings.join(parts)
 
 

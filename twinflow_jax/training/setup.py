@@ -14,6 +14,7 @@ from twinflow_jax import models, objectives, parallel, seeds
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import attention
+from twinflow_jax.models.settings import Settings
 from twinflow_jax.objectives.config import STUDENT, Shared
 from twinflow_jax.training import flops, optimizers, state, step
 
@@ -44,9 +45,9 @@ class Setup:
         return jax.jit(self.fresh, out_shardings=self.layouts, donate_argnums=taken)
 
     def ahead(
-        self, shapes: Sequence[tuple[int, ...]], first: int = 0
-    ) -> list[tuple[str, tuple[int, ...]]]:
-        """The phases that have steps from `first` on, with each shape of samples."""
+        self, shapes: Sequence[models.Shape], first: int = 0
+    ) -> list[tuple[str, models.Shape]]:
+        """The phases that have steps from `first` on, with each shape of rows."""
         train = self.run.train
         begin = max(first, train.flow_matching_steps)
         steps = (first, *range(begin, begin + len(self.run.objective.cycle)))
@@ -64,23 +65,25 @@ class Setup:
         shapes = jax.eval_shape(self.fresh, self.model.abstract_params())
         return jax.tree.map(_placed, shapes, self.layouts)
 
-    def abstract_batch(self, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    def abstract_batch(self, shape: models.Shape | None = None) -> dict[str, Any]:
         """What a step takes: x and cond of every row, noise too of pairs, and the condition that
-        stands for none.
+        stands for none, of every row too where that is about pictures.
 
-        shape: of a sample (default: the network's own).
+        shape: of rows (default: the network's own).
         """
         model, rows = self.model, self.run.data.batch_size
-        null = model.abstract_null(self.run.data.text_tokens)
+        shape = shape or models.shape_of(model.config)
+        null = model.abstract_null(self.run.data.text_tokens, shape)
         whole = parallel.replicated(self.strategy.mesh)
         of_rows = lambda leaf: jax.ShapeDtypeStruct(
             (rows, *leaf.shape[1:]), leaf.dtype, sharding=self.over_rows
         )
-        x = jax.ShapeDtypeStruct((1, *(shape or model.sample_shape)), jnp.float32)
+        x = jax.ShapeDtypeStruct((1, *shape.sample), jnp.float32)
+        of_null = of_rows if shape.references else lambda leaf: _placed(leaf, whole)
         noise = {"noise": of_rows(x)} if self.run.objective.pairs else {}
         return noise | {
             "x": of_rows(x), "cond": jax.tree.map(of_rows, null),
-            "null": jax.tree.map(lambda leaf: _placed(leaf, whole), null),
+            "null": jax.tree.map(of_null, null),
         }
 
     def evaluations(self, phase: str) -> list[flops.Call]:
@@ -90,8 +93,8 @@ class Setup:
             self.run.train.micro_steps,
         )
 
-    def step_flops(self, phase: str, shape: tuple[int, ...] | None = None) -> int:
-        """Model FLOPs of one step of a phase on all devices, for samples of a shape."""
+    def step_flops(self, phase: str, shape: models.Shape | None = None) -> int:
+        """Model FLOPs of one step of a phase on all devices, for rows of a shape."""
         # As a CPU computes it: plain attention, whose FLOPs no kernel hides or fills up.
         one = flops.forward(self.model, self.run.data.text_tokens, "cpu", shape)
         return flops.worth(one, self.evaluations(phase))
@@ -100,9 +103,9 @@ class Setup:
     def over_rows(self) -> jax.sharding.NamedSharding:
         return parallel.over_rows(self.strategy.mesh, self.run.data.batch_size)
 
-    def lower(self, phase: str, shape: tuple[int, ...] | None = None, **options):
-        """A phase's step for samples of a shape, traced for this mesh."""
-        check_tokens(self.model, self.strategy.mesh, shape or self.model.sample_shape)
+    def lower(self, phase: str, shape: models.Shape | None = None, **options):
+        """A phase's step for rows of a shape, traced for this mesh."""
+        check_tokens(self.strategy.mesh, shape or models.shape_of(self.run.model), self.run.model)
         arguments = self.abstract_state(), self.abstract_batch(shape)
         exact = self.learned[phase].config.derivative == "jvp"
         with self.strategy.applied(), attention.plain() if exact else contextlib.nullcontext():
@@ -131,7 +134,7 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     mesh = parallel.make_mesh(shared, devices, run.data.batch_size)
     abstract = model.abstract_params()
     check_divisible(run.data.batch_size, model, mesh)
-    check_tokens(model, mesh, model.sample_shape)
+    check_tokens(mesh, models.shape_of(run.model), run.model)
     decay = run.objective.teacher_decay
     fresh = lambda params: state.create(
         params, optimizer, decay, train.ema_decay, train.weights, model.fixed,
@@ -186,14 +189,17 @@ def check_divisible(rows: int, model: models.Model, mesh: jax.sharding.Mesh) -> 
         )
 
 
-def check_tokens(model: models.Model, mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> None:
-    """Refuses samples whose tokens the mesh does not divide.
+def check_tokens(mesh: jax.sharding.Mesh, shape: models.Shape, settings: Settings) -> None:
+    """Refuses samples whose tokens, with those of their sources, the mesh does not divide.
 
     Raises:
       UserError: names the key and the number.
     """
     context = mesh.shape["context"]
-    tokens = math.prod(side // model.config.patch for side in shape[:2])
+    tokens = sum(
+        math.prod(side // settings.patch for side in one[:2])
+        for one in (shape.sample, *shape.references)
+    )
     if tokens % context:
         raise UserError(
             f"mesh.context is {context}, which does not divide the {tokens} tokens of an image"

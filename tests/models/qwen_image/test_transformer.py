@@ -162,6 +162,53 @@ def test_parity(changes, references):
     assert error(dataclasses.replace(SMALL, **changes), references) <= 2e-5
 
 
+def gates_as_the_targets(monkeypatch):
+    whole = transformer.Stream.update
+    monkeypatch.setattr(
+        transformer.Stream, "update", lambda self, h, attended, gate_1, shift, scale, gate_2:
+        whole(self, h, attended, gate_1[:, :1], shift, scale, gate_2[:, :1]),
+    )
+
+
+def placed_otherwise(change):
+    def mutate(monkeypatch):
+        whole = transformer.positions
+        monkeypatch.setattr(
+            transformer, "positions", lambda grids, length: change(whole, grids, length)
+        )
+
+    return mutate
+
+
+def text_after_the_target(whole, grids, length):
+    places = whole(grids, length)
+    places[-length:] = whole(grids[:1], length)[-length:]
+    return places
+
+
+def one_frame(whole, grids, length):
+    places = whole(grids, length)
+    places[:-length, 0] = 0
+    return places
+
+
+@pytest.mark.parametrize("mutate", [
+    gates_as_the_targets, placed_otherwise(text_after_the_target), placed_otherwise(one_frame),
+    None,
+], ids=["gate", "text", "frame", "zero_cond_t"])
+def test_mistakes_with_references_show(mutate, monkeypatch):
+    """Each is far beyond the bound of test_parity."""
+    config = dataclasses.replace(SMALL, zero_cond_t=True)
+    params, module, ours, others = pair(config, [(4, 14), (6, 2)])
+    if mutate:
+        mutate(monkeypatch)
+    else:
+        config = dataclasses.replace(config, zero_cond_t=False)
+    velocity = jax.jit(Transformer(config).apply)({"params": params}, *ours)
+    with torch.no_grad():
+        assert relative_error(packed(velocity), theirs(module, *others)) > 1e-2
+
+
 def test_a_block_at_full_width():
     config = dataclasses.replace(SMALL, layers=1, heads=24, head_dim=128, rope_axes=(16, 56, 56))
     params, module, ours, others = pair(config)

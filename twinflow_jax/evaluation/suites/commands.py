@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from twinflow_jax import buckets, files, models, parallel
-from twinflow_jax.drawing import by_prompt, codec, denoising
+from twinflow_jax.drawing import by_prompt, codec, denoising, editing
 from twinflow_jax.drawing.pipeline import run_of
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import suites
@@ -66,10 +66,11 @@ def job_of(
     if run is not None and run.family.text_to_image is None:
         raise UserError(f"{args.checkpoint} draws by class: suites are of prompts")
     pipeline = by_prompt.pipeline_of(args, run)
-    form, found = pipeline.family.editing, None
+    form, found, area = pipeline.family.editing, None, None
     check_family(suite, args.checkpoint, form)
     if form:
-        sizes, found = sources.seen(form, prompts)
+        area = editing.area_of(pipeline)
+        sizes, found = sources.seen(form, prompts, area)
         size = args.size
     else:
         shape = denoising.latent_shape(pipeline, args.size and args.size[::-1])
@@ -89,7 +90,7 @@ def job_of(
     arrays = pipeline.arrays("transformer")
     return job, {
         "checkpoint": args.checkpoint, "prompts_path": str(buckets.absolute(args.prompts)),
-        "images_path": str(buckets.absolute(args.images)) if args.images else None,
+        "images_path": str(buckets.absolute(args.images)) if args.images else None, "area": area,
         "published": prompts.published, "family": pipeline.checkpoint.family,
         "parameters": sum(int(np.prod(array.shape)) for array in arrays.values()),
         "adapters": bool(pipeline.ranks), "device": device(),
@@ -104,9 +105,9 @@ def check_family(suite: Suite, checkpoint: str, form: Editing | None) -> None:
         raise UserError(f"{checkpoint} does not edit pictures, as {suite.name} asks for: give a "
                         "checkpoint of Qwen-Image-Edit, or another suite")
     if form and not suite.edits:
-        editing = ", ".join(name for name, one in suites.SUITES.items() if one.edits)
+        choices = ", ".join(name for name, one in suites.SUITES.items() if one.edits)
         raise UserError(f"{checkpoint} edits pictures, and the prompts of {suite.name} are about "
-                        f"none: choose from {editing}")
+                        f"none: choose from {choices}")
 
 
 def opened(args: argparse.Namespace) -> tuple[epath.Path, dict[str, Any], Suite, Prompts]:
@@ -137,7 +138,7 @@ def checked(
     sizes = [size] * len(prompts.items)
     if suite.edits:
         form = models.FAMILIES[manifest["family"]].text_to_image.editing
-        own, digest = sources.seen(form, prompts)
+        own, digest = sources.seen(form, prompts, manifest["area"])
         if digest != manifest["sources"]:
             raise UserError(f"the pictures that {suite.name} edits are not those that were: give "
                             "those with --prompts or --images")

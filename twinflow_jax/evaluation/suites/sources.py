@@ -28,9 +28,9 @@ def picture(form: Editing, prompts: Prompts, item: Item) -> Image.Image:
     return found
 
 
-def seen(form: Editing, prompts: Prompts) -> tuple[list[Size], str]:
-    """The size that each item's picture has after an edit, and a digest of what all of them are
-    before.
+def seen(form: Editing, prompts: Prompts, area: int) -> tuple[list[Size], str]:
+    """The size that each item's picture has after an edit, of about so many pixels, and a digest of
+    what all of them are before.
 
     Raises:
       UserError: as `edit`.
@@ -40,7 +40,7 @@ def seen(form: Editing, prompts: Prompts) -> tuple[list[Size], str]:
         before = picture(form, prompts, item)
         pixels = hashlib.sha256(before.tobytes())
         pixels.update(repr(before.size).encode())
-        return form.size([before]), pixels.digest()
+        return form.size([before], area), pixels.digest()
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
         found = list(threads.map(look, prompts.items))

@@ -96,10 +96,18 @@ def embed_seen(config: seeing_encoder.Config, params, ids, mask, places, picture
     return states[:, edit.PREFIX :], mask[:, edit.PREFIX :]
 
 
+def edit_inputs(config: transformer.Config) -> tuple:
+    """As `family.transformer_inputs`, with a source."""
+    *inputs, cond = family.transformer_inputs(config)
+    return *inputs, cond | {"references": (inputs[0],)}
+
+
 def _editing(config: type, form: edit.Form, pipeline: str) -> family.Family:
     """Qwen-Image's family with the other text encoder."""
     networks = NETWORKS | {
-        "transformer": dataclasses.replace(NETWORKS["transformer"], config=config),
+        "transformer": dataclasses.replace(
+            NETWORKS["transformer"], config=config, example=edit_inputs
+        ),
         "text_encoder": dataclasses.replace(
             NETWORKS["text_encoder"], config=seeing_encoder.Config,
             module=seeing_encoder.SeeingEncoder, example=seeing_encoder.inputs,

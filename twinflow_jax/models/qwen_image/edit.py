@@ -162,18 +162,19 @@ class Form:
     most: int
     numbered: bool
     last: bool
+    area: int = MEGAPIXEL
 
     def upright(self, picture: Image.Image) -> Image.Image:
         return upright(picture)
 
-    def size(self, pictures: Sequence[Image.Image]) -> tuple[int, int]:
-        return size_of_area(MEGAPIXEL, self.decides(pictures).size)
+    def size(self, pictures: Sequence[Image.Image], area: int) -> tuple[int, int]:
+        return size_of_area(area, self.decides(pictures).size)
 
     def decides(self, pictures: Sequence[Image.Image]) -> Image.Image:
         return pictures[-1 if self.last else 0]
 
-    def encoded(self, picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-        return np.asarray(resized(picture, MEGAPIXEL))
+    def encoded(self, picture: Image.Image, area: int) -> UInt8[np.ndarray, "H W 3"]:
+        return np.asarray(resized(picture, area))
 
     def seen(
         self, config, processor: dict[str, Any], picture: Image.Image
@@ -215,6 +216,14 @@ class Form:
         ids, mask = tokenizers.padded(rows, PREFIX + length, tokenizer.pad_token_id)
         pictures = tuple(np.repeat(one[None], len(prompts), 0) for one in seen)
         return ids, mask, places(ids, config.image_token, grids), pictures
+
+    def shown(
+        self, config, ids: Int[np.ndarray, "L"], seen: Sequence[Float[np.ndarray, "_ _ 3"]]
+    ) -> int:
+        unit = config.vision.unit
+        count = sum(one.shape[0] * one.shape[1] // unit**2 for one in seen)
+        last = np.flatnonzero(ids == config.image_token)[count - 1]
+        return int(last) + 2 - PREFIX  # the end of the picture comes after it
 
 
 EDIT = Form(MEGAPIXEL, most=1, numbered=False, last=False)

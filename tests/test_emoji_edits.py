@@ -1,0 +1,97 @@
+"""Edits of emoji: the pairs, and the family that a laptop trains on them."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_verbs import call
+from twinflow_jax import config as configs
+from twinflow_jax import encode
+from twinflow_jax.checkpoints.random import write_random
+from twinflow_jax.errors import UserError
+from twinflow_jax.training.loop import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+PLAIN, DARK, BOTH = "1f44b", "1f44b-1f3ff", "1f91d-1f3fb-200d-1f3ff"
+KNOWN = ("google/1f44b", "google/1f44b-1f3ff", "google/1f91d-1f3fb-200d-1f3ff", "3d/1f44b")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    def load(place: str):
+        name = pathlib.Path(place).stem
+        spec = importlib.util.spec_from_file_location(f"{name}_file", ROOT / place)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def emoji(loaded, tmp_path_factory) -> pathlib.Path:
+    """A set as tools/emoji.py writes it, and its edits."""
+    folder, rng = tmp_path_factory.mktemp("emoji"), np.random.default_rng(0)
+    rows = []
+    for name in KNOWN:
+        file = folder / f"images/{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(file)
+        rows.append(json.dumps({"id": name, "image": f"images/{name}.png"}) + "\n")
+    (folder / "train.jsonl").write_text("".join(rows))
+    (folder / "held_out_concepts.jsonl").write_text(rows[0])
+    tool = loaded("tools/emoji_edits.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["emoji_edits.py", str(folder)])
+        tool.main()
+        patch.setattr("sys.argv", ["emoji_edits.py", str(folder / "images")])
+        with pytest.raises(UserError, match="train.jsonl is missing: write the set with"):
+            tool.main()
+    return folder
+
+
+def test_pairs(loaded, emoji):
+    tool = loaded("tools/emoji_edits.py")
+    rows = [json.loads(line) for line in (emoji / "edits.jsonl").read_text().splitlines()]
+    found = {(row["source"], row["instruction"]): row["target"] for row in rows}
+    image = "images/{}.png".format
+    assert len(found) == len(rows) == 2 + 1 + len(KNOWN)
+    assert found[image(f"google/{PLAIN}"), "draw it in a 3d style"] == image(f"3d/{PLAIN}")
+    assert found[image(f"3d/{PLAIN}"), "draw it in Google's style"] == image(f"google/{PLAIN}")
+    assert found[image(f"google/{PLAIN}"), "give it dark skin"] == image(f"google/{DARK}")
+    for name in KNOWN:
+        [(said, change)] = [
+            (said, change) for said, change in tool.CHANGES.values() if (image(name), said) in found
+        ]
+        source, target = (Image.open(emoji / f) for f in (image(name), found[image(name), said]))
+        np.testing.assert_array_equal(np.asarray(target), np.asarray(change(source)))
+    assert len((emoji / "edits_held_out.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_family_trains_on_them(loaded, emoji, tmp_path, capsys, monkeypatch):
+    pipeline = write_random("minilm_edit", tmp_path / "c", 0).folder
+    records = str(tmp_path / "r")
+    given = str(emoji / "edits.jsonl"), records, "--pipeline", str(pipeline), "--size", "32"
+    assert call(encode, *given) == 0
+    run = configs.parse("configs/emoji_edit.py:flow", [
+        f"pipeline={pipeline}", f"data.records=('{records}',)", "data.batch_size=4",
+        "data.text_tokens=32", "train.steps=2", "model.layers=1", "model.heads=1",
+        "model.text_width=48", "sample.steps=(1,)", "sample.columns=1",
+    ])
+    assert int(train(run, str(tmp_path / "run"), progress=False).step) == 2
+    judge = loaded("benchmarks/edits.py")
+    monkeypatch.setattr(judge, "ROWS", 7)
+    monkeypatch.setattr("sys.argv", ["edits.py", str(tmp_path / "run"), records, "--steps", "1"])
+    judge.main()
+    assert "7 edits of" in capsys.readouterr().out
+    targets = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
+    others = np.roll(targets, 1, axis=0)
+    sources = others.reshape(5, 2, 2, 3) + np.float32(0.2)
+    assert judge.right(targets + 0.1, targets, sources) == 1
+    assert judge.right(others + 0.1, targets, sources) == 0
