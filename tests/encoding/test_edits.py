@@ -194,7 +194,7 @@ def test_records_of_edits(tmp_path, monkeypatch, capsys, checkpoint, edits):
         pictures = tuple(Image.fromarray(decode(seed)) for seed in seeds[1:])
         for caption, tail in zip(example.captions, example.tokens, strict=True):
             drawn = editing.Edit(caption, pictures)
-            [(cond, null)] = editing._texts(pipeline, [drawn], "Edit this image.")
+            [(cond, null)] = editing.conditions(pipeline, [drawn], "Edit this image.")
             for theirs, mine in ((cond, tail), (null, example.edit.null)):
                 ours = np.concatenate([example.edit.shown, mine])
                 np.testing.assert_allclose(ours, theirs.tokens[theirs.mask], atol=5e-3, rtol=5e-3)
