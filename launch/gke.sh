@@ -16,7 +16,10 @@
 #                                    into which each start installs this checkout
 #   --dry-run                        print the commands and do nothing
 #
-# --workdir and every folder in the config must be on storage that all workers see: a bucket
+# Arguments that begin with a verb are that one's: evaluate suite draw ... --out DIR has every
+# worker draw its share of a suite (docs/evaluation.md).
+#
+# --workdir, --out and every folder in the config must be on storage that all workers see: a bucket
 # (gs://BUCKET/FOLDER), or that storage. See docs/pods.md.
 set -u
 # shellcheck source=launch/common.sh
@@ -52,9 +55,11 @@ case $verb in
     [[ $type ]] || fail "create needs --type"
     (($#)) || fail "create needs -- and the training arguments"
     root=$(cd "$(dirname "$0")/.." && pwd)
+    verb=train
+    [[ $1 =~ ^[a-z]+$ ]] && verb=$1 && shift
     # exec: SIGTERM then reaches training, which saves. Status 2, a refused config, is the only
     # one that does not restart; 42 and 127 to 255 always do.
-    command="exec python -m twinflow_jax.train $(quote "$@") --coordinator auto"
+    command="exec python -m twinflow_jax.$verb $(quote "$@") --coordinator auto"
     if [[ $image ]]; then
       source=(--docker-image "$image")
     else

@@ -75,3 +75,21 @@ def hub(monkeypatch):
         warnings.filterwarnings("ignore", "Use 'content=")
         yield hub
     hub.close()
+
+
+SERVERS = []  # one a process: tensorstore asks once where it is
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty one, which this process and those that it starts take for Cloud Storage."""
+    from tests.bucket import Bucket  # of tests that ask for one
+
+    if not SERVERS:
+        SERVERS.append(Bucket())
+    [server] = SERVERS
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.blobs.clear()
+    server.refuse = lambda method, address: 0

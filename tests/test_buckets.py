@@ -38,19 +38,6 @@ COMMAND = [
     "--config.sample.columns=1", "--config.sample.steps=(1,)",
 ]
 RUN = f"gs://{NAME}/run"
-SERVER: list[Bucket] = []  # one a process: tensorstore asks once where it is
-
-
-@pytest.fixture
-def bucket(monkeypatch) -> Bucket:
-    """An empty one, which this process and those that it starts take for Cloud Storage."""
-    if not SERVER:
-        SERVER.append(Bucket())
-    for name, value in SERVER[0].environment.items():
-        monkeypatch.setenv(name, value)
-    yield SERVER[0]
-    SERVER[0].blobs.clear()
-    SERVER[0].refuse = lambda method, address: 0
 
 
 def start(workdir: str, log: pathlib.Path, processes: int = 1, *more: str) -> list:

@@ -104,6 +104,9 @@ def forbid(place):
      ["xpk workload create --workload run --cluster c --tpu-type v5p-128 --num-slices 1 "
       "--max-restarts 50 --restart-on-exit-codes 1,3-126 .* --storage s --docker-image i "
       "--command 'exec python -m twinflow_jax.train .* --coordinator auto'"]),
+    ("gke.sh", ["create", "--name", "run", "--cluster", "c", "--type", "v5p-128", "--", *DRAW],
+     ["xpk workload create .* --command 'pip install .* && exec python -m twinflow_jax.evaluate "
+      "suite draw dpg --checkpoint c --out pictures/dpg --coordinator auto'"]),
     ("gke.sh", ["list", "--cluster", "c"], ["xpk workload list --cluster c"]),
     ("gke.sh", ["logs", "--name", "run"], ["kubectl logs .*workload=run,.*"]),
     ("gke.sh", ["delete", "--name", "run", "--cluster", "c"], ["xpk workload delete .*"]),

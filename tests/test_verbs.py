@@ -162,6 +162,16 @@ def test_bad_inputs_get_one_line(run, tmp_path, capsys):
     assert not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
 
 
+def test_whoever_reads_may_have_enough():
+    """As `| head` has: no traceback."""
+    command = [sys.executable, "-m", "twinflow_jax.train", "--config", "configs/digits.py",
+               "--help-config"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
 @pytest.mark.parametrize(
     "sent, said", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )

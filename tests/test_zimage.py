@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import shutil
 import types
 
@@ -174,23 +173,6 @@ def test_half_an_embedder_is_refused(released, tmp_path):
     safetensors.torch.save_file(tensors, file)
     with pytest.raises(UserError, match="missing: t_embedder_2.mlp.0.bias$"):
         importing.import_folder(str(folder), str(tmp_path / "checkpoint"), progress=False)
-
-
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "UNet2DConditionModel"])
-def test_folders_that_share_the_autoencoder_are_refused(made, tmp_path, name):
-    """FLUX's and SDXL's."""
-    folder = shutil.copytree(made.folder / "pipeline", tmp_path / "other")
-    (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": name}))
-    (folder / "text_encoder" / "config.json").write_text(
-        json.dumps({"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"})
-    )
-    if name.startswith("UNet"):
-        (folder / "transformer").rename(folder / "unet")
-    with pytest.raises(UserError) as error:
-        importing.import_folder(str(folder), str(tmp_path / "checkpoint"), progress=False)
-    transformer = "no such folder" if name.startswith("UNet") else f".*_class_name is '{name}'"
-    for line in (f"transformer: {transformer}", "text_encoder: .*'clip_text_m"):
-        assert re.search(line, str(error.value)), str(error.value)
 
 
 def run_from(checkpoint: imported.Imported, **objective) -> Run:

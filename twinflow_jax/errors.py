@@ -120,6 +120,7 @@ def run_verb(main: Callable[[], int | None]) -> None:
             warnings.showwarning = one_line
             insist_on_tpus()
             status = main()
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         end(report(error))
     finally:
@@ -153,6 +154,8 @@ def report(error: BaseException) -> int:
         what = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
         print(f"{what}; {error}" if str(error) else what, file=sys.stderr)
         return 128 + number
+    if isinstance(error, BrokenPipeError):  # whoever read what is printed has enough, as `head`
+        return 128 + signal.SIGPIPE
     traceback.print_exception(error)
     return 1
 
@@ -160,8 +163,9 @@ def report(error: BaseException) -> int:
 def end(status: int) -> NoReturn:
     """Ends this process at once, whatever its threads do: a save that failed leaves some of orbax's
     that never end, and XLA's crash when the interpreter goes while they compile."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
     os._exit(status)
 
 

@@ -134,10 +134,12 @@ def add_suites(verbs) -> None:
     """The verbs of `suite`."""
     one = verbs.add_parser("draw", help="the pictures", description=DRAW)
     one.add_argument("suite", metavar="SUITE", help="geneval, dpg, wise-legacy, wise-verified, "
-                     "longtext-en, longtext-zh or geneval2")
+                     "longtext-en, longtext-zh or geneval2; of a network that edits pictures "
+                     "gedit, gedit-cn or imgedit")
     one.add_argument("--out", type=files.path, required=True, metavar="DIR",
                      help="folder for the pictures and nothing else")
     add_prompts(one, True)
+    add_images(one)
     one.add_argument("--unpublished", action="store_true",
                      help="take prompts that are not the suite's published ones, of any number")
     one.add_argument("--rewritten", type=files.path, metavar="FILE",
@@ -154,6 +156,7 @@ def add_suites(verbs) -> None:
                            description=CHECK)
     one.add_argument("folder", type=files.path, metavar="DIR")
     add_prompts(one, False)
+    add_images(one)
 
     one = verbs.add_parser("read", help="the scorer's results", description=READ)
     one.add_argument("folder", type=files.path, metavar="DIR")
@@ -179,6 +182,13 @@ def add_prompts(parser: argparse.ArgumentParser, required: bool) -> None:
         "--prompts", type=files.path, metavar="PATH", required=required,
         help="a clone of the suite's repository, or the prompts in it"
         + ("" if required else " (default: where they were)"),
+    )
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", type=files.path, metavar="DIR",
+        help="of imgedit: the pictures that its prompts are about, Benchmark.tar unpacked",
     )
 
 

@@ -19,15 +19,18 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from tests.bucket import NAME
 from tests.evaluation import scorers
 from tests.test_verbs import call
 from twinflow_jax import drawing, evaluate, images, sampling
 from twinflow_jax.checkpoints.random import write_random
-from twinflow_jax.drawing import text
+from twinflow_jax.drawing import editing, text
+from twinflow_jax.drawing.by_prompt import Way
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import speed, suites
 from twinflow_jax.evaluation.suites import commands, draw, gallery, paper, results, table
 from twinflow_jax.evaluation.suites.gallery import Gallery
+from twinflow_jax.models.qwen_image import edit
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIDE, BATCH = 64, 3
@@ -42,22 +45,42 @@ TREES = {  # of the small suites of `scorers`
     "longtext-en": [f"{n}_{k}.png" for n in ("0003", "0101") for k in range(1, 5)],
     "longtext-zh": [f"{n}_{k}.png" for n in ("0003", "0101") for k in range(1, 5)],
     "geneval2": ["00000.png", "00001.png"],
+    **{name: [
+        f"fullset/{task}/{language}/{task[:2]}{n}{ending}.png"
+        for task, n in scorers.GEDIT for ending in ("", "_SRCIMG")
+    ] for name, language in (("gedit", "en"), ("gedit-cn", "cn"))},
+    "imgedit": [f"{7 * i}.png" for i in range(len(scorers.IMGEDIT))],
 }
+EDITS = [name for name, suite in suites.SUITES.items() if suite.edits]
+
+
+SMALLER = """
+from twinflow_jax.models.qwen_image import edit
+theirs = edit.size_of_area
+edit.size_of_area = lambda area, size: theirs(area // 100, size)
+"""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Small networks, suites, and GenEval's pictures, drawn by the verb."""
+    """Small networks, suites, and GenEval's pictures, drawn by the verb; edits are a tenth as wide
+    as published networks make them."""
     folder = tmp_path_factory.mktemp("suites")
     write_random("sana", folder / "base", seed=0)
+    write_random("qwen_image_edit_plus", folder / "edit", seed=0)
     clones = scorers.write(folder / "clones")
     made = types.SimpleNamespace(
         folder=folder, base=folder / "base", clones=clones, geneval=folder / "geneval",
+        edit=folder / "edit", images=clones / "imgedit" / "singleturn",
     )
     assert call(evaluate, *draw_geneval(made, made.geneval)) == 0
     made.job = lambda suite, batch=BATCH, **more: job(made, suite, batch, **more)
-    made.pipeline = drawing.open_pipeline(made.base)
-    return made
+    made.pipelines = [drawing.open_pipeline(made.base), drawing.open_pipeline(made.edit)]
+    made.pipeline = made.pipelines[0]
+    whole = edit.size_of_area
+    exec(SMALLER, {})
+    yield made
+    edit.size_of_area = whole
 
 
 def draw_geneval(made, out, *more: str) -> list[str]:
@@ -68,18 +91,33 @@ def draw_geneval(made, out, *more: str) -> list[str]:
     ]
 
 
+def draw_edits(made, suite: str, out, *more: str) -> list[str]:
+    images = ["--images", str(made.images)] if suite == "imgedit" else []
+    return [
+        "suite", "draw", suite, "--prompts", str(made.clones / suite), "--unpublished", *images,
+        "--checkpoint", str(made.edit), "--out", str(out), "--batch", str(BATCH), *more,
+    ]
+
+
 def job(made, suite: str, batch: int, **more) -> draw.Job:
     """As the verb makes it, on the networks that all tests share."""
+    edits = suite in EDITS
     args = argparse.Namespace(
-        checkpoint=str(made.base), size=(SIDE, SIDE), seed=0, batch=batch, dtype=None, raw=False,
-        at_step=None, pipeline=None, adapter=None, tile=None, base=None, steps=None, guidance=None,
-        negative=None, prompts=str(made.clones / suite), style=None, stochastic=None, gap=None,
-        warp=None, extrapolation=None, order=None,
+        checkpoint=str(made.edit if edits else made.base), size=None if edits else (SIDE, SIDE),
+        seed=0, batch=batch, dtype=None, raw=False, at_step=None,
+        pipeline=None, adapter=None, tile=None, base=None, steps=None, guidance=None, negative=None,
+        prompts=str(made.clones / suite),
+        images=str(made.images) if suite == "imgedit" else None, style=None, stochastic=None,
+        gap=None, warp=None, extrapolation=None, order=None,
     )
     suite = suites.named(suite)
-    prompts = suites.open_prompts(suite, args.prompts, True, **more)
+    prompts = suites.open_prompts(suite, args.prompts, True, images=args.images, **more)
     found, about = commands.job_of(args, suite, prompts)
-    return dataclasses.replace(found, pipeline=made.pipeline), about
+    return dataclasses.replace(found, pipeline=made.pipelines[edits]), about
+
+
+def shape_of(made) -> tuple[int, int, int]:
+    return drawing.denoising.latent_shape(made.pipeline, (SIDE, SIDE))
 
 
 def drawn(made, suite: str, folder: pathlib.Path, process: int = 0, processes: int = 1):
@@ -101,16 +139,18 @@ def test_every_file_is_as_the_layout_has_it(made, tmp_path, suite):
     assert complete and sorted(content(folder)) == sorted(TREES[suite])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "pictures.manifest.json"]
     manifest = json.loads((tmp_path / "pictures.manifest.json").read_text())
-    assert manifest["suite"] == suite and manifest["size"] == [SIDE, SIDE]
+    edits = suite in EDITS
+    assert manifest["suite"] == suite and manifest["size"] == (None if edits else [SIDE, SIDE])
+    sizes = set()
     for name in TREES[suite]:
         if name.endswith(".png"):
             with Image.open(folder / name) as picture:
-                times = 2 if suite == "dpg" else 1
-                assert picture.size == (times * SIDE, times * SIDE)
                 assert picture.mode == "RGB" and not picture.info
-    found = gallery.check(Gallery(epath.Path(folder), 0, 1), job.suite, job.prompts.items,
-                          (SIDE, SIDE))
-    assert not found.problems and found.files == len(TREES[suite])
+                sizes |= set() if name.endswith("_SRCIMG.png") else {picture.size}
+    times = 2 if suite == "dpg" else 1
+    of_edits = {(128, 96), (96, 96)}  # a hundredth of a megapixel, in their proportions
+    assert sizes == (of_edits if edits else {(times * SIDE, times * SIDE)})
+    assert call(evaluate, "suite", "check", str(folder)) == 0
 
 
 def test_metadata_is_the_line_of_the_prompt(made):
@@ -127,8 +167,8 @@ def test_noise_is_of_seed_item_and_number(made, tmp_path):
     item = job.prompts.items[1]
     cond = text.embed(made.pipeline, [item.prompt])
     ours = [images.to_uint8(picture).astype(int) for picture in drawing.pictures(
-        made.pipeline, job.sampler, cond, np.zeros(BATCH, int), 4 * 1 + np.arange(BATCH),
-        job.shape, 0, BATCH,
+        made.pipeline, job.ways[SIDE, SIDE].sampler, cond, np.zeros(BATCH, int),
+        4 * 1 + np.arange(BATCH), shape_of(made), 0, BATCH,
     )]
     whole = np.asarray(Image.open(tmp_path / "dpg" / f"{item.id}.png"), int)
     theirs = whole[:SIDE, :SIDE], whole[:SIDE, SIDE:], whole[SIDE:, :SIDE]
@@ -140,21 +180,50 @@ def test_a_guided_teacher_draws_with_its_negative_prompt(made, tmp_path):
     job, about = made.job("geneval2")
     schedule = sampling.Schedule((1.0, 0.5, 0.0), (1.0, 0.5), "euler")
     sampler = drawing.denoising.base(made.pipeline, schedule, 4.5)
-    job = dataclasses.replace(job, sampler=sampler, way=job.way | {"negative": "blurry"})
+    way = Way(sampler, {"negative": "blurry"}, "")
+    job = dataclasses.replace(job, ways={(SIDE, SIDE): way})
     draw.draw(job, Gallery(epath.Path(tmp_path / "pictures"), 0, 1), about)
     prompts = [item.prompt for item in job.prompts.items]
     made_of = text.embed(made.pipeline, prompts, negative="blurry")
     ours = drawing.pictures(
-        made.pipeline, sampler, made_of[:2], np.arange(BATCH) % 2, np.arange(BATCH) % 2, job.shape,
-        0, BATCH, made_of[2:],
+        made.pipeline, sampler, made_of[:2], np.arange(BATCH) % 2, np.arange(BATCH) % 2,
+        shape_of(made), 0, BATCH, made_of[2:],
     )
     theirs = [np.asarray(Image.open(tmp_path / "pictures" / f"0000{i}.png"), int) for i in (0, 1)]
     ours = [images.to_uint8(picture).astype(int) for picture in ours][:2]
     assert np.abs(np.stack(ours) - np.stack(theirs)).max() <= 1 and np.std(ours[0]) > 1
 
 
-def test_three_processes_that_are_stopped_make_what_one_makes(made, tmp_path, monkeypatch):
+def test_noise_of_edits_is_of_seed_item_and_number(made, tmp_path):
+    """Whatever an edit is drawn beside, by a guided teacher, whose negative prompt has the picture
+    too."""
+    job, about = made.job("imgedit")
+    pipeline, number, size = made.pipelines[1], 5, job.sizes[5]
+    schedule = sampling.Schedule((1.0, 0.5, 0.0), (1.0, 0.5), "euler")
+    sampler = drawing.denoising.base(pipeline, schedule, 4.5)
+    job = dataclasses.replace(
+        job, ways=dict.fromkeys(job.ways, Way(sampler, {"negative": "blurry"}, ""))
+    )
+    assert [1, 3, 5] in job.units  # of one size
+    draw.draw(job, Gallery(epath.Path(tmp_path / "a"), 0, 1), about)
+    item = job.prompts.items[number]
+    asked = editing.opened(pipeline.family.editing, item.prompt, [str(made.images / item.source)])
+    [(cond, null)] = editing.conditions(pipeline, [asked], "blurry")
+    ours = next(drawing.pictures(
+        pipeline, sampler, cond, np.zeros(BATCH, int), np.full(BATCH, number),
+        drawing.denoising.latent_shape(pipeline, size[::-1]), 0, BATCH, null,
+    ))
+    theirs = np.asarray(Image.open(tmp_path / "a" / f"{item.id}.png"), int)
+    assert np.abs(images.to_uint8(ours).astype(int) - theirs).max() <= 1 and theirs.std() > 1
+
+
+@pytest.mark.parametrize("suite", ["geneval", "gedit"])
+def test_three_processes_that_are_stopped_make_what_one_makes(made, tmp_path, monkeypatch, suite):
     folder, save, left = tmp_path / "pictures", images.save, iter(range(7))
+    whole, number = made.geneval, len(TREES[suite])
+    if suite == "gedit":
+        whole = tmp_path / "whole" / "pictures"
+        drawn(made, suite, whole)
 
     def stopped(*given, **more):
         if next(left, None) is None:
@@ -164,26 +233,71 @@ def test_three_processes_that_are_stopped_make_what_one_makes(made, tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(images, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
-            drawn(made, "geneval", folder, 1, 3)
+            drawn(made, suite, folder, 1, 3)
     some = content(folder)
-    assert 0 < len(some) < 60 and "in_use" not in str(sorted(tmp_path.rglob("*")))
+    assert 0 < len(some) < number and "in_use" not in str(sorted(tmp_path.rglob("*")))
     for process in (2, 1, 0):
-        assert drawn(made, "geneval", folder, process, 3)[0] == (process == 0)
-    assert content(folder) == content(made.geneval)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "pictures.manifest.json"]
-    (folder / "00003" / "samples" / "00002.png").unlink()
-    assert drawn(made, "geneval", folder)[0] and content(folder) == content(made.geneval)
+        assert drawn(made, suite, folder, process, 3)[0] == (process == 0)
+    assert content(folder) == content(whole)
+    left_over = {p.name for p in tmp_path.iterdir()} - {"whole"}
+    assert left_over == {"pictures", "pictures.manifest.json"}
+    (folder / TREES[suite][-1]).unlink()
+    assert drawn(made, suite, folder)[0] and content(folder) == content(whole)
 
 
-def killed_often(made, folder: pathlib.Path, rounds: int, seed: int) -> None:
+@pytest.mark.parametrize("suite", [
+    "geneval", pytest.param("gedit", marks=pytest.mark.slow),
+])
+def test_a_suite_in_a_bucket_is_that_of_a_disk(
+    made, bucket, tmp_path, monkeypatch, capsys, suite
+):
+    """Prompts too; two processes, one of which is stopped once."""
+    out, save, left = f"gs://{NAME}/some/pictures", images.save, iter(range(7))
+    whole, edits = made.geneval, suite in EDITS
+    if edits:
+        whole = tmp_path / "whole"
+        drawn(made, suite, whole)
+    for name, data in content(made.clones / suite).items():
+        bucket.put(f"clone/{name}", data, {})
+    prompts = suites.open_prompts(suites.named(suite), f"gs://{NAME}/clone", True)
+    job, about = made.job(suite)
+    job = dataclasses.replace(job, prompts=prompts)
+    draw_share = lambda k: draw.draw(job, Gallery(epath.Path(out), k, 2), about)
+
+    def stopped(*given, **more):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        save(*given, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            draw_share(1)
+    assert not draw_share(1) and draw_share(0)
+    found = {
+        name.removeprefix("some/pictures/"): blob.data for name, blob in bucket.blobs.items()
+        if not name.startswith("clone/")
+    }
+    assert json.loads(found.pop("some/pictures.manifest.json"))["suite"] == suite
+    assert found == content(whole)
+    capsys.readouterr()
+    assert call(evaluate, "suite", "check", out) == 0
+    assert f"gcloud storage cp -r {out} {pathlib.Path.cwd()}\n" in capsys.readouterr().out
+    del bucket.blobs[f"some/pictures/{TREES[suite][-1]}"]
+    assert call(evaluate, "suite", "check", out) == 2
+
+
+def killed_often(arguments: list[str], folder: pathlib.Path, rounds: int, seed: int) -> None:
     """Starts three processes, kills each at a random moment, and at last lets them end."""
     rng = random.Random(seed)
+    program = f"{SMALLER}\nfrom twinflow_jax import errors, evaluate\n"
+    program += "errors.run_verb(evaluate.main)"
     for number in range(rounds + 1):
-        share = lambda k: draw_geneval(made, folder, "--process", str(k), "--processes", "3")
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "twinflow_jax.evaluate", *share(k)], cwd=ROOT, text=True,
-                env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [sys.executable, "-c", program, *arguments, "--process", str(k), "--processes",
+                 "3"], cwd=ROOT, text=True, env=os.environ, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
             for k in range(3)
         ]
@@ -205,8 +319,12 @@ def killed_often(made, folder: pathlib.Path, rounds: int, seed: int) -> None:
 @pytest.mark.slow
 def test_processes_killed_again_and_again(made, tmp_path):
     for seed in range(3):
-        killed_often(made, tmp_path / str(seed), rounds=4, seed=seed)
-        assert content(tmp_path / str(seed)) == content(made.geneval)
+        folder = tmp_path / str(seed)
+        killed_often(draw_geneval(made, folder), folder, rounds=4, seed=seed)
+        assert content(folder) == content(made.geneval)
+    drawn(made, "gedit", tmp_path / "whole")
+    killed_often(draw_edits(made, "gedit", tmp_path / "edits"), tmp_path / "edits", 4, seed=3)
+    assert content(tmp_path / "edits") == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -272,6 +390,74 @@ def test_check_finds_each_fault_by_name(made, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+def test_check_finds_what_is_wrong_with_edits(made, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    drawn(made, "gedit", folder)
+    results = folder / "gpt4o" / "eval_results_new" / "pictures_combined_gpt_score.csv"
+    results.parent.mkdir(parents=True)
+    results.write_text("")
+    capsys.readouterr()
+    assert call(evaluate, "suite", "check", str(folder)) == 0
+    out = capsys.readouterr().out
+    assert f"--model_name pictures --save_path {tmp_path} --backbone gpt4o\n" in out
+    place = lambda n, ending="": folder / "fullset" / "ps_human" / "en" / f"ps{n}{ending}.png"
+    place(0).unlink()
+    place(1, "_SRCIMG").write_bytes(place(2, "_SRCIMG").read_bytes())
+    place(2, "_SRCIMG").write_bytes(b"")
+    Image.new("RGB", (SIDE, SIDE)).save(place(1))
+    Image.new("RGB", (SIDE, SIDE)).save(place(3))
+    assert call(evaluate, "suite", "check", str(folder)) == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "missing: fullset/ps_human/en/ps0.png", "foreign: fullset/ps_human/en/ps3.png",
+        "of another size: fullset/ps_human/en/ps1.png",
+        "changed: fullset/ps_human/en/ps1_SRCIMG.png", "torn: fullset/ps_human/en/ps2_SRCIMG.png",
+    ]
+
+
+def test_edits_that_cannot_be_drawn_get_one_line(made, tmp_path, capsys):
+    def refused(said: str, *args: str, status: int = 2):
+        assert call(evaluate, *map(str, args)) == status
+        err = capsys.readouterr().err.splitlines()
+        assert said in err[-1] and err[-1].startswith("error: ") and "Traceback" not in str(err)
+
+    given = lambda suite, *more: draw_edits(made, suite, tmp_path / "o", *more)
+    without = lambda flag, args: [
+        a for a, before in zip(args, ["", *args], strict=False) if flag not in (a, before)
+    ]
+    edits = given("imgedit")
+    refused("base does not edit pictures, as imgedit asks for", *edits, "--checkpoint", made.base)
+    text_suite = draw_geneval(made, tmp_path / "o", "--checkpoint", str(made.edit))
+    refused("prompts of geneval are about none: choose from gedit, gedit-cn, imgedit",
+            *without("--size", text_suite))
+    refused("the prompts of geneval are of no pictures", *text_suite, "--images", made.images)
+    refused("lie apart from its prompts: give --images", *without("--images", edits))
+    refused("the prompts of gedit hold their pictures", *given("gedit"), "--images", made.images)
+    refused("gedit (14, not 606): take those of huggingface.co/datasets/stepfun-ai/GEdit-Bench@",
+            *[a for a in given("gedit") if a != "--unpublished"])
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    (clone / "0.parquet").write_text("no table")
+    refused("0.parquet cannot be read", *given("gedit"), "--prompts", clone)
+    (clone / "0.parquet").unlink()
+    row = {"id": "../../secret.png", "prompt": "paint it", "edit_type": "add"}
+    for names, said in (
+        ({"1": row}, "'1' names a file of another folder"),
+        ({"../1": row | {"id": "daily object/0.png"}}, "'../1' names a file of another folder"),
+        ({"1": row | {"id": "/etc/passwd"}}, "names a file of another folder"),
+        ({"1": row | {"id": "daily object/9.png"}}, "object/9.png, which 1 is about, cannot be re"),
+        ({"1": row | {"id": "daily object"}}, "daily object, which 1 is about, cannot be read"),
+    ):
+        (clone / "basic_edit.json").write_text(json.dumps(names))
+        refused(said, *edits, "--prompts", clone)
+    assert not (tmp_path / "o").exists()
+    drawn(made, "imgedit", tmp_path / "done")
+    other = shutil.copytree(made.images, tmp_path / "other")
+    scorers.source(9).save(other / "daily object" / "0.png")
+    refused("the pictures that imgedit edits are not those", "suite", "check", tmp_path / "done",
+            "--images", other)
+    refused("their sources is", *draw_edits(made, "imgedit", tmp_path / "done"), "--images", other)
+
+
 def test_what_wise_leaves_in_the_folder_is_its_own(tmp_path):
     for name in ("Results-qwen35/full.json", "Results/x.jsonl"):
         (tmp_path / name).parent.mkdir()
@@ -279,7 +465,7 @@ def test_what_wise_leaves_in_the_folder_is_its_own(tmp_path):
     for suite, foreign in (
         ("wise-verified", "Results/x.jsonl"), ("wise-legacy", "Results-qwen35/full.json"),
     ):
-        found = gallery.check(Gallery(epath.Path(tmp_path), 0, 1), suites.named(suite), [], (1, 1))
+        found = gallery.check(Gallery(epath.Path(tmp_path), 0, 1), suites.named(suite), [], [])
         assert found.problems == {"foreign": [foreign]}
 
 
@@ -316,7 +502,6 @@ def test_bad_input_gets_one_line(made, tmp_path, capsys):
     refused("their nfe is 1, not 2", *base, "--steps", "2")
     refused("are not the published ones of geneval (12, not 553)",
             *[a for a in base if a != "--unpublished"])
-    refused("edits pictures, and no family here does yet", "draw", "gedit", *base[2:])
     refused("no suite 'genevil'", "draw", "genevil", *base[2:])
     refused("has no prompts of dpg: give a clone", "draw", "dpg", *base[2:])
     refused("--process is 3", *base, "--process", "3")
@@ -358,7 +543,8 @@ GENEVAL, WISE_LEGACY, WISE_VERIFIED = 0.68056, 0.74, 0.40
 
 def read(made, suite: str, folder, names: list, **more):
     suite = suites.named(suite)
-    items = suites.open_prompts(suite, str(made.clones / suite.name), True).items
+    images = str(made.images) if suite.name == "imgedit" else None
+    items = suites.open_prompts(suite, str(made.clones / suite.name), True, images=images).items
     return results.read(suite, items, epath.Path(folder), [str(name) for name in names], **more)
 
 
@@ -448,6 +634,55 @@ def test_geneval_2_has_both_means(made, tmp_path):
         read(made, "geneval2", tmp_path, [file])
 
 
+# What the official summaries said of them: overall, its two parts, and of what all answered; of
+# rows doubled by a stop 3.411. Of ImgEdit by type; people take the mean of the nine.
+GEDIT = (3.684, 4.076, 4.530, 4.122)
+IMGEDIT = {"add": 1.33, "adjust": 3.33, "extract": 3.67, "replace": 2.66, "remove": 3.33,
+           "background": 3.67, "style": 2.33, "compose": 4.33, "action": 1.33}
+
+
+@pytest.mark.parametrize("again", [0, 2])
+def test_gedit_is_the_mean_of_its_tasks_and_counts_nothing_twice(made, tmp_path, again):
+    file = tmp_path / "run_combined_gpt_score.csv"
+    file.write_text(scorers.gedit(tmp_path / "run", again))
+    (tmp_path / "summary.txt").write_text(
+        "Average: 3.894, 4.121, 3.411\nAverage Intersection: 1.000, 1.000, 1.000\n"
+    )
+    found = read(made, "gedit", tmp_path / "run", [file, tmp_path / "summary.txt"])
+    numbers = [found["score"], *found["further"].values()]
+    assert numbers == pytest.approx(GEDIT, abs=5e-4) and found["groups"]["background_change"] == 6
+    assert found["notes"] == ["the scorer's own line says 3.411, its results give 3.6837"]
+    plain = np.mean([np.sqrt(a * b) for a, b in scorers.GEDIT_SCORES])
+    assert abs(plain - found["score"]) > 0.01 and found["found"] == found["expected"] == 14
+    by_task = [tmp_path / f"{n}.csv" for n in range(2)]  # as the scorer's files of tasks
+    head, *rows = file.read_text().split("\r\n")
+    for n, some in enumerate((rows[:9], rows[9:])):
+        by_task[n].write_text("\r\n".join([head, *some]))
+    apart = read(made, "gedit", tmp_path / "run", by_task)
+    assert [apart["score"], *apart["further"].values()] == pytest.approx(numbers)
+    file.write_text(file.read_text().replace("paint 3", "paint 4"))
+    with pytest.raises(UserError, match="is of another prompt"):
+        read(made, "gedit", tmp_path / "run", [file])
+
+
+def test_imgedit_is_the_mean_of_its_types(made, tmp_path):
+    said, means = scorers.imgedit(), tmp_path / "types.json"
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(said))
+    means.write_text(json.dumps(IMGEDIT))
+    found = read(made, "imgedit", tmp_path / "pictures", [file, means])
+    assert found["groups"] == pytest.approx(IMGEDIT, abs=5e-3) and found["notes"] == []
+    assert found["score"] == pytest.approx(np.mean(list(IMGEDIT.values())), abs=5e-3)
+    assert abs(found["score"] - np.mean(scorers.IMGEDIT_SCORES)) > 0.01
+    means.write_text(json.dumps(IMGEDIT | {"style": 2.5}))
+    assert "says 2.50 of style, its results give 2.33" in read(
+        made, "imgedit", tmp_path / "pictures", [file, means])["notes"][0]
+    # The scorer leaves these out without a word, or stops at the last.
+    file.write_text(json.dumps(said | {"0": "Score: 4.5", "7": "Score: 4/5", "14": {"error": ""}}))
+    with pytest.raises(UserError, match=r"results of 3 of 11 are missing \(0; 14; 7\)"):
+        read(made, "imgedit", tmp_path / "pictures", [file])
+
+
 def test_intervals_are_of_prompts_not_of_pictures():
     """Four pictures of a prompt that are all alike tell no more than one."""
     rng = np.random.default_rng(0)
@@ -504,6 +739,29 @@ def test_the_table_has_the_papers_row_and_never_two_judges(made, tmp_path, capsy
         table.table([str(tmp_path / "run"), str(tmp_path / "base")])
 
 
+def test_the_table_of_edits_has_their_row_of_the_paper(made, tmp_path):
+    for suite, name, text_ in (
+        ("gedit", "run_combined_gpt_score.csv", scorers.gedit(tmp_path / "gedit")),
+        ("imgedit", "result.json", json.dumps(scorers.imgedit())),
+    ):
+        drawn(made, suite, tmp_path / suite)
+        (tmp_path / name).write_text(text_)
+        args = ["suite", "read", str(tmp_path / suite), "--results", str(tmp_path / name)]
+        assert call(evaluate, *args) == 0
+        kept = file_of(tmp_path / suite, ".scores.json")
+        kept["manifest"] |= {"parameters": 20_430_401_088, "adapters": True, "nfe": 4}
+        (tmp_path / f"{suite}.scores.json").write_text(json.dumps(kept))
+    found = table.table([str(tmp_path / "gedit"), str(tmp_path / "imgedit")])
+    assert found.heads[1:] == (
+        "TwinFlow-Qwen-Image-Edit LoRA, 4 NFE", "Qwen-Image-Edit, 50 steps guided"
+    )
+    rows = {row.metric: (row.paper, row.teacher, row.judge) for row in found.rows}
+    assert rows["GEdit-Bench (English)"] == (5.91, 7.56, "GPT-4.1")
+    assert rows["  perceptual quality"] == (6.97, 7.86, "")
+    assert rows["ImgEdit-Bench (basic)"] == (3.55, 4.27, "GPT-4o")
+    assert "each picture's own size" in found.text()
+
+
 def file_of(folder: pathlib.Path, ending: str) -> dict:
     return json.loads((folder.parent / (folder.name + ending)).read_text())
 
@@ -524,7 +782,9 @@ def test_speed_counts_no_compiling(made, monkeypatch):
     monkeypatch.setattr(speed, "BATCHES", (BATCH,))
     monkeypatch.setattr(speed, "REPEATS", 1)
     job, _ = made.job("geneval")
-    [row] = speed.measure(made.pipeline, job.sampler, job.shape, job.tile, None)
+    [row] = speed.measure(
+        made.pipeline, job.ways[SIDE, SIDE].sampler, shape_of(made), job.tile, None
+    )
     seconds = row["seconds"]
     assert row["pictures a second"] == pytest.approx(BATCH / seconds["all"])
     parts = [seconds[stage] for stage in speed.STAGES]
@@ -535,7 +795,11 @@ def test_speed_counts_no_compiling(made, monkeypatch):
 def test_published_digests_are_of_whole_suites():
     assert {name: suite.count for name, suite in suites.SUITES.items()} == {
         "geneval": 553, "dpg": 1065, "wise-legacy": 1000, "wise-verified": 1000,
-        "longtext-en": 160, "longtext-zh": 160, "geneval2": 800,
+        "longtext-en": 160, "longtext-zh": 160, "geneval2": 800, "gedit": 606, "gedit-cn": 606,
+        "imgedit": 737,
     }
-    assert all(len(suite.digest) == 2 * hashlib.sha256().digest_size
-               for suite in suites.SUITES.values())
+    for name, suite in suites.SUITES.items():
+        if name.startswith("gedit"):
+            assert sum(suite.digest.values()) == suite.count
+        else:
+            assert len(suite.digest) == 2 * hashlib.sha256().digest_size

@@ -10,7 +10,7 @@ import pytest
 
 from twinflow_jax import models
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import mlp, names, qwen_image, sana
+from twinflow_jax.models import mlp, names, qwen_image, sana, sd35
 from twinflow_jax.models.adapters import Adapter, is_adapter
 from twinflow_jax.models.settings import Settings
 
@@ -83,6 +83,7 @@ def test_the_released_lists_have_as_many_parameters_as_peft_counts():
         (qwen_image.transformer.Config(), 722, 425_279_488),
         (qwen_image.transformer.Config(time_conditioning="half_r"), 722, 425_279_488),
         (sana.transformer.Config(), 227, 33_783_808),
+        (sd35.transformer.Config(), 193, 37_863_424),
     ):
         whole = SECOND if config.times.second else ()
         adapter = Adapter(rank=64, targets=("released",), whole=whole)

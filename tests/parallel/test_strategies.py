@@ -13,7 +13,17 @@ import pytest
 
 from twinflow_jax import models, parallel
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import adapters, dit, family, int8, minilm_dit, qwen_image, sana, zimage
+from twinflow_jax.models import (
+    adapters,
+    dit,
+    family,
+    int8,
+    minilm_dit,
+    qwen_image,
+    sana,
+    sd35,
+    zimage,
+)
 from twinflow_jax.models.stack import run_layers
 from twinflow_jax.parallel import MeshConfig
 from twinflow_jax.training import state
@@ -34,6 +44,10 @@ ZIMAGE = zimage.transformer.Config(
     sample_shape=(4, 12, 16), layers=2, refiners=1, heads=2, head_dim=32, text_width=24,
     rope_axes=(8, 12, 12), remat="full",
 )
+SD35 = sd35.transformer.Config(
+    sample_shape=(4, 12, 16), layers=4, dual_layers=2, heads=2, head_dim=32, text_width=24,
+    pooled_width=16, positions=8, remat="full",
+)
 DIT = minilm_dit.transformer.Config(
     sample_shape=(8, 8, 3), patch=2, width=64, depth=2, heads=8, text_width=24, remat="full",
 )
@@ -50,7 +64,10 @@ PLANS = (  # mesh, strategy, rows: twelve rows do not divide among eight devices
     (MeshConfig(context=2), "gather_layers", 8),
     (MeshConfig(tensor=2), "gather_once", 8),
 )
-STACKS = {"two": {"coarse", "fine"}, "zimage": {"image_refiner", "text_refiner", "layers"}}
+STACKS = {
+    "two": {"coarse", "fine"}, "zimage": {"image_refiner", "text_refiner", "layers"},
+    "sd35": {"dual", "layers", "last"},
+}
 FEW = (PLANS[0], PLANS[2], PLANS[-1])
 
 
@@ -175,7 +192,7 @@ def check_collectives(hlo: str, config, name: str, mesh, where, base: bool) -> N
 @pytest.mark.parametrize("name", [
     "QWEN", "SANA", "ZIMAGE, (PLANS[1], PLANS[7])", "DIT, FEW", "TWO", "QWEN, FEW, Everywhere(a=8)",
     pytest.param("QWEN, (*FEW, PLANS[1]), Everywhere(a=8), base=True", marks=pytest.mark.slow),
-    pytest.param("ZIMAGE", marks=pytest.mark.slow),
+    pytest.param("ZIMAGE", marks=pytest.mark.slow), pytest.param("SD35", marks=pytest.mark.slow),
     pytest.param("EDIT, (PLANS[1], PLANS[6], PLANS[7])", marks=pytest.mark.slow),
 ])
 def test_eight_devices_compute_what_one_does(name):

@@ -76,8 +76,11 @@ class Imported:
 
     @property
     def text_to_image(self) -> TextToImage:
-        """What its family offers."""
-        return models.FAMILIES[self.family].text_to_image
+        """What its family offers, without the networks that it does without."""
+        family = models.FAMILIES[self.family].text_to_image
+        held = self.record.get("networks", family.networks)
+        absent = [name for name, n in family.networks.items() if n.optional and name not in held]
+        return family.without(absent)
 
     @property
     def text_identity(self) -> str:

@@ -107,9 +107,9 @@ def open_folder(source: str, family: str | None = None) -> Folder:
         part, found = _open_part(network, place)
         problems += [f"{place.name}: {problem}" for problem in found]
         parts[name] = part
-    for encoder in text_to_image.encoders.values() if path not in places.values() else ():
+    for name, encoder in text_to_image.encoders.items() if path not in places.values() else ():
         folder = path / encoder.tokenizer
-        if not any((folder / name).exists() for name in VOCABULARIES):
+        if name in places and not any((folder / name).exists() for name in VOCABULARIES):
             problems.append(f"{folder.name}: holds none of {', '.join(VOCABULARIES)}; prompts "
                             "need it")
     if (path / "model_index.json").exists():
@@ -153,15 +153,17 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
     def accepted(networks: dict[str, Network]) -> int:
         return sum(n.accepts(_class_in(path / n.folder)) for n in networks.values())
 
+    for place in ("transformer/config.json", "unet/config.json"):
+        given = _class_in((path / place).parent)
+        if given and not any(n.accepts(given) for o in known.values() for n in o.networks.values()):
+            raise UserError(f"{path / place} {_unknown_class(given, known)}")
     # Families may share networks, and differ in what encodes their text.
     counts = {k: (accepted(one.networks), accepted(one.encoders)) for k, one in known.items()}
     best = max(counts.values())
     if best > (0, 0):
         family = _only([family for family, count in counts.items() if count == best], path)
-        networks = known[family].networks
+        networks = known[family].without(_left_out(path, known[family])).networks
         return family, {name: path / n.folder for name, n in networks.items() if n.published}
-    if given := _class_in(path / "transformer"):
-        raise UserError(f"{path / 'transformer/config.json'} {_unknown_class(given, known)}")
     raise UserError(
         f"{path} is no pipeline folder: it has neither transformer/config.json nor config.json"
     )
@@ -173,6 +175,18 @@ def _pipeline(path: epath.Path) -> str:
         return class_name(_json(path / "model_index.json"))
     except UserError:
         return ""
+
+
+def _left_out(path: epath.Path, family: TextToImage) -> list[str]:
+    """The networks that a pipeline does without, as its model_index.json says."""
+    try:
+        index = _json(path / "model_index.json")
+    except UserError:
+        return []
+    return [
+        name for name, network in family.networks.items()
+        if network.optional and index.get(network.folder, ()) in (None, [None, None])
+    ]
 
 
 def _only(families: Collection[str], path: epath.Path) -> str:
@@ -207,7 +221,9 @@ def _class_in(folder: epath.Path) -> str:
 def _open_part(network: Network, folder: epath.Path) -> tuple[Part | None, list[str]]:
     """The network in a folder, and its problems."""
     if not folder.is_dir():
-        return None, ["no such folder: give the whole pipeline, or the folder of one network"]
+        cure = "give the whole pipeline, or the folder of one network"
+        more = ", or null for it in model_index.json" if network.optional else ""
+        return None, [f"no such folder: {cure}{more}"]
     try:
         found, unread, problems = _tensors(folder, network.stem)
     except UserError as error:

@@ -14,7 +14,6 @@ from twinflow_jax import arguments, files, images
 from twinflow_jax.config import Run
 from twinflow_jax.drawing import album, by_prompt, codec, denoising, editing, pictures
 from twinflow_jax.drawing.conditions import Embeddings
-from twinflow_jax.drawing.pipeline import open_pipeline
 from twinflow_jax.errors import UserError
 
 NOT_HERE = ("prompts", "embeddings", "save_embeddings", "save_latents")
@@ -28,9 +27,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     arguments.refuse(args, NOT_HERE, "a network that edits takes --image and --prompt, or --edits")
     if args.sheet:
         raise UserError("--sheet: edits have sizes of their own, and are written one by one")
-    pipeline = open_pipeline(
-        args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline, args.adapter or ()
-    )
+    pipeline = by_prompt.pipeline_of(args, run)
     form, tile = pipeline.family.editing, codec.tile_of(pipeline, args.tile)
     area = editing.area_of(pipeline)
     edits = [editing.opened(form, *asked) for asked in read(args)]
@@ -40,7 +37,8 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     ]
     ways = {shape: by_prompt.asked(args, pipeline, shape) for shape in dict.fromkeys(shapes)}
     count = 1 if args.count is None else args.count
-    conditions = editing.conditions(pipeline, edits, ways[shapes[0]].settings.get("negative"))
+    negative = ways[shapes[0]].settings.get("negative")
+    conditions = list(editing.conditions(pipeline, edits, negative))
     out, pages, drawn = epath.Path(args.out), [], []
     drawn_by, restored = by_prompt.networks(pipeline), not (args.size or args.model_size)
     with pipeline.kept() as kept:

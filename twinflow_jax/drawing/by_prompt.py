@@ -109,11 +109,16 @@ def prepared(
 ) -> tuple[Pipeline, tuple[int, int, int], int, Way]:
     """What draws, of the arguments of `arguments.add_pipeline` and `add_sampler`: the networks, the
     latents' shape, the side of decoding's tiles, and how."""
-    pipeline = open_pipeline(
-        args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline, args.adapter or ()
-    )
+    pipeline = pipeline_of(args, run)
     shape = denoising.latent_shape(pipeline, args.size and args.size[::-1])
     return pipeline, shape, codec.tile_of(pipeline, args.tile), asked(args, pipeline, shape)
+
+
+def pipeline_of(args: argparse.Namespace, run: Run | None) -> Pipeline:
+    """The networks that the arguments of `arguments.add_pipeline` name."""
+    return open_pipeline(
+        args.checkpoint, run, args.dtype, args.raw, args.at_step, args.pipeline, args.adapter or ()
+    )
 
 
 def asked(args: argparse.Namespace, pipeline: Pipeline, shape: tuple[int, int, int]) -> Way:

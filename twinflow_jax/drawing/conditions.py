@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float
 from twinflow_jax.checkpoints import tensors
 from twinflow_jax.errors import UserError
 
+REFERENCE = "reference_"  # and a number: of files' tensors
+
 
 def pad_and_join(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Arrays (rows, length, ...) in one, with zeros after what is shorter than the longest."""
@@ -59,10 +61,12 @@ class Embeddings:
         return digest.hexdigest()[:12]
 
     def save(self, file: epath.PathLike, prompts: Sequence[str]) -> None:
-        """Writes a safetensors file with `tokens`, `mask` and the prompts' UTF-8 as `prompts`."""
+        """Writes a safetensors file with `tokens`, `mask`, `reference_0` ... and the prompts' UTF-8
+        as `prompts`."""
         text = np.frombuffer(json.dumps(list(prompts)).encode(), np.uint8)
         arrays = {"tokens": self.tokens, "mask": self.mask, "prompts": text}
-        tensors.save(epath.Path(file), arrays)
+        shown = {f"{REFERENCE}{i}": latents for i, latents in enumerate(self.references)}
+        tensors.save(epath.Path(file), arrays | shown)
 
     @classmethod
     def read(cls, file: epath.PathLike, width: int) -> tuple[list[str], "Embeddings"]:
@@ -85,7 +89,8 @@ class Embeddings:
                 f"{file} holds tokens of shape {tokens.shape} and a mask of {mask.shape} for "
                 f"{len(prompts)} prompts; the transformer takes (prompts, length, {width})"
             )
-        return prompts, cls(tokens, mask)
+        shown = sum(name.startswith(REFERENCE) for name in found)
+        return prompts, cls(tokens, mask, tuple(found[f"{REFERENCE}{i}"] for i in range(shown)))
 
 
 def same_length(*parts: Embeddings) -> list[Embeddings]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -67,28 +67,33 @@ def area_of(pipeline: Pipeline) -> int:
 
 
 def conditions(
-    pipeline: Pipeline, edits: Sequence[Edit], negative: str | None = None
-) -> list[tuple[Embeddings, Embeddings | None]]:
+    pipeline: Pipeline, edits: Iterable[Edit], negative: str | None = None
+) -> Iterator[tuple[Embeddings, Embeddings | None]]:
     """Of each edit, one row: its instruction and, where there is one, the negative prompt, both
     with its pictures; of one length.
 
     Raises:
       UserError: an instruction that is empty or too long.
     """
-    texts = list(_texts(pipeline, edits, negative))
-    found = []
-    with codec.encoder(pipeline) as encode:
-        bar = tqdm(edits, unit="edit", desc="encoding", disable=not pipeline.progress)
-        for edit, parts in zip(bar, texts, strict=True):
-            form, area = pipeline.family.editing, area_of(pipeline)
+    form, [name] = pipeline.family.editing, pipeline.family.encoders
+    config, tokenizer = pipeline.config(name), text.tokenizers(pipeline)[name]
+    processor, area = pipeline.checkpoint.processor, area_of(pipeline)
+    with text.encoder(pipeline) as encode, codec.encoder(pipeline) as encode_picture:
+        for edit in tqdm(edits, unit="edit", desc="encoding", disable=not pipeline.progress):
+            seen = [form.seen(config, processor, picture) for picture in edit.pictures]
+            said = [form.tokenize(tokenizer, config, [edit.instruction], seen)]
+            if negative is not None:
+                said.append(form.tokenize(tokenizer, config, [negative], seen, negative=True))
             shown = (form.encoded(picture, area) for picture in edit.pictures)
             references = tuple(
-                encode(one[None].astype(np.float32) / 127.5 - 1, 1).astype(np.float32)
+                encode_picture(one[None].astype(np.float32) / 127.5 - 1, 1).astype(np.float32)
                 for one in shown
             )
-            cond, *null = (dataclasses.replace(part, references=references) for part in parts)
-            found.append((cond, null[0] if null else None))
-    return found
+            cond, *null = (
+                dataclasses.replace(part, references=references)
+                for part in same_length(*(encode({name: one}) for one in said))
+            )
+            yield cond, null[0] if null else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,19 +157,3 @@ class Instructions:
             *mine, null = (one[count:] for one in of_one)
             found[number] = Told(of_one[0][:count], mine, null)
         return [found[number] for number in range(len(edits))]
-
-
-def _texts(
-    pipeline: Pipeline, edits: Sequence[Edit], negative: str | None
-) -> Iterator[list[Embeddings]]:
-    """The instruction's tokens and the negative prompt's, of each edit."""
-    form, [name] = pipeline.family.editing, pipeline.family.encoders
-    config, tokenizer = pipeline.config(name), text.tokenizers(pipeline)[name]
-    processor = pipeline.checkpoint.processor
-    with text.encoder(pipeline) as encode:
-        for edit in tqdm(edits, unit="edit", desc=text.STAGE, disable=not pipeline.progress):
-            seen = [form.seen(config, processor, picture) for picture in edit.pictures]
-            said = [form.tokenize(tokenizer, config, [edit.instruction], seen)]
-            if negative is not None:
-                said.append(form.tokenize(tokenizer, config, [negative], seen, negative=True))
-            yield same_length(*(encode({name: one}) for one in said))

@@ -25,6 +25,7 @@ from twinflow_jax.models import (
     mlp,
     qwen_image,
     sana,
+    sd35,
     unet,
     zimage,
 )
@@ -42,6 +43,7 @@ FAMILIES = {
     "qwen_image_edit_plus": qwen_image.EDIT_PLUS,
     "sana": sana.FAMILY,
     "zimage": zimage.FAMILY,
+    "sd35": sd35.FAMILY,
     "minilm_dit": minilm_dit.FAMILY,
     "minilm_edit": minilm_edit.FAMILY,
 }

@@ -70,16 +70,14 @@ def sinusoid(values: Float[Array, "B"], scale: float = 1.0) -> Float[Array, "B 2
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class SinusoidEmbedder(nn.Module):
-    """The sinusoid of a number and an MLP to the model's width.
+class Embedder(nn.Module):
+    """A vector through an MLP to the model's width.
 
-    config: has width and dtype. scale: that the number is multiplied by. kernel: an initialiser,
-    last: that of the last kernel, where it is another one. widths: hidden, and of what comes out,
-    where they are others.
+    config: has width and dtype. kernel: an initialiser, last: that of the last kernel, where it is
+    another one. widths: hidden, and of what comes out, where they are others.
     """
 
     config: Any
-    scale: float = 1.0
     kernel: Callable = UNIT_VARIANCE
     last: Callable | None = None
     widths: tuple[int, int] = ()
@@ -89,8 +87,17 @@ class SinusoidEmbedder(nn.Module):
         self.hidden = dense(self.config, hidden, (None, None), kernel=self.kernel)
         self.out = dense(self.config, out, ("embed", None), kernel=self.last or self.kernel)
 
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        return self.out(nn.silu(self.hidden(x)))
+
+
+class SinusoidEmbedder(Embedder):
+    """The same of the sinusoid of a number. scale: that the number is multiplied by."""
+
+    scale: float = 1.0
+
     def __call__(self, values: Float[Array, "B"]) -> Float[Array, "B E"]:
-        return self.out(nn.silu(self.hidden(sinusoid(values, self.scale))))
+        return super().__call__(sinusoid(values, self.scale))
 
 
 def embedder_names(key: str, path: str) -> tuple[tuple[str, str, str], ...]:

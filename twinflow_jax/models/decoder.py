@@ -99,6 +99,23 @@ def embedded(module: nn.Module, ids: TextIds) -> TextTokens:
     return jnp.take(embedding, ids, axis=0).astype(c.dtype)
 
 
+def attended(
+    config, h: TextTokens, inner: int, biased: bool = True, **how: Any
+) -> Float[Array, "B L D"]:
+    """What tokens see of each other, with as many heads of keys as of queries.
+
+    Its projections are the calling module's. inner: width of all heads together. biased: whether
+    projections have a bias. how: the rest of `attention`'s arguments.
+    """
+    parts = (
+        dense(config, inner, ("embed", "heads"), name, biased)(h)
+        for name in ("query", "key", "value")
+    )
+    split = (*h.shape[:2], config.heads, inner // config.heads)
+    out = attention(*(part.reshape(split) for part in parts), **how).reshape(*h.shape[:2], inner)
+    return dense(config, config.width, ("heads", "embed"), "out", biased)(out)
+
+
 class Attention(nn.Module):
     """Causal attention with rotary positions; several query heads share one of keys and values.
 

@@ -80,7 +80,8 @@ class Network:
     module. example: Config -> abstract inputs which its parameters are initialised with. table:
     Config -> the name table between its published tensors and its parameters. stem: of the names
     of its weight files. found: what its tensors say of it and config.json does not, (config, the
-    keys that a folder lacks) -> config.
+    keys that a folder lacks) -> config. optional: whether a pipeline may do without it, which its
+    model_index.json then says (null); a text encoder is then not given to `tokenize` and `embed`.
     """
 
     folder: str
@@ -91,6 +92,7 @@ class Network:
     table: Callable[[Any], NameTable] = lambda config: NameTable(())
     stem: str = "diffusion_pytorch_model"
     found: Callable[[Any, Collection[str]], Any] = lambda config, lacking: config
+    optional: bool = False
 
     @property
     def published(self) -> bool:
@@ -228,7 +230,8 @@ class Editing(Protocol):
         """The one whose size the result has."""
 
     def encoded(self, picture: Any, area: int) -> UInt8[np.ndarray, "H W 3"]:
-        """As the autoencoder takes it, of about so many pixels."""
+        """As the autoencoder takes it, of about so many pixels; of one size where the results have
+        one."""
 
     def seen(
         self, config, processor: dict[str, Any], picture: Any
@@ -290,6 +293,11 @@ class TextToImage:
     def note(self, times: TimeConditioning) -> str:
         """What somebody who loads an export elsewhere must know about r."""
         return times.note or self.export_note
+
+    def without(self, absent: Collection[str]) -> "TextToImage":
+        """The family of a pipeline that does without some networks."""
+        networks = {name: n for name, n in self.networks.items() if name not in absent}
+        return dataclasses.replace(self, networks=networks)
 
     @property
     def encoders(self) -> dict[str, TextNetwork]:

@@ -35,12 +35,12 @@ KNOWS_R = "r"  # the group of the tensors that a base model lacks to know its ta
 class Rule:
     """key: in the published checkpoint. path: of our leaf, parts joined by "/".
 
-    layout: one of LAYOUTS. layers: that the leaf stacks, where the key has "{}". Where the tensor
-    is missing (a network that is to grow a part which its checkpoint does not have yet), copy_of:
-    the key of another rule, whose tensor stands in; normal: the standard deviation of random
-    values, 0 for zeros. group: of tensors that are missing together or not at all. pairs: the
-    width of heads, along our last axis, whose adjacent channels theirs pairs for rotation; ours
-    pairs their two halves.
+    layout: one of LAYOUTS. layers: that the leaf stacks, where the key has "{}"; first: the number
+    of the first one. Where the tensor is missing (a network that is to grow a part which its
+    checkpoint does not have yet), copy_of: the key of another rule, whose tensor stands in; normal:
+    the standard deviation of random values, 0 for zeros. group: of tensors that are missing
+    together or not at all. pairs: the width of heads, along our last axis, whose adjacent channels
+    theirs pairs for rotation; ours pairs their two halves.
     """
 
     key: str
@@ -51,6 +51,7 @@ class Rule:
     normal: float | None = None
     group: str = ""
     pairs: int = 0
+    first: int = 0
 
     @property
     def optional(self) -> bool:
@@ -121,7 +122,8 @@ class NameTable:
         """The keys behind one leaf: one per layer where it is stacked."""
         if not rule.stacked:
             return [rule.key]
-        return [rule.key.replace("{}", str(layer)) for layer in range(rule.layers)]
+        numbers = range(rule.first, rule.first + rule.layers)
+        return [rule.key.replace("{}", str(layer)) for layer in numbers]
 
     def shapes(self, leaves: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Every published key with its shape, from the shapes of our leaves by path."""
@@ -143,11 +145,12 @@ class NameTable:
 
 
 def stack(
-    prefix: str, pairs: Iterable[tuple[str, str, str]], into: str, layers: int
+    prefix: str, pairs: Iterable[tuple[str, str, str]], into: str, layers: int, first: int = 0
 ) -> tuple[Rule, ...]:
     """Rules of `prefix.{}.KEY -> into/PATH` from (KEY, PATH, layout) of one layer."""
     return tuple(
-        Rule(f"{prefix}.{{}}.{key}", f"{into}/{path}", how, layers) for key, path, how in pairs
+        Rule(f"{prefix}.{{}}.{key}", f"{into}/{path}", how, layers, first=first)
+        for key, path, how in pairs
     )
 
 
@@ -155,6 +158,11 @@ def linear(key: str, path: str, bias: bool = True) -> tuple[tuple[str, str, str]
     """(key, path, layout) of a dense layer's kernel and bias."""
     kernel = ((f"{key}.weight", f"{path}/kernel", "linear"),)
     return kernel + (((f"{key}.bias", f"{path}/bias", "same"),) if bias else ())
+
+
+def norm(key: str, path: str) -> tuple[tuple[str, str, str], ...]:
+    """(key, path, layout) of a norm's scale and bias."""
+    return (f"{key}.weight", f"{path}/scale", "same"), (f"{key}.bias", f"{path}/bias", "same")
 
 
 def spelled(

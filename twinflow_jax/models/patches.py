@@ -3,6 +3,22 @@
 from jaxtyping import Array, Float
 
 from twinflow_jax.arrays import Maps
+from twinflow_jax.errors import UserError
+
+
+def grid(maps: Maps, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Raises:
+      UserError: the sides are no multiples of the patch.
+    """
+    _, height, width, _ = maps.shape
+    if height % patch or width % patch:
+        raise UserError(
+            f"latents of {height}x{width} do not divide into patches of {patch}x{patch}: take "
+            f"sides that are multiples of {patch}"
+        )
+    return height // patch, width // patch
 
 
 def pack(maps: Maps, patch: int) -> Float[Array, "B S C*{patch}**2"]:

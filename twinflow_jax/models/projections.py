@@ -40,3 +40,11 @@ def rms_norm(epsilon: float, dtype: str, name: str | None = None, scale: float =
     """scale: that its parameter starts from."""
     scale_init = init_of(nn.initializers.constant(scale), None)
     return nn.RMSNorm(epsilon, dtype=dtype, scale_init=scale_init, name=name)
+
+
+def layer_norm(epsilon: float, dtype: str, name: str | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon, dtype=dtype, use_fast_variance=False, name=name,
+        scale_init=init_of(nn.initializers.ones, None),
+        bias_init=init_of(nn.initializers.zeros, None),
+    )

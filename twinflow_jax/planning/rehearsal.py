@@ -26,7 +26,7 @@ from twinflow_jax.evaluation import captioned, features, held_out
 from twinflow_jax.evaluation.classifier import Classifier
 from twinflow_jax.models import attention, efficientnet, names
 from twinflow_jax.models.adapters import ranks_of
-from twinflow_jax.models.family import lengths
+from twinflow_jax.models.family import TextToImage, lengths
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo, plan
 from twinflow_jax.planning.compiling import compiled
@@ -75,6 +75,10 @@ class Blank(imported.Imported):
 
     configs: dict[str, Any] = dataclasses.field(default_factory=dict)
     real: imported.Imported | None = None
+
+    @property
+    def text_to_image(self) -> TextToImage:
+        return self.real.text_to_image if self.real else super().text_to_image
 
     def network(self, name: str):
         return self.text_to_image.networks[name]
@@ -201,9 +205,10 @@ def _edits(run: Run) -> bool:
 def _blank(run: Run, folder: epath.Path) -> Blank:
     """The run's pipeline, where it is here; otherwise its family's published networks (random:
     the small ones), with small tokenizers."""
-    family, real = run.family.text_to_image, None
+    real = None
     if run.pipeline != RANDOM and imported.is_imported(run.pipeline):
         real = imported.open_imported(run.pipeline)
+    family = real.text_to_image if real else run.family.text_to_image
     configs = {}
     for name, network in family.networks.items():
         small = run.pipeline == RANDOM and network.published

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import shlex
 from typing import Any
@@ -10,25 +11,28 @@ import jax
 import numpy as np
 from etils import epath
 
-from twinflow_jax import buckets, files, parallel
-from twinflow_jax.drawing import by_prompt
+from twinflow_jax import buckets, files, models, parallel
+from twinflow_jax.drawing import by_prompt, codec, denoising, editing
 from twinflow_jax.drawing.pipeline import run_of
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import suites
 from twinflow_jax.evaluation.diversity import measure
 from twinflow_jax.evaluation.speed import device
 from twinflow_jax.evaluation.suites import draw as drawing
-from twinflow_jax.evaluation.suites import gallery, results
+from twinflow_jax.evaluation.suites import gallery, results, sources
 from twinflow_jax.evaluation.suites import table as tables
 from twinflow_jax.evaluation.suites.gallery import Gallery
 from twinflow_jax.evaluation.suites.suite import Prompts, Suite
+from twinflow_jax.models.family import Editing
 from twinflow_jax.parallel import hosts
 
 
 def draw(args: argparse.Namespace) -> int:
     """Draws this process's share; process 0 then checks everything."""
     suite = suites.named(args.suite)
-    prompts = suites.open_prompts(suite, args.prompts, args.unpublished, args.rewritten)
+    prompts = suites.open_prompts(
+        suite, args.prompts, args.unpublished, args.rewritten, args.images
+    )
     if not args.coordinator and not 0 <= args.process < args.processes:
         raise UserError(f"--process is {args.process}; it lies from 0 to --processes less one")
     files.check_folder("--out", args.out)
@@ -51,7 +55,7 @@ def drawn(args: argparse.Namespace, suite: Suite, prompts: Prompts) -> int:
     if not complete:
         print(f"process {args.process} is done; process 0 checks {args.out}")
         return 0
-    return checked(place, suite, prompts, job.size, args.prompts)
+    return checked(place, suite, prompts, gallery.manifest_of(place.folder), args)
 
 
 def job_of(
@@ -61,21 +65,50 @@ def job_of(
     run = run_of(args.checkpoint)
     if run is not None and run.family.text_to_image is None:
         raise UserError(f"{args.checkpoint} draws by class: suites are of prompts")
-    pipeline, shape, tile, way = by_prompt.prepared(args, run)
+    pipeline = by_prompt.pipeline_of(args, run)
+    form, found = pipeline.family.editing, None
+    check_family(suite, args.checkpoint, form)
+    area = editing.area_of(pipeline) if form else None
+    if form:
+        sizes, found = sources.seen(form, prompts, area)
+        size = args.size
+    else:
+        shape = denoising.latent_shape(pipeline, args.size and args.size[::-1])
+        height, width = (side * pipeline.config("vae").downscale for side in shape[:2])
+        size, sizes = (width, height), [(width, height)] * len(prompts.items)
+        suite.check_size(size)
     pipeline = dataclasses.replace(pipeline, progress=False)  # all processes' is said
+    ways = {
+        one: by_prompt.asked(args, pipeline, denoising.latent_shape(pipeline, one[::-1]))
+        for one in dict.fromkeys([size] if size else sizes)
+    }
     job = drawing.Job(
-        pipeline, suite, prompts, way.sampler, shape, args.seed,
-        args.batch or parallel.row_parts(pipeline.mesh()), tile, way.settings,
+        pipeline, suite, prompts, size, sizes, ways, args.seed,
+        args.batch or parallel.row_parts(pipeline.mesh()), codec.tile_of(pipeline, args.tile),
+        found,
     )
-    suite.check_size(job.size)
     arrays = pipeline.arrays("transformer")
     return job, {
         "checkpoint": args.checkpoint, "prompts_path": str(buckets.absolute(args.prompts)),
+        "images_path": str(buckets.absolute(args.images)) if args.images else None,
         "published": prompts.published, "family": pipeline.checkpoint.family,
+        "area": area,
         "parameters": sum(int(np.prod(array.shape)) for array in arrays.values()),
         "adapters": bool(pipeline.ranks), "device": device(),
         "version": importlib.metadata.version("twinflow-jax"),
     }
+
+
+def check_family(suite: Suite, checkpoint: str, form: Editing | None) -> None:
+    """Raises UserError where a network edits pictures and the suite does not, or the reverse. form:
+    of the network's family."""
+    if suite.edits and not form:
+        raise UserError(f"{checkpoint} does not edit pictures, as {suite.name} asks for: give a "
+                        "checkpoint of Qwen-Image-Edit, or another suite")
+    if form and not suite.edits:
+        editing = ", ".join(name for name, one in suites.SUITES.items() if one.edits)
+        raise UserError(f"{checkpoint} edits pictures, and the prompts of {suite.name} are about "
+                        f"none: choose from {editing}")
 
 
 def opened(args: argparse.Namespace) -> tuple[epath.Path, dict[str, Any], Suite, Prompts]:
@@ -83,25 +116,35 @@ def opened(args: argparse.Namespace) -> tuple[epath.Path, dict[str, Any], Suite,
     folder = buckets.absolute(args.folder)
     manifest = gallery.manifest_of(folder)
     suite = suites.named(manifest["suite"])
-    return folder, manifest, suite, gallery.prompts_of(suite, manifest, args.prompts)
+    images = getattr(args, "images", None)
+    return folder, manifest, suite, gallery.prompts_of(suite, manifest, args.prompts, images)
 
 
 def check(args: argparse.Namespace) -> int:
     """Looks at every file."""
     folder, manifest, suite, prompts = opened(args)
-    path = args.prompts or manifest["prompts_path"]
-    return checked(Gallery(folder, 0, 1), suite, prompts, manifest["size"], path)
+    return checked(Gallery(folder, 0, 1), suite, prompts, manifest, args)
 
 
 def checked(
-    place: Gallery, suite: Suite, prompts: Prompts, size: tuple[int, int], path: str
+    place: Gallery, suite: Suite, prompts: Prompts, manifest: dict[str, Any],
+    args: argparse.Namespace,
 ) -> int:
     """Says what is wrong with the files, or what scores them.
 
     Raises:
       UserError: something is wrong.
     """
-    found = gallery.check(place, suite, prompts.items, size)
+    size, before = manifest["size"], None
+    sizes = [size] * len(prompts.items)
+    if suite.edits:
+        form = models.FAMILIES[manifest["family"]].text_to_image.editing
+        own, digest = sources.seen(form, prompts, manifest["area"])
+        if digest != manifest["sources"]:
+            raise UserError(f"the pictures that {suite.name} edits are not those that were: give "
+                            "those with --prompts or --images")
+        sizes, before = sizes if size else own, functools.partial(sources.picture, form, prompts)
+    found = gallery.check(place, suite, prompts.items, sizes, before)
     for kind, names in found.problems.items():
         for name in names:
             print(f"{kind}: {name}")
@@ -111,9 +154,15 @@ def checked(
             f"{place.folder} is not what {suite.name} wants ({counts} of {found.files:,} files): "
             "move what is foreign away, remove what is not right, and draw again"
         )
+    local, copy = place.folder, ""
+    if buckets.is_remote(local):  # which no scorer reads
+        local = epath.Path(local.name).resolve()
+        moved = [place.folder, *[place.beside(".json")] * suite.map, local.parent]
+        copy = f"gcloud storage cp -r {shlex.join(map(str, moved))}\n"
     if suite.map:
-        drawing.map_file(suite, place, prompts.items)
-    commands = suite.commands(place.folder, size[0], path)
+        drawing.map_file(suite, place, prompts.items, local)
+    images = buckets.absolute(args.images) if args.images else manifest.get("images_path")
+    commands = copy + suite.commands(local, size[0] if size else 0, images)
     again = f"twinflow evaluate suite read {shlex.quote(str(place.folder))} --results FILE ..."
     print(f"{found.files:,} files in {place.folder} are as {suite.name} wants them. In a clone of "
           f"github.com/{suite.repository}:\n\n{commands}\n\nand then {again}")

@@ -3,7 +3,7 @@
 import pathlib
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.evaluation.suites.suite import Item, Line, Suite
+from twinflow_jax.evaluation.suites.suite import Item, Line, Suite, printed
 
 SAMPLES = 4
 
@@ -44,5 +44,5 @@ DPG = Suite(
     "PYTHONHASHSEED=0 accelerate launch --num_processes 1 --mixed_precision fp16 "
     "dpg_bench/compute_dpg_bench.py --image-root-path {folder} --resolution {side} "
     "--pic-num 4 --res-path {folder}.results.txt --vqa-model mplug",
-    read, ".txt", r"DPG-Bench score: ([\d.]+)", samples=SAMPLES, grid=True, scale=100,
+    read, ".txt", printed(r"DPG-Bench score: ([\d.]+)"), samples=SAMPLES, grid=True, scale=100,
 )

@@ -2,19 +2,22 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
+from PIL import Image
 
 from twinflow_jax import files, images, sharing
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation.suites import suite as suites
-from twinflow_jax.evaluation.suites.suite import Item, Suite
+from twinflow_jax.evaluation.suites.suite import Item, Size, Suite
 
 LOOK = 10.0  # seconds between two reports of how far all processes are
 THREADS = 8  # that read pictures
@@ -37,9 +40,9 @@ class Gallery(sharing.Shares):
     def settings_file(self) -> epath.Path:
         return self.beside(".manifest.json")
 
-    def embeddings_file(self, unit: range) -> epath.Path:
+    def embeddings_file(self, unit: Sequence[int]) -> epath.Path:
         """Where a unit's prompts wait for their turn, encoded."""
-        return self.work / "text" / f"{unit.start:05d}.safetensors"
+        return self.work / "text" / f"{unit[0]:05d}.safetensors"
 
     def done_files(self) -> list[epath.Path]:
         """Of each process, once it has drawn its share."""
@@ -67,7 +70,7 @@ def manifest_of(folder: epath.Path) -> dict[str, Any]:
     file = Gallery(folder, 0, 1).settings_file
     try:
         found = json.loads(file.read_text())
-        return found | {"size": tuple(found["size"])}
+        return found | {"size": tuple(found["size"]) if found["size"] else None}
     except OSError as error:
         raise UserError(
             f"{folder} has no {file.name} beside it: draw with `evaluate suite draw`"
@@ -77,14 +80,16 @@ def manifest_of(folder: epath.Path) -> dict[str, Any]:
 
 
 def prompts_of(
-    suite: Suite, manifest: Mapping[str, Any], path: str | None
+    suite: Suite, manifest: Mapping[str, Any], path: str | None, images: str | None = None
 ) -> suites.Prompts:
-    """Those that a folder was drawn from. path: where they lie now (default: where they did).
+    """Those that a folder was drawn from. path, images: where they lie now (default: where they
+    did).
 
     Raises:
       UserError: they are not there any more, or others.
     """
-    found = suites.open_prompts(suite, path or manifest["prompts_path"], unpublished=True)
+    images = images or manifest.get("images_path")
+    found = suites.open_prompts(suite, path or manifest["prompts_path"], True, images=images)
     if found.digest != manifest["prompts"]:
         raise UserError(
             f"--prompts {path or manifest['prompts_path']} are not those that were drawn: give "
@@ -154,11 +159,18 @@ class Found:
 
 
 def check(
-    gallery: Gallery, suite: Suite, items: Sequence[Item], size: tuple[int, int]
+    gallery: Gallery, suite: Suite, items: Sequence[Item], sizes: Sequence[Size],
+    source: Callable[[Item], Image.Image] | None = None,
 ) -> Found:
-    """Every file of a suite against what its scorer wants. size: (width, height) of a picture."""
-    wanted = {k: v for item in items for k, v in suite.files(item, size).items()}
-    texts = {item.beside[0]: item.beside[1] for item in items if item.beside}
+    """Every file of a suite against what its scorer wants. sizes: of each item's pictures. source:
+    the picture that an item is about."""
+    wanted: dict[str, Callable[[bytes], str | None]] = {}
+    for item, size in zip(items, sizes, strict=True):
+        wanted |= dict.fromkeys(suite.pictures(item), functools.partial(_picture, suite, size))
+        if item.beside:
+            wanted[item.beside[0]] = functools.partial(_text, item.beside[1])
+        if suite.shown:
+            wanted[suite.shown.format(id=item.id)] = functools.partial(_copy, source, item)
     there = gallery.names()
     problems: dict[str, list[str]] = {
         "missing": sorted(wanted.keys() - there),
@@ -167,20 +179,39 @@ def check(
         ),
     }
 
-    def problem(name: str) -> str | None:
-        data = (gallery.folder / name).read_bytes()
-        if name in texts:
-            return None if data == texts[name] else "changed"
-        try:
-            picture = images.opened(data)
-            picture.load()
-        except Exception:  # Pillow raises many kinds
-            return "torn"
-        return None if (picture.size, picture.mode) == (wanted[name], "RGB") else "of another size"
-
+    problem = lambda name: wanted[name]((gallery.folder / name).read_bytes())
     looked = sorted(wanted.keys() & there)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
         for name, kind in zip(looked, threads.map(problem, looked), strict=True):
             if kind:
                 problems.setdefault(kind, []).append(name)
     return Found({kind: names for kind, names in problems.items() if names}, len(wanted))
+
+
+def _text(content: bytes, data: bytes) -> str | None:
+    """What is wrong with a text."""
+    return None if data == content else "changed"
+
+
+def _picture(suite: Suite, size: Size, data: bytes) -> str | None:
+    """What is wrong with a file of pictures of a size."""
+    pixels, times = _pixels(data), 2 if suite.grid else 1
+    if pixels is None:
+        return "torn"
+    return None if pixels.shape == (times * size[1], times * size[0], 3) else "of another size"
+
+
+def _copy(source: Callable[[Item], Image.Image], item: Item, data: bytes) -> str | None:
+    """What is wrong with a copy of the picture that an item is about."""
+    pixels = _pixels(data)
+    if pixels is None:
+        return "torn"
+    return None if np.array_equal(pixels, np.asarray(source(item))) else "changed"
+
+
+def _pixels(data: bytes) -> np.ndarray | None:
+    """Of a whole picture; None of anything else."""
+    try:
+        return np.asarray(images.opened(data))
+    except Exception:  # Pillow raises many kinds
+        return None

@@ -5,7 +5,7 @@ import math
 import pathlib
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.evaluation.suites.suite import Item, Line, Suite, json_rows
+from twinflow_jax.evaluation.suites.suite import Item, Line, Suite, json_rows, printed
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -45,7 +45,7 @@ GENEVAL = Suite(
     "python evaluation/evaluate_images.py {folder} --outfile {folder}.results.jsonl "
     "--model-path MASK2FORMER_FOLDER\n"
     "python evaluation/summary_scores.py {folder}.results.jsonl | tee {folder}.summary.txt",
-    read, ".jsonl", r"Overall score \(avg\. over tasks\): ([\d.]+)", samples=4, parts=4,
+    read, ".jsonl", printed(r"Overall score \(avg\. over tasks\): ([\d.]+)"), samples=4, parts=4,
     weights=dict.fromkeys(TAGS, 1 / len(TAGS)),
 )
 
@@ -76,5 +76,5 @@ GENEVAL_2 = Suite(
     "09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43", parse_2, "{id}.png",
     "python evaluation.py --benchmark_data geneval2_data.jsonl --image_filepath_data {folder}.json "
     "--method soft_tifa_gm --output_file {folder}.results.json | tee {folder}.summary.txt",
-    read_2, ".json", r"Score: ([\d.]+)", scale=100, map=True,
+    read_2, ".json", printed(r"Score: ([\d.]+)"), scale=100, map=True,
 )

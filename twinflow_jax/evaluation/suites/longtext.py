@@ -3,7 +3,7 @@
 import pathlib
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.evaluation.suites.suite import Item, Line, Suite, json_rows
+from twinflow_jax.evaluation.suites.suite import Item, Line, Suite, json_rows, printed
 
 SAMPLES = 4
 
@@ -40,7 +40,7 @@ def create(language: str, title: str, file: str, digest: str) -> Suite:
         f"--output_dir {results} --mode {language}\n"
         f"cat {results}/results_chunk*.jsonl > {results}/results.jsonl\n"
         f"python summary_scores.py {results}/results.jsonl --mode {language}",
-        read, ".jsonl", r"Text Score: ([\d.]+)", samples=SAMPLES, first=1, parts=SAMPLES,
+        read, ".jsonl", printed(r"Text Score: ([\d.]+)"), samples=SAMPLES, first=1, parts=SAMPLES,
     )
 
 

@@ -1,16 +1,17 @@
 """What the TwinFlow paper (2512.05150) reports, for the tables' columns.
 
-Its scores by suite; of GenEval also by tag, in the order of `geneval.TAGS`. Rows are of networks
-with so many parameters, trained whole or by adapters, at so many evaluations. Rewritten prompts
-have a mark of their own and are never compared with others.
+Its scores by suite; of GenEval also by tag, in the order of `geneval.TAGS`, of GEdit-Bench its
+parts. Rows are of networks with so many parameters, trained whole or by adapters, at so many
+evaluations; those that edit pictures apart. Rewritten prompts have a mark of their own and are
+never compared with others.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
+from twinflow_jax.evaluation.suites.gedit import QUALITY, SEMANTICS
 from twinflow_jax.evaluation.suites.geneval import TAGS
 
-REWRITTEN = "+rewritten"
 QWEN, SANA_06, SANA_16 = 20.4e9, 0.59e9, 1.6e9  # parameters of the transformers
 NEAR = 0.15  # relative
 
@@ -27,6 +28,11 @@ def _row(name: str, tags: tuple[float, ...] = (), **scores: float) -> Row:
     """tags: of GenEval."""
     by_tag = {f"geneval: {tag}": value for tag, value in zip(TAGS, tags, strict=False)}
     return Row(name, {key.replace("_", "-"): value for key, value in scores.items()} | by_tag)
+
+
+def _edited(name: str, semantics: float, quality: float, gedit: float, imgedit: float) -> Row:
+    parts = {f"gedit: {SEMANTICS}": semantics, f"gedit: {QUALITY}": quality}
+    return Row(name, {"gedit": gedit, "imgedit": imgedit} | parts)
 
 
 # (parameters, by adapters, evaluations) -> Tables 2 to 5, 7 and 9
@@ -60,6 +66,13 @@ REWRITTEN_PAPER = {  # of the same weights as the first row
         geneval=0.90,
     ),
 }
+EDITED_PAPER = {  # Table 8
+    (QWEN, True, 2): _edited("TwinFlow-Qwen-Image-Edit LoRA, 2 NFE", 5.94, 6.81, 5.85, 3.47),
+    (QWEN, True, 4): _edited("TwinFlow-Qwen-Image-Edit LoRA, 4 NFE", 5.95, 6.97, 5.91, 3.55),
+}
+EDITED_TEACHERS = {
+    QWEN: _edited("Qwen-Image-Edit, 50 steps guided", 8.00, 7.86, 7.56, 4.27),
+}
 TEACHERS = {
     QWEN: _row(
         "Qwen-Image, 50 steps guided", (0.99, 0.92, 0.89, 0.88, 0.76, 0.77),
@@ -68,18 +81,21 @@ TEACHERS = {
 }
 
 
-def row_of(parameters: int, adapters: bool, nfe: int, rewritten: bool = False) -> Row | None:
+def row_of(
+    parameters: int, adapters: bool, nfe: int, rewritten: bool = False, edits: bool = False
+) -> Row | None:
     """The paper's row of such a network; None where it has none."""
-    rows = REWRITTEN_PAPER if rewritten else PAPER
+    rows = EDITED_PAPER if edits else PAPER
     return next((
-        row for (size, low, steps), row in rows.items()
+        row for (size, low, steps), row in (REWRITTEN_PAPER if rewritten else rows).items()
         if _near(size, parameters) and (low, steps) == (adapters, nfe)
     ), None)
 
 
-def teacher_of(parameters: int) -> Row | None:
+def teacher_of(parameters: int, edits: bool = False) -> Row | None:
     """The paper's row of the network that such a one was trained from."""
-    return next((row for size, row in TEACHERS.items() if _near(size, parameters)), None)
+    rows = EDITED_TEACHERS if edits else TEACHERS
+    return next((row for size, row in rows.items() if _near(size, parameters)), None)
 
 
 def _near(size: float, parameters: int) -> bool:

@@ -1,10 +1,10 @@
 """A scorer's results files to scores, which are computed here and compared with its own line."""
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,11 +34,10 @@ def read(
     by_id = {item.id: item for item in items}
     found: dict[tuple[str, int], Line] = {}
     extra: dict[str, float] = {}
-    said = None
+    said: dict[str, str] = {}
     for name in results:
         text = _text(name)
-        if match := re.search(suite.said, text):
-            said = match[1]
+        said |= suite.said(text)
         if not name.endswith(suite.results):
             continue
         try:
@@ -72,15 +71,22 @@ def read(
     if lacking:
         raise UserError(f"no result of {', '.join(lacking)}: there is no score without them")
     value, low, high = (suite.scale * v for v in scored(suite.weights, sums))
+    groups = {name: suite.scale * float(s[0].sum() / s[1].sum()) for name, s in sums.items()}
+    for name in dict.fromkeys(name for line in found.values() for name in line.further):
+        lines = [line for line in found.values() if name in line.further]
+        of_these = by_group(by_id, (dataclasses.replace(i, total=i.further[name]) for i in lines))
+        if of_these.keys() == sums.keys():
+            extra[name] = suite.scale * scored(suite.weights, of_these)[0]
     notes = []
-    if said is not None and not agree(value, said):
-        notes.append(f"the scorer's own line says {said}, its results give {value:.5g}")
+    for name, number in said.items():
+        mine = groups.get(name, math.nan) if name else value
+        if not agree(mine, number):
+            of = f" of {name}" if name else ""
+            notes.append(f"the scorer's own line says {number}{of}, its results give {mine:.5g}")
     return {
         "score": value, "interval": [low, high], "judge": suite.judge, "found": len(found),
-        "expected": len(wanted), "said": said, "notes": notes, "further": extra,
-        "groups": {
-            name: suite.scale * float(s[0].sum() / s[1].sum()) for name, s in sums.items()
-        } if len(sums) > 1 else {},
+        "expected": len(wanted), "said": said.get(""), "notes": notes, "further": extra,
+        "groups": groups if len(groups) > 1 else {},
     }
 
 
@@ -96,7 +102,7 @@ def _check_place(suite: Suite, folder: epath.Path, name: str, line: Line) -> Non
     if line.file is None:
         return
     parts = pathlib.PurePosixPath(line.file).parts
-    depth = suite.place.count("/") + 1
+    depth = suite.place.format(id=line.item, k=line.part).count("/") + 1
     if len(parts) > depth and parts[-depth - 1] != folder.name:
         raise UserError(f"--results {name} is of other pictures ({line.file}), not of {folder}")
 

@@ -1,5 +1,6 @@
 """What a suite is: prompts, files as its official scorer reads them, and the scorer's answers."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -11,32 +12,49 @@ from etils import epath
 
 from twinflow_jax.errors import UserError, few, reason
 
-Places = Mapping[str, tuple[int, int] | None]
-"""Relative paths, each with the (width, height) of its picture, or None where it is text."""
-
+Size = tuple[int, int]
+"""(width, height) in pixels."""
 
 @dataclasses.dataclass(frozen=True)
 class Item:
     """A prompt of a suite. id: begins its files' names. group: that it is counted in. text: drawn
-    in the prompt's place. beside: (relative path, content) of a file beside its pictures."""
+    in the prompt's place. beside: (relative path, content) of a text beside its pictures. source:
+    where the picture that it is about lies, as the suite's files say it."""
 
     id: str
     prompt: str
     group: str
     text: str = ""
     beside: tuple[str, bytes] | None = None
+    source: str = ""
+
+
+Read = Callable[[Item], bytes]
+"""The file of the picture that an item is about; raises OSError where it cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
     """A scorer's result, of one picture or of all of an item. part: which picture, 0 of all.
-    total, count: scores are sums of totals over sums of counts. file: what the scorer saw."""
+    total, count: scores are sums of totals over sums of counts. file: what the scorer saw.
+    further: other scores, of which those lines that have one are averaged as the totals are."""
 
     item: str
     part: int
     total: float
     count: float = 1.0
     file: str | None = None
+    further: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def printed(pattern: str) -> Callable[[str], dict[str, str]]:
+    """Finds the score that a scorer prints. pattern: whose group it is."""
+
+    def said(text: str) -> dict[str, str]:
+        match = re.search(pattern, text)
+        return {"": match[1]} if match else {}
+
+    return said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +62,22 @@ class Suite:
     """title, judge: as tables name the suite, and whoever judged the paper's pictures.
 
     repository: on GitHub, with its commit. source: where the prompts lie in it, one file or several
-    (a pattern of names). count, digest: of the published prompts; SHA-256. parse: their contents by
-    name to items. samples: pictures of each; grid: in one file, two by two. place: a picture's
-    path, of an item's `id` and `k`, counted from `first`. allowed: pattern of what scorers leave in
-    the folder. command: what to run in a clone of the repository, of {folder}, {side} and
-    {prompts}.
+    (a pattern of names). count, digest: of the published prompts; SHA-256, or how many each group
+    has where no digest of them is known. parse: their contents by name to items. samples: pictures
+    of each; grid: in one file, two by two. place: a picture's path, of an item's `id` and `k`,
+    counted from `first`. allowed: pattern of what scorers leave in the folder. command: what to run
+    in a clone of the repository, of {folder}, which is {name} in {parent}, {side} and {images}.
 
     parts: results of each item. read: (contents, items by id) -> lines and further scores by name,
     of a results file with the ending `results`. weights: of groups in the score, None where all
-    items are one group. scale: of the score. said: pattern of the scorer's own score in what it
-    prints or writes. map: whether a file beside the folder maps prompts to pictures.
+    items are one group. scale: of the score. said: the scorer's own numbers in what it prints or
+    writes, by group, "" for the score. map: whether a file beside the folder maps prompts to
+    pictures.
+
+    Of one that edits pictures: sources: (files of prompts, --images) -> what reads the picture of
+    an item. shown: path of a copy of it, of the item's `id`, where the scorer wants one. content:
+    of a file of prompts, what counts of it. dataset: where the prompts lie on the Hugging Face hub,
+    for a suite that has them there.
     """
 
     name: str
@@ -62,13 +86,13 @@ class Suite:
     repository: str
     source: tuple[str, str]
     count: int
-    digest: str
+    digest: str | Mapping[str, int]
     parse: Callable[[dict[str, bytes]], list[Item]]
     place: str
     command: str
     read: Callable[[str, Mapping[str, Item]], tuple[list[Line], dict[str, float]]]
     results: str
-    said: str
+    said: Callable[[str], dict[str, str]]
     samples: int = 1
     first: int = 0
     grid: bool = False
@@ -77,17 +101,32 @@ class Suite:
     scale: float = 1.0
     allowed: str = r"(?!)"
     map: bool = False
+    sources: Callable[[Sequence[epath.Path], str | None], Read] | None = None
+    shown: str = ""
+    content: Callable[[epath.Path], bytes] = lambda file: file.read_bytes()
+    dataset: str = ""
+
+    @property
+    def home(self) -> str:
+        """Where the prompts lie."""
+        hub = f"huggingface.co/datasets/{self.dataset}"
+        return hub if self.dataset else f"github.com/{self.repository}"
+
+    @property
+    def edits(self) -> bool:
+        """Whether its prompts are about pictures."""
+        return self.sources is not None
 
     def pictures(self, item: Item) -> list[str]:
         """Relative paths of an item's picture files."""
         numbers = range(1 if self.grid else self.samples)
         return [self.place.format(id=item.id, k=self.first + k) for k in numbers]
 
-    def files(self, item: Item, size: tuple[int, int]) -> Places:
-        """An item's files. size: (width, height) of one picture."""
-        times = 2 if self.grid else 1
-        found = dict.fromkeys(self.pictures(item), (times * size[0], times * size[1]))
-        return found | ({item.beside[0]: None} if item.beside else {})
+    def files(self, item: Item) -> list[str]:
+        """Relative paths of all files of an item."""
+        found = [item.beside[0]] if item.beside else []
+        found += [self.shown.format(id=item.id)] if self.shown else []
+        return found + self.pictures(item)
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises UserError for a (width, height) that the scorer cannot cut out of a grid."""
@@ -97,58 +136,81 @@ class Suite:
                 f"--size {max(size)}"
             )
 
-    def commands(self, folder: epath.Path, side: int, prompts: str) -> str:
-        """What scores a folder, to be copied."""
-        quoted = lambda text: shlex.quote(str(text))
-        return self.command.format(folder=quoted(folder), side=side, prompts=quoted(prompts))
+    def commands(self, folder: epath.Path, side: int, images: epath.PathLike | None) -> str:
+        """What scores a folder, to be copied. images: where the pictures of prompts lie."""
+        places = {
+            "folder": folder, "name": folder.name, "parent": folder.parent, "images": images
+        }
+        quoted = {name: shlex.quote(str(place)) for name, place in places.items()}
+        return self.command.format(side=side, **quoted)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """A suite's items. digest: of their files; published: whether that is the published one's.
-    rewritten: digest of the texts drawn in their place, None where they are drawn."""
+    rewritten: digest of the texts drawn in their place, None where they are drawn. read: as of
+    `Suite.sources`, None where there are none."""
 
     items: tuple[Item, ...]
     digest: str
     published: bool
     rewritten: str | None = None
+    read: Read | None = None
 
 
 def open_prompts(
-    suite: Suite, path: str, unpublished: bool = False, rewritten: str | None = None
+    suite: Suite, path: str, unpublished: bool = False, rewritten: str | None = None,
+    images: str | None = None,
 ) -> Prompts:
     """A suite's prompts from a clone of its repository, or from the file or folder in it.
 
-    unpublished: take others than the published ones. rewritten: as of `rewrite`.
+    unpublished: take others than the published ones. rewritten: as of `rewrite`. images: folder of
+    the pictures that they are about, where the prompts' files do not hold them.
     Raises:
       UserError: they are not there, or others or of another number than the published ones.
     """
-    contents = _contents(suite, path)
-    digest = _digest(contents)
+    found = _files(suite, path)
     try:
+        contents = {file.name: suite.content(file) for file in found}
         items = suite.parse(contents)
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"--prompts {path} cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--prompts {path} are no prompts of {suite.name} ({reason(error)})") from (
             error
         )
-    published = digest == suite.digest
+    digest = _digest(contents)
+    groups = collections.Counter(item.group for item in items)
+    published = suite.digest in (digest, groups)
     if not published and not unpublished:
         what = "others" if len(items) == suite.count else f"{len(items):,}, not {suite.count:,}"
         raise UserError(
             f"--prompts {path} are not the published ones of {suite.name} ({what}): take those of "
-            f"github.com/{suite.repository}, or say --unpublished"
+            f"{suite.home}, or say --unpublished"
         )
     if len({item.id for item in items}) < len(items) or not items:
         raise UserError(f"--prompts {path} hold no prompts, or two of one number")
+    for item in items:
+        if not all(map(is_inside, (item.id, item.source or item.id))):
+            raise UserError(f"--prompts {path}: {item.id!r} names a file of another folder")
+    of_texts = None
     if rewritten is None:
         items = [dataclasses.replace(item, text=item.prompt) for item in items]
-        return Prompts(tuple(items), digest, published)
-    items, of_texts = rewrite(items, rewritten)
-    return Prompts(tuple(items), digest, published, of_texts)
+    else:
+        items, of_texts = rewrite(items, rewritten)
+    if images and not suite.edits:
+        raise UserError(f"--images cannot be used: the prompts of {suite.name} are of no pictures")
+    read = suite.sources(found, images) if suite.sources else None
+    return Prompts(tuple(items), digest, published, of_texts, read)
 
 
-def _contents(suite: Suite, path: str) -> dict[str, bytes]:
-    """The suite's prompt files by name."""
+def is_inside(path: str) -> bool:
+    """Whether a relative path stays in its folder."""
+    return "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
+
+
+def _files(suite: Suite, path: str) -> list[epath.Path]:
+    """The suite's prompt files."""
     folder, pattern = suite.source
     places = [epath.Path(path) / folder, epath.Path(path)]
     try:
@@ -156,14 +218,14 @@ def _contents(suite: Suite, path: str) -> dict[str, bytes]:
             if place.is_dir():
                 names = [e for e in place.iterdir() if re.fullmatch(pattern, e.name)]
                 if names:
-                    return {file.name: file.read_bytes() for file in sorted(names)}
+                    return sorted(names)
         if places[1].is_file():
-            return {places[1].name: places[1].read_bytes()}
+            return [places[1]]
     except OSError as error:
         raise UserError(f"--prompts {path} cannot be read ({error.strerror or error})") from error
     raise UserError(
         f"--prompts {path} has no prompts of {suite.name}: give a clone of "
-        f"github.com/{suite.repository}, whose {folder or '.'} holds them"
+        f"{suite.home}, whose {folder or '.'} holds them"
     )
 
 

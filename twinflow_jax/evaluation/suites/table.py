@@ -96,12 +96,14 @@ def table(folders: Sequence[str], teachers: Sequence[str] = ()) -> Table:
     if len(set(metrics)) < len(metrics):
         raise UserError(f"two folders are of one suite ({', '.join(metrics)}): give one of each")
     nfe, sizes = manifest["nfe"], (manifest["parameters"], manifest["adapters"])
-    usual = paper.row_of(*sizes, nfe)
+    edits = SUITES[manifest["suite"]].edits
+    usual = paper.row_of(*sizes, nfe, edits=edits)
     theirs = None if manifest.get("base") else usual  # the paper has no row of a base's few steps
-    teacher = paper.teacher_of(manifest["parameters"])
+    teacher = paper.teacher_of(manifest["parameters"], edits)
     rows: list[Row] = []
+    size = "x".join(map(str, manifest["size"] or ())) or "each picture's own size"
     notes = [f"This run: {manifest['checkpoint']}, {nfe} NFE, "
-             f"{'x'.join(map(str, manifest['size']))}, seed {manifest['seed']}; intervals hold the "
+             f"{size}, seed {manifest['seed']}; intervals hold the "
              "score in 95 % of as many prompts drawn again"]
     for kept in found:
         base = bases.get(kept["metric"])
@@ -168,8 +170,11 @@ def _rows(kept, base, of_row, of_teacher, mark: str) -> list[Row]:
             theirs(base and base["groups"].get(group), key), decimals=decimals,
         ))
     for further, value in kept["further"].items():
-        rows.append(Row(f"  {further}", value, None, base and base["further"].get(further),
-                        decimals=decimals))
+        key = f"{name}: {further}"
+        rows.append(Row(
+            f"  {further}", value, lookup(of_row, key),
+            theirs(base and base["further"].get(further), key), decimals=decimals,
+        ))
     return rows
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 
 from twinflow_jax.errors import UserError
-from twinflow_jax.evaluation.suites.suite import Item, Line, Suite, json_rows
+from twinflow_jax.evaluation.suites.suite import Item, Line, Suite, json_rows, printed
 
 REPOSITORY = "PKU-YuanGroup/WISE@eb51174"
 NAMES = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
@@ -63,7 +63,7 @@ LEGACY = Suite(
     "cd WISE_legacy\n" + LEGACY_COMMAND,
     reader(("consistency", "realism", "aesthetic_quality"),
            lambda c, r, a: (0.7 * c + 0.2 * r + 0.1 * a) / 2),
-    ".jsonl", r"Overall WiScore: ([\d.]+)",
+    ".jsonl", printed(r"Overall WiScore: ([\d.]+)"),
     weights=dict(zip(GROUPS, (0.4, 0.167, 0.133, 0.1, 0.1, 0.1), strict=True)),
     allowed=r"Results/.*",
 )
@@ -75,7 +75,7 @@ VERIFIED = Suite(
     parser(by_number((400, 520, 640, 760, 880, 1000))), "{id}.png",
     "IMAGE_DIR={folder} VLLM_API_BASE=http://127.0.0.1:8000/v1 bash eval_qwen.sh "
     "| tee {folder}.summary.txt",
-    reader(("score",), float), ".jsonl", r"Overall WiScore: ([\d.]+)",
+    reader(("score",), float), ".jsonl", printed(r"Overall WiScore: ([\d.]+)"),
     weights=dict(zip(GROUPS, (0.4, 0.12, 0.12, 0.12, 0.12, 0.12), strict=True)),
     allowed=r"Results-[\w.-]+/.*",
 )

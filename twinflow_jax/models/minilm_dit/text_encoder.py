@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from twinflow_jax.arrays import Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import decoder, names, settings
-from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import init_of, rows
-from twinflow_jax.models.projections import dense
+from twinflow_jax.models.projections import dense, layer_norm
 from twinflow_jax.models.stack import run_layers
 
 ARCHITECTURE = "BertModel"
@@ -68,14 +67,6 @@ class Config:
         return cls(**values)
 
 
-def layer_norm(config: Config, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        config.norm_eps, dtype=config.dtype, use_fast_variance=False, name=name,
-        scale_init=init_of(nn.initializers.ones, None),
-        bias_init=init_of(nn.initializers.zeros, None),
-    )
-
-
 class Block(nn.Module):
     """Attention to all tokens, then an MLP, each before a norm; `(h, lengths) -> (h, None)`."""
 
@@ -84,17 +75,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: TextTokens, lengths: Lengths):
         c, h = self.config, rows(h)
-        parts = (
-            dense(c, c.width, ("embed", "heads"), name)(h)
-            for name in ("query", "key", "value")
-        )
-        split = (*h.shape[:2], c.heads, c.width // c.heads)
-        attended = attention(*(part.reshape(split) for part in parts), lengths).reshape(h.shape)
-        attended = dense(c, c.width, ("heads", "embed"), "out")(attended)
-        h = layer_norm(c, "attention_norm")(h + attended)
+        norm = lambda name: layer_norm(c.norm_eps, c.dtype, name)
+        h = norm("attention_norm")(h + decoder.attended(c, h, c.width, lengths=lengths))
         inner = nn.gelu(dense(c, c.hidden, ("embed", "mlp"), "up")(h), approximate=False)
         inner = dense(c, c.width, ("mlp", "embed"), "down")(inner)
-        return layer_norm(c, "mlp_norm")(h + inner), None
+        return norm("mlp_norm")(h + inner), None
 
 
 class TextEncoder(nn.Module):
@@ -120,32 +105,29 @@ class TextEncoder(nn.Module):
         types = self.param("types", init, (c.types, c.width))
         places = (positions[:length] + types[:1]).astype(c.dtype)
         h = decoder.embedded(self, ids) + places[None]
-        h = layer_norm(c, "norm")(h)
+        h = layer_norm(c.norm_eps, c.dtype, "norm")(h)
         h = run_layers(self, Block, c.layers, "none", h, per_row=(mask.sum(axis=-1),))
         return jnp.where(mask[..., None], h, 0)
 
 
 def table(config: Config) -> names.NameTable:
     """The published names."""
-    norm = lambda key, path: (
-        (f"{key}.weight", f"{path}/scale", "same"), (f"{key}.bias", f"{path}/bias", "same"),
-    )
     layer = (
         *names.linear("attention.self.query", "query"),
         *names.linear("attention.self.key", "key"),
         *names.linear("attention.self.value", "value"),
         *names.linear("attention.output.dense", "out"),
-        *norm("attention.output.LayerNorm", "attention_norm"),
+        *names.norm("attention.output.LayerNorm", "attention_norm"),
         *names.linear("intermediate.dense", "up"),
         *names.linear("output.dense", "down"),
-        *norm("output.LayerNorm", "mlp_norm"),
+        *names.norm("output.LayerNorm", "mlp_norm"),
     )
     return names.NameTable(
         rules=(
             names.Rule("embeddings.word_embeddings.weight", "embedding"),
             names.Rule("embeddings.position_embeddings.weight", "positions"),
             names.Rule("embeddings.token_type_embeddings.weight", "types"),
-            *(names.Rule(*each) for each in norm("embeddings.LayerNorm", "norm")),
+            *(names.Rule(*each) for each in names.norm("embeddings.LayerNorm", "norm")),
             *names.stack("encoder.layer", layer, "layers", config.layers),
         ),
         carried=(r"pooler\.dense\.(weight|bias)", r"embeddings\.position_ids"),

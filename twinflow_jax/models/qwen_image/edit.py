@@ -48,7 +48,9 @@ def load_tokenizer(folder: str | os.PathLike):
 
 def without_pictures(tokenizer, prompts, tokens: int | None = None, negative: bool = False):
     """Raises UserError: a prompt of this family is about pictures."""
-    raise UserError("this network edits pictures: only `sample --image` draws from it")
+    raise UserError(
+        "this network edits pictures: only `sample --image` and the suites of edits draw from it"
+    )
 
 
 def upright(picture: Image.Image) -> Image.Image:

@@ -19,20 +19,24 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from twinflow_jax.arrays import AnyArray, Latents, Lengths, Maps, TextTokens, Times
-from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
-from twinflow_jax.models import names, settings
-from twinflow_jax.models.adapters import adapted
-from twinflow_jax.models.attention import attention
-from twinflow_jax.models.axes import contract_in_place, tokens
+from twinflow_jax.models import names, patches, settings
+from twinflow_jax.models.axes import tokens
 from twinflow_jax.models.conditioning import SinusoidEmbedder, embedder_names
-from twinflow_jax.models.heads import HeadProjection, axes_problems, rotate
-from twinflow_jax.models.int8 import is_quantised
+from twinflow_jax.models.heads import axes_problems, rotate
 from twinflow_jax.models.projections import dense, rms_norm
 from twinflow_jax.models.settings import TextSettings
 from twinflow_jax.models.stack import run_layers
+from twinflow_jax.models.streams import (
+    EPSILON,
+    TEXT,
+    Modulation,
+    Stream,
+    attend,
+    modulated,
+    stream_names,
+)
 
-EPSILON = 1e-6  # of every norm
 ROPE_BASE = 10_000.0
 
 CLASS = "QwenImageTransformer2DModel"
@@ -122,16 +126,6 @@ def rotary(
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def modulated(
-    h: Float[Array, "B S D"], shift: Float[Array, "B #S D"], scale: Float[Array, "B #S D"]
-) -> Float[Array, "B S D"]:
-    """h with zero mean and unit variance, scaled by 1 + scale and shifted; float32."""
-    h = h.astype(jnp.float32)
-    centred = h - h.mean(-1, keepdims=True)
-    normal = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)
-    return normal * (1.0 + scale.astype(jnp.float32)) + shift
-
-
 def pack(latents: Latents, patch: int) -> Float[Array, "B S c*{patch}**2"]:
     """Patches as tokens; their channels by latent channel, then row, then column."""
     rows, height, width, channels = latents.shape
@@ -145,78 +139,6 @@ def unpack(tokens: Float[Array, "B S D"], grid: tuple[int, int], patch: int) -> 
     rows, height, width, channels = x.shape[:4]
     x = x.transpose(0, 1, 4, 2, 5, 3)
     return x.reshape(rows, height * patch, width * patch, channels)
-
-
-class StackedDense(nn.Module):
-    """The AdaLN projection of all layers at once, for one stream."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, context: Float[Array, "B K D"]) -> Float[Array, "layers B K 6*D"]:
-        c, zeros = self.config, nn.initializers.zeros
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(zeros, (None, "embed", "modulation")),
-            (c.layers, c.width, 6 * c.width),
-        )
-        bias = self.param(
-            "bias", nn.with_logical_partitioning(zeros, (None, "modulation")),
-            (c.layers, 6 * c.width),
-        )
-        context, bias = context.astype(c.dtype), bias.astype(c.dtype)
-        # Over a mesh the small outputs travel, never the kernel.
-        if is_quantised(kernel):  # nor is it multiplied out: its products are
-            out = contract_in_place(context, kernel.values.astype(c.dtype))
-            out = (out * kernel.scale[:, None]).astype(c.dtype)
-        else:
-            out = contract_in_place(context, kernel.astype(c.dtype))
-        out += bias[:, None, None]
-        return adapted(self, out, context, kernel.shape, stacked=True)
-
-
-class Modulation(nn.Module):
-    """The modulation vectors of both streams."""
-
-    config: Config
-
-    def setup(self):
-        self.image = StackedDense(self.config)
-        self.text = StackedDense(self.config)
-
-    def __call__(self, image: Float[Array, "B K D"], text: Float[Array, "B 1 D"]):
-        return self.image(image), self.text(text)
-
-
-class Stream(nn.Module):
-    """What a block does with one of its two streams, before and after their joint attention."""
-
-    config: Config
-
-    def setup(self):
-        c = self.config
-        self.query = HeadProjection(c)
-        self.key = HeadProjection(c)
-        self.value = HeadProjection(c)
-        self.out = dense(c, c.width, ("heads", "embed"))
-        self.query_norm = rms_norm(EPSILON, "float32")
-        self.key_norm = rms_norm(EPSILON, "float32")
-        self.mlp_hidden = dense(c, 4 * c.width, ("embed", "mlp"))
-        self.mlp_out = dense(c, c.width, ("mlp", "embed"))
-
-    def heads(self, h: Float[Array, "B S D"], shift, scale) -> tuple[Array, Array, Array]:
-        """Normalised float32 queries and keys, and values: (B, heads, S, head_dim) each."""
-        h = modulated(h, shift, scale).astype(self.config.dtype)
-        return self.query_norm(self.query(h)), self.key_norm(self.key(h)), self.value(h)
-
-    def update(
-        self, h: Float[Array, "B S D"], attended: Float[Array, "B S D"], gate_1, shift, scale,
-        gate_2,
-    ) -> Float[Array, "B S D"]:
-        """The stream after the two residual branches, attention and feed-forward."""
-        h = h + gate_1 * self.out(attended)
-        hidden = self.mlp_hidden(modulated(h, shift, scale))
-        hidden = nn.gelu(checkpoint_name(hidden, "mlp_hidden"), approximate=True)
-        return h + gate_2 * self.mlp_out(hidden)
 
 
 class Block(nn.Module):
@@ -243,20 +165,11 @@ class Block(nn.Module):
             image_terms = [
                 jnp.where(is_reference[None, :, None], m[:, 1:], m[:, :1]) for m in image_terms
             ]
-        parts = zip(
-            self.image.heads(image, *image_terms[:2]), self.text.heads(text, *text_terms[:2]),
-            strict=True,
+        parts = (
+            self.image.heads(image, *image_terms[:2]), self.text.heads(text, *text_terms[:2])
         )
-        query, key, value = (jnp.concatenate(part, axis=2) for part in parts)
         angles = [a[None] for a in angles]
-        query, key = (rotate(a, *angles).astype(value.dtype) for a in (query, key))
-        query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
-        attended = attention(
-            checkpoint_name(query, "query"), checkpoint_name(key, "key"),
-            checkpoint_name(value, "value"), lengths=lengths,
-        )
-        attended = checkpoint_name(attended, "attention_output")
-        attended = attended.reshape(*attended.shape[:2], -1)
+        attended = attend(parts, lengths, lambda heads: rotate(heads, *angles))
         first, last = attended[:, : image.shape[1]], attended[:, image.shape[1] :]
         image = self.image.update(image, first, *image_terms[2:])
         text = self.text.update(text, last, *text_terms[2:])
@@ -281,17 +194,17 @@ class Transformer(nn.Module):
     def __call__(self, x_t: Maps, t: Times, r: Times, cond: dict) -> Maps:
         c = self.config
         images = (x_t, *cond.get("references", ()))
-        grids = tuple(self._grid(image) for image in images)
+        grids = tuple(patches.grid(image, c.patch) for image in images)
         packed = jnp.concatenate([pack(image, c.patch) for image in images], axis=1)
         image = dense(c, c.width, (None, None), name="image_in")(packed)
         text = rms_norm(EPSILON, c.dtype, name="text_norm")(cond["tokens"])
         text = dense(c, c.width, ("text", None), name="text_in")(text)
 
         times = c.times
-        embedder = SinusoidEmbedder(c, 1000.0, name="time_embedder")
+        embedder = SinusoidEmbedder(c, scale=1000.0, name="time_embedder")
         context = embedder(times.first(t, r)).astype(jnp.float32)
         if times.second:
-            second = SinusoidEmbedder(c, 1000.0, last=times.last, name=times.second)
+            second = SinusoidEmbedder(c, scale=1000.0, last=times.last, name=times.second)
             context += times.weight(t, r)[:, None] * second(r)
         context = nn.silu(context)[:, None]
         image_context = context
@@ -302,7 +215,7 @@ class Transformer(nn.Module):
         count, target = image.shape[1], grids[0][0] * grids[0][1]
         image, _ = run_layers(
             self, Block, c.layers, c.remat, (image, text),
-            per_layer=Modulation(c, name="modulation")(image_context, context),
+            per_layer=Modulation(c, c.layers, name="modulation")(image_context, context),
             per_row=(count + cond["mask"].astype(jnp.int32).sum(1),),
             constants=(
                 rotary(positions(grids, text.shape[1]), c.rope_axes), np.arange(count) >= target
@@ -316,37 +229,8 @@ class Transformer(nn.Module):
         velocity = out(modulated(image[:, :target], shift, scale)).astype(jnp.float32)
         return unpack(velocity, grids[0], c.patch)
 
-    def _grid(self, latents: Latents) -> tuple[int, int]:
-        _, height, width, _ = latents.shape
-        patch = self.config.patch
-        if height % patch or width % patch:
-            raise UserError(
-                f"latents of {height}x{width} do not divide into patches of {patch}x{patch}: "
-                f"take sides that are multiples of {patch}"
-            )
-        return height // patch, width // patch
 
-
-_BLOCK = tuple(
-    rule
-    for stream, kind, (query, key, value, out), (query_norm, key_norm) in (
-        ("image", "img", ("to_q", "to_k", "to_v", "to_out.0"), ("norm_q", "norm_k")),
-        (
-            "text", "txt", ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-            ("norm_added_q", "norm_added_k"),
-        ),
-    )
-    for rule in (
-        *names.linear(f"attn.{query}", f"{stream}/query"),
-        *names.linear(f"attn.{key}", f"{stream}/key"),
-        *names.linear(f"attn.{value}", f"{stream}/value"),
-        *names.linear(f"attn.{out}", f"{stream}/out"),
-        (f"attn.{query_norm}.weight", f"{stream}/query_norm/scale", "same"),
-        (f"attn.{key_norm}.weight", f"{stream}/key_norm/scale", "same"),
-        *names.linear(f"{kind}_mlp.net.0.proj", f"{stream}/mlp_hidden"),
-        *names.linear(f"{kind}_mlp.net.2", f"{stream}/mlp_out"),
-    )
-)
+_BLOCK = (*stream_names("image", "img_mlp"), *stream_names("text", "txt_mlp", TEXT))
 
 
 def table(config: Config) -> names.NameTable:

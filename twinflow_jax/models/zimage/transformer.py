@@ -21,7 +21,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from twinflow_jax.arrays import AnyArray, Lengths, Maps, Times
-from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 from twinflow_jax.models import decoder, names, patches, settings
 from twinflow_jax.models.attention import attention
@@ -196,13 +195,8 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x_t: Maps, t: Times, r: Times, cond: dict) -> Maps:
-        c, (rows, height, width, channels) = self.config, x_t.shape
-        if height % c.patch or width % c.patch:
-            raise UserError(
-                f"latents of {height}x{width} do not divide into patches of {c.patch}x{c.patch}: "
-                f"take sides that are multiples of {c.patch}"
-            )
-        grid = (height // c.patch, width // c.patch)
+        c, (rows, channels) = self.config, (x_t.shape[0], x_t.shape[-1])
+        grid = patches.grid(x_t, c.patch)
         context = self._embedded(t, r)
         filler = lambda name: self.param(
             name, init_of(nn.initializers.normal(0.02), None, None), (1, c.width)
