@@ -165,7 +165,8 @@ def test_prompts_and_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
 
 def test_edits_what_sample_edits(tmp_path, monkeypatch, capsys):
     """In the picture's own size where none is given; what is no picture is a sentence."""
-    monkeypatch.setattr(edit, "MEGAPIXEL", 64 * 64)
+    whole = edit.size_of_area
+    monkeypatch.setattr(edit, "size_of_area", lambda area, size: whole(area // 256, size))
     folder = str(write_random("qwen_image_edit_plus", tmp_path / "c", seed=0).folder)
     source, rng = tmp_path / "in.png", np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (60, 90, 3), np.uint8)).save(source)

@@ -21,6 +21,10 @@ from twinflow_jax.models import names
 from twinflow_jax.models.family import Network, TextToImage
 
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+PICKLE = (
+    "is a pickle, which can run code when it is read: save the weights as safetensors (of OpenUni, "
+    "with tools/openuni.py)"
+)
 FLOATS = ("float32", "float16", "bfloat16")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 BESIDE_WEIGHTS = (".json", ".txt", ".model")  # the kept files among a network's
@@ -70,7 +74,9 @@ def find(source: str) -> epath.Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UserError(f"{source} is a file: give the folder with transformer/ in it")
+        pickled = folder.name.endswith(PICKLED)
+        what = PICKLE if pickled else "is a file: give the folder with transformer/ in it"
+        raise UserError(f"{source} {what}")
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
     if not hub:
         raise UserError(f"no folder {source}")
@@ -305,8 +311,7 @@ def _tensors(
     if not sets:
         pickled = [name for name in listing if name.endswith(PICKLED)]
         raise UserError(
-            f"{pickled[0]} is a pickle, which can run code when it is read: save the weights "
-            "as safetensors" if pickled else "no safetensors file"
+            f"{pickled[0]} {PICKLE}" if pickled else "no safetensors file"
         )
     if len(sets) > 1:
         raise UserError(f"{', '.join(sets)}: leave one, or the index that joins them")

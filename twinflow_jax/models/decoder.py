@@ -15,7 +15,7 @@ from twinflow_jax.arrays import AnyArray, Lengths, TextIds, TextMask, TextTokens
 from twinflow_jax.models import names, settings
 from twinflow_jax.models.attention import attention
 from twinflow_jax.models.axes import init_of, rows
-from twinflow_jax.models.projections import dense, rms_norm
+from twinflow_jax.models.projections import dense, layer_norm, rms_norm
 from twinflow_jax.models.stack import run_layers
 
 Angles = Float[AnyArray, "*B L half"]  # of each place, for half of a head's channels
@@ -32,6 +32,16 @@ MLP_NAMES = (
     *names.linear("mlp.gate_proj", "mlp/gate", bias=False),
     *names.linear("mlp.up_proj", "mlp/up", bias=False),
     *names.linear("mlp.down_proj", "mlp/down", bias=False),
+)
+CLIP_NAMES = (  # of a layer of `after_norms`, these with its norms
+    *names.norm("layer_norm1", "attention_norm"),
+    *names.linear("self_attn.q_proj", "query"),
+    *names.linear("self_attn.k_proj", "key"),
+    *names.linear("self_attn.v_proj", "value"),
+    *names.linear("self_attn.out_proj", "out"),
+    *names.norm("layer_norm2", "mlp_norm"),
+    *names.linear("mlp.fc1", "up"),
+    *names.linear("mlp.fc2", "down"),
 )
 
 
@@ -114,6 +124,15 @@ def attended(
     split = (*h.shape[:2], config.heads, inner // config.heads)
     out = attention(*(part.reshape(split) for part in parts), **how).reshape(*h.shape[:2], inner)
     return dense(config, config.width, ("heads", "embed"), "out", biased)(out)
+
+
+def after_norms(config, h: TextTokens, activation: Callable, **how: Any) -> TextTokens:
+    """h with what attention and an MLP add, each after a norm: a layer of CLIP. Its parameters are
+    the calling module's. how: of `attention`."""
+    norm = lambda name: layer_norm(config.norm_eps, config.dtype, name)
+    h = h + attended(config, norm("attention_norm")(h), config.width, **how)
+    inner = dense(config, config.hidden, ("embed", "mlp"), "up")(norm("mlp_norm")(h))
+    return h + dense(config, config.width, ("mlp", "embed"), "down")(activation(inner))
 
 
 class Attention(nn.Module):

@@ -66,10 +66,10 @@ def job_of(
     if run is not None and run.family.text_to_image is None:
         raise UserError(f"{args.checkpoint} draws by class: suites are of prompts")
     pipeline = by_prompt.pipeline_of(args, run)
-    form, found = pipeline.family.editing, None
+    form, found, area = pipeline.family.editing, None, None
     check_family(suite, args.checkpoint, form)
-    area = editing.area_of(pipeline) if form else None
     if form:
+        area = editing.area_of(pipeline)
         sizes, found = sources.seen(form, prompts, area)
         size = args.size
     else:
@@ -90,9 +90,8 @@ def job_of(
     arrays = pipeline.arrays("transformer")
     return job, {
         "checkpoint": args.checkpoint, "prompts_path": str(buckets.absolute(args.prompts)),
-        "images_path": str(buckets.absolute(args.images)) if args.images else None,
+        "images_path": str(buckets.absolute(args.images)) if args.images else None, "area": area,
         "published": prompts.published, "family": pipeline.checkpoint.family,
-        "area": area,
         "parameters": sum(int(np.prod(array.shape)) for array in arrays.values()),
         "adapters": bool(pipeline.ranks), "device": device(),
         "version": importlib.metadata.version("twinflow-jax"),
@@ -106,9 +105,9 @@ def check_family(suite: Suite, checkpoint: str, form: Editing | None) -> None:
         raise UserError(f"{checkpoint} does not edit pictures, as {suite.name} asks for: give a "
                         "checkpoint of Qwen-Image-Edit, or another suite")
     if form and not suite.edits:
-        editing = ", ".join(name for name, one in suites.SUITES.items() if one.edits)
+        choices = ", ".join(name for name, one in suites.SUITES.items() if one.edits)
         raise UserError(f"{checkpoint} edits pictures, and the prompts of {suite.name} are about "
-                        f"none: choose from {editing}")
+                        f"none: choose from {choices}")
 
 
 def opened(args: argparse.Namespace) -> tuple[epath.Path, dict[str, Any], Suite, Prompts]:

@@ -29,8 +29,8 @@ def picture(form: Editing, prompts: Prompts, item: Item) -> Image.Image:
 
 
 def seen(form: Editing, prompts: Prompts, area: int) -> tuple[list[Size], str]:
-    """The size that each item's picture has after an edit, of about so many pixels, and a digest
-    of what all of them are before.
+    """The size that each item's picture has after an edit, of about so many pixels, and a digest of
+    what all of them are before.
 
     Raises:
       UserError: as `edit`.

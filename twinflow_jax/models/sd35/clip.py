@@ -91,12 +91,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, h: TextTokens):
-        c, h = self.config, rows(h)
-        norm = lambda name: layer_norm(c.norm_eps, c.dtype, name)
-        h = h + decoder.attended(c, norm("attention_norm")(h), c.width, causal=True)
-        inner = dense(c, c.hidden, ("embed", "mlp"), "up")(norm("mlp_norm")(h))
-        inner = ACTIVATIONS[c.activation](inner)
-        return h + dense(c, c.width, ("mlp", "embed"), "down")(inner), None
+        c = self.config
+        return decoder.after_norms(c, rows(h), ACTIVATIONS[c.activation], causal=True), None
 
 
 class TextEncoder(nn.Module):
@@ -133,28 +129,18 @@ class TextEncoder(nn.Module):
 
 def table(config: Config) -> names.NameTable:
     """The published names."""
-    layer = (
-        *names.norm("layer_norm1", "attention_norm"),
-        *names.linear("self_attn.q_proj", "query"),
-        *names.linear("self_attn.k_proj", "key"),
-        *names.linear("self_attn.v_proj", "value"),
-        *names.linear("self_attn.out_proj", "out"),
-        *names.norm("layer_norm2", "mlp_norm"),
-        *names.linear("mlp.fc1", "up"),
-        *names.linear("mlp.fc2", "down"),
-    )
     of, last = "text_model.encoder.layers", config.layers - 1
     single = (
         ("text_model.embeddings.token_embedding.weight", "embedding", "same"),
         ("text_model.embeddings.position_embedding.weight", "positions", "same"),
-        *((f"{of}.{last}.{key}", f"last/{path}", layout) for key, path, layout in layer),
+        *((f"{of}.{last}.{key}", f"last/{path}", how) for key, path, how in decoder.CLIP_NAMES),
         *names.norm("text_model.final_layer_norm", "norm"),
         *names.linear("text_projection", "projection", bias=False),
     )
     return names.NameTable(
         rules=(
             *(names.Rule(*rule) for rule in single),
-            *names.stack(of, layer, "layers", last),
+            *names.stack(of, decoder.CLIP_NAMES, "layers", last),
         ),
         carried=(r"text_model\.embeddings\.position_ids",),
     )
