@@ -81,7 +81,7 @@ def test_the_family_trains_on_them(loaded, emoji, tmp_path, capsys, monkeypatch)
     assert call(encode, *given) == 0
     run = configs.parse("configs/emoji_edit.py:flow", [
         f"pipeline={pipeline}", f"data.records=('{records}',)", "data.batch_size=4",
-        "data.text_tokens=32", "train.steps=2", "model.layers=1", "model.heads=1",
+        "data.text_tokens=22", "train.steps=2", "model.layers=1", "model.heads=1",
         "model.text_width=48", "sample.steps=(1,)", "sample.columns=1",
     ])
     assert int(train(run, str(tmp_path / "run"), progress=False).step) == 2

@@ -184,6 +184,7 @@ def test_records_of_edits(tmp_path, monkeypatch, capsys, checkpoint, edits):
     skipped = {row["id"]: row["reason"] for row in map(json.loads, lines)}
     assert skipped == {row["id"]: reason for row, reason in BAD}
 
+    monkeypatch.setattr(editing, "area_of", lambda pipeline: 64 * 64)
     pipeline, decode = open_pipeline(checkpoint), lambda n: sizes.decode(png(n), (64, 64))
     encoded = lambda n: codec.encode(pipeline, decode(n)[None].astype(np.float32) / 127.5 - 1)[0]
     for split, row, seeds in (("64x64_64x64", 0, [2, 1]), ("64x64_64x64_64x64", 0, [3, 1, 2])):

@@ -179,7 +179,8 @@ def of_records(
         embeddings = text.embed(pipeline, prompts, tokens)
     else:
         prompts, embeddings = records.first_captions(folders[0])
-        embeddings = embeddings[:, :tokens]  # as a step sees them
+        cut = {name: getattr(embeddings, name)[:, :tokens] for name in ("tokens", "mask")}
+        embeddings = dataclasses.replace(embeddings, **cut)  # as a step sees them
     own = pipeline.family.editing is not None
     return Inputs(
         models.build(settings), records.streams(folders, rows.weights, settings, tokens),
