@@ -14,12 +14,12 @@ from transformers import Qwen2TokenizerFast
 from tests import openuni_oracle, sana_folder
 from tests.qwen_folder import randomise
 from tests.test_sana import noise_of
-from tests.test_text_to_image import assert_close, draw, pixels
+from tests.test_text_to_image import assert_close, assert_same_tensors, draw, pixels
 from tests.test_verbs import call
 from tools import openuni as tool
 from twinflow_jax import convert
 from twinflow_jax.checkpoints import exporting, imported, importing
-from twinflow_jax.models.openuni import prompt, tiny
+from twinflow_jax.models.openuni import NETWORKS, prompt, tiny
 
 PROMPTS = ["A red fox", "two cats, one of them asleep"]
 SIZE = (128, 192)  # height, width
@@ -92,13 +92,7 @@ def test_base_sampling_is_the_published_pipeline(made, tmp_path):
 
 def test_goes_back_byte_for_byte(made, tmp_path):
     exporting.export_folder(made.checkpoint, tmp_path, progress=False)
-    for network in ("transformer", "text_encoder", "vae"):
-        [before] = (made.assembled / network).glob("*.safetensors")
-        before = safetensors.torch.load_file(before)
-        [after] = (tmp_path / network).glob("*.safetensors")
-        after = safetensors.torch.load_file(after)
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[key], after[key]) for key in before), network
+    assert_same_tensors(made.assembled, tmp_path, NETWORKS)
 
 
 def test_sources_that_are_others(made, tmp_path, capsys):

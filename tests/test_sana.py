@@ -10,12 +10,12 @@ import safetensors.numpy
 import torch
 
 from tests import sana_folder
-from tests.test_text_to_image import assert_close, draw, pixels
+from tests.test_text_to_image import assert_close, assert_same_tensors, draw, pixels
 from tests.test_verbs import call
 from twinflow_jax import sample
 from twinflow_jax.checkpoints import exporting, importing
 from twinflow_jax.errors import UserError
-from twinflow_jax.models.sana import tiny
+from twinflow_jax.models.sana import NETWORKS, tiny
 
 PROMPTS = ["A red Fox", "two cats, one of them asleep, on a sofa"]
 SIZE = (128, 192)  # height, width
@@ -105,12 +105,7 @@ def test_base_sampling_is_the_published_pipeline(made, tmp_path):
 
 def test_goes_back_byte_for_byte(made, tmp_path):
     exporting.export_folder(made.checkpoint, tmp_path / "export", progress=False)
-    for network in ("transformer", "text_encoder", "vae"):
-        [file] = (made.folder / "pipeline" / network).glob("*.safetensors")
-        before = safetensors.numpy.load_file(file)
-        after = safetensors.numpy.load_file(tmp_path / "export" / network / file.name)
-        assert before.keys() == after.keys(), network
-        assert all(before[key].tobytes() == after[key].tobytes() for key in before), network
+    assert_same_tensors(made.folder / "pipeline", tmp_path / "export", NETWORKS)
 
 
 def test_a_folder_of_another_variant_is_refused(made, tmp_path):

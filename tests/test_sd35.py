@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from tests import sd35_folder
-from tests.test_text_to_image import assert_close, draw, pixels
+from tests.test_text_to_image import assert_close, assert_same_tensors, draw, pixels
 from tests.test_zimage import PROMPTS, SIZE, noise_of, normal
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import exporting, importing
@@ -123,12 +123,7 @@ def test_released_weights_draw_as_they_were_trained(made, released, tmp_path):
 def test_goes_back_byte_for_byte(made, released, tmp_path):
     for name, checkpoint in (("pipeline", made.checkpoint), ("released", released[0])):
         exporting.export_folder(checkpoint, tmp_path / name, progress=False)
-        for network in NETWORKS:
-            [file] = (made.folder / name / network).glob("*.safetensors")
-            before = safetensors.numpy.load_file(file)
-            after = safetensors.numpy.load_file(tmp_path / name / network / file.name)
-            assert before.keys() == after.keys(), network
-            assert all(before[key].tobytes() == after[key].tobytes() for key in before), network
+        assert_same_tensors(made.folder / name, tmp_path / name, NETWORKS)
 
 
 def test_the_table_of_positions_is_not_trained():

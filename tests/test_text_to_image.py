@@ -76,6 +76,16 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
     )
 
 
+def assert_same_tensors(before: pathlib.Path, after: pathlib.Path, networks) -> None:
+    """Of the networks of two folders, byte for byte, in files of the same names."""
+    for network in networks:
+        [file] = (before / network).glob("*.safetensors")
+        theirs = safetensors.numpy.load_file(file)
+        ours = safetensors.numpy.load_file(after / network / file.name)
+        assert theirs.keys() == ours.keys(), network
+        assert all(theirs[key].tobytes() == ours[key].tobytes() for key in theirs), network
+
+
 # The same in PyTorch.
 
 

@@ -14,11 +14,12 @@ import torch
 from etils import epath
 
 from tests import zimage_folder
-from tests.test_text_to_image import assert_close, draw, pixels
+from tests.test_text_to_image import assert_close, assert_same_tensors, draw, pixels
 from twinflow_jax import objectives
 from twinflow_jax.checkpoints import exporting, imported, importing, store
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
+from twinflow_jax.models.zimage import NETWORKS
 from twinflow_jax.training import checks
 
 PROMPTS = ["A red fox", "two cats, one of them asleep, on a sofa by the window of a house"]
@@ -139,12 +140,7 @@ def test_released_weights_draw_as_they_were_trained(made, released, tmp_path):
 def test_goes_back_byte_for_byte(made, released, tmp_path):
     for name, checkpoint in (("pipeline", made.checkpoint), ("released", released[1])):
         exporting.export_folder(checkpoint, tmp_path / name, progress=False)
-        for network in ("transformer", "text_encoder", "vae"):
-            [file] = (made.folder / name / network).glob("*.safetensors")
-            before = safetensors.numpy.load_file(file)
-            after = safetensors.numpy.load_file(tmp_path / name / network / file.name)
-            assert before.keys() == after.keys(), network
-            assert all(before[key].tobytes() == after[key].tobytes() for key in before), network
+        assert_same_tensors(made.folder / name, tmp_path / name, NETWORKS)
     kept = made.checkpoint.carried("text_encoder")  # the last layer and the norm, never read
     assert len(kept) == 12 and "model.layers.2.mlp.up_proj.weight" in kept
 

@@ -63,6 +63,27 @@ def compiled(network: Network, config, method: str | None = None) -> Callable:
     return jax.jit(apply, compiler_options=QUICK)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def gradients(network: Network, config, params, args: tuple, direction):
+    """Of <velocity, direction> of a transformer, with respect to parameters, x_t and tokens."""
+    def loss(params, x_t, tokens):
+        inputs = x_t, *args[1:3], args[3] | {"tokens": tokens}
+        velocity = network.module(config).apply({"params": params}, *inputs)
+        return (velocity * direction).sum()
+
+    return jax.grad(loss, (0, 1, 2))(params, args[0], args[3]["tokens"])
+
+
+def published_gradients(table: names.NameTable, grads) -> dict[str, np.ndarray]:
+    """Of our parameters, by the published keys and in their layout."""
+    flat, found = names.flatten(grads), {}
+    for rule in table.rules:
+        leaves = flat[rule.path] if rule.stacked else flat[rule.path][None]
+        for key, ours in zip(table.keys(rule), np.asarray(leaves), strict=True):
+            found[key] = rule.theirs(ours)
+    return found
+
+
 def randoms(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 

@@ -109,8 +109,9 @@ def export_folder(
             _write_network(folder, part.stem, network, wanted[name], bar)
             config = dict(checkpoint.record["networks"][name]["published"])
             settings = checkpoint.record["networks"][name].get("settings", {})
-            if settings.get("time_conditioning", "second_embedder") != "second_embedder":
-                config[TIMES] = settings["time_conditioning"]  # which no tensor may say
+            time = settings.get("time_conditioning")
+            if time not in (None, "second_embedder"):  # of which no tensor may say
+                config[TIMES] = time
             if config.get("_class_name", "").endswith(WRAPPER):
                 config["_class_name"] = part.classes[0]
             files.write(folder / "config.json", json.dumps(config, indent=2).encode())

@@ -77,14 +77,14 @@ def conditions(
     """
     form, [name] = pipeline.family.editing, pipeline.family.encoders
     config, tokenizer = pipeline.config(name), text.tokenizers(pipeline)[name]
-    processor = pipeline.checkpoint.processor
+    processor, area = pipeline.checkpoint.processor, area_of(pipeline)
     with text.encoder(pipeline) as encode, codec.encoder(pipeline) as encode_picture:
         for edit in tqdm(edits, unit="edit", desc="encoding", disable=not pipeline.progress):
             seen = [form.seen(config, processor, picture) for picture in edit.pictures]
             said = [form.tokenize(tokenizer, config, [edit.instruction], seen)]
             if negative is not None:
                 said.append(form.tokenize(tokenizer, config, [negative], seen, negative=True))
-            shown = (form.encoded(picture, area_of(pipeline)) for picture in edit.pictures)
+            shown = (form.encoded(picture, area) for picture in edit.pictures)
             references = tuple(
                 encode_picture(one[None].astype(np.float32) / 127.5 - 1, 1).astype(np.float32)
                 for one in shown

@@ -15,6 +15,7 @@ import pyarrow.parquet
 from etils import epath
 
 from twinflow_jax.data import features
+from twinflow_jax.data.tables import opened
 from twinflow_jax.encoding.beside import is_hidden, paired
 from twinflow_jax.encoding.sources import (
     CAPTIONS,
@@ -103,16 +104,6 @@ class Parquet:
         return stamp(self.files) + digest(
             *(" ".join(sum(columns, [])) for columns in self._columns)
         )
-
-
-def opened(file: epath.Path) -> pyarrow.parquet.ParquetFile:
-    """Raises UserError where it is no Parquet file."""
-    try:
-        return pyarrow.parquet.ParquetFile(file.open("rb"))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{file} cannot be read ({reason(error)}): is it a whole Parquet file?"
-        ) from error
 
 
 class Tars:

@@ -12,7 +12,8 @@ from typing import Any
 from etils import epath
 
 from twinflow_jax import files
-from twinflow_jax.encoding.archives import Parquet, opened
+from twinflow_jax.data.tables import opened
+from twinflow_jax.encoding.archives import Parquet
 from twinflow_jax.encoding.beside import Beside, Folder, stem_of
 from twinflow_jax.encoding.sources import (
     UNREADABLE,

@@ -62,9 +62,9 @@ def create(studio: Studio, hosts: list[str]) -> Starlette:
 
 async def body(request: Request) -> bytes:
     """A request's body, or its start where it is longer than any wish."""
-    found = b""
+    found = bytearray()
     async for part in request.stream():
         found += part
         if len(found) > LARGEST:
             break
-    return found
+    return bytes(found)

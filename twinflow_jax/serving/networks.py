@@ -278,6 +278,7 @@ class ByEdit(ByPrompt):
     def __init__(self, found: Pipeline, name: str, run: Run | None):
         super().__init__(found, name, run)
         self.about["edits"] = found.family.editing.most
+        self._edit = functools.lru_cache(maxsize=1)(self._edit)  # each number of evaluations asks
 
     def _edit(self, wish: Wish) -> editing.Edit:
         if not wish.pictures:

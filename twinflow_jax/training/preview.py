@@ -1,5 +1,7 @@
 """Pictures and sample metrics while training: the same noise every time."""
 
+import functools
+
 import jax
 import numpy as np
 from etils import epath
@@ -48,7 +50,7 @@ class Preview:
         Every process samples, since all hold parts of the weights; the first one draws, the
         others have neither.
         """
-        blocks, scores = self._sources(), {}
+        blocks, scores = dict(self._sources), {}
         over = parallel.over_rows(self._strategy.mesh, self._count)
         shown = np.concatenate(  # rows are classes, or prompts
             [np.flatnonzero(self._labels == row)[: self._columns] for row in range(self._rows)]
@@ -71,6 +73,7 @@ class Preview:
         images.save(self._file(step), sheet, {"rows": "\n".join(self._inputs.names)})
         return scores, sheet
 
+    @functools.cached_property
     def _sources(self) -> dict[str, np.ndarray]:
         """The pictures that each row is an edit of, as they are shown before it."""
         if not hosts.leads():

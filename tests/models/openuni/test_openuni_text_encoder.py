@@ -1,5 +1,6 @@
 """The text encoder against OpenUni's computation, prompts, and the published names."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -46,7 +47,7 @@ def test_a_batch_of_different_lengths(dtype):
     ids, mask = oracles.prompts(config.vocab, (1, 23, 40), 40)
     expected = model(torch.from_numpy(ids).long(), torch.from_numpy(mask).long()).numpy()
     assert expected.shape == (3, 256, config.out) and 0.3 < expected.std() < 3
-    config = text_encoder.dataclasses.replace(config, dtype=dtype)
+    config = dataclasses.replace(config, dtype=dtype)
     ours = np.asarray(oracles.compiled(NETWORK, config)(params, ids, mask), np.float32)
     assert oracles.relative_error(ours, expected) < oracles.BOUNDS[dtype]
     other = np.where(mask, ids, 7)[:, :41]  # neither what padding is nor how much

@@ -20,9 +20,10 @@ from tests.models.oracles import params_of, relative_error
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names, remat
 from twinflow_jax.models.linear_attention import linear_attention
-from twinflow_jax.models.sana import transformer
+from twinflow_jax.models.sana import NETWORKS, transformer
 from twinflow_jax.models.sana.transformer import Config, Transformer
 
+NETWORK = NETWORKS["transformer"]
 SMALL = Config(
     sample_shape=(5, 3, 32), layers=2, heads=3, cross_heads=2, cross_head_dim=48, text_width=40
 )
@@ -178,17 +179,6 @@ def test_bfloat16(config):
     assert error(dataclasses.replace(config, dtype="bfloat16")) <= 2e-2
 
 
-@quick
-def gradients(config: Config, params, args, direction):
-    """Of <velocity, direction>, with respect to parameters, x_t and tokens."""
-    def loss(params, x_t, tokens):
-        cond = args[3] | {"tokens": tokens}
-        velocity = Transformer(config).apply({"params": params}, x_t, args[1], args[2], cond)
-        return (velocity * direction).sum()
-
-    return jax.grad(loss, argnums=(0, 1, 2))(params, args[0], args[3]["tokens"])
-
-
 def test_gradients():
     params, module, ours, others = pair(SPRINT)
     direction = np.random.default_rng(2).normal(size=ours[0].shape).astype(np.float32)
@@ -197,17 +187,14 @@ def test_gradients():
         leaf.requires_grad_()
     (theirs(SPRINT, module, *others) * torch.from_numpy(direction)).sum().backward()
 
-    grads, *mine = gradients(SPRINT, params, ours, direction)
+    grads, *mine = oracles.gradients(NETWORK, SPRINT, params, ours, direction)
     for our, leaf in zip(mine, leaves, strict=True):
         assert relative_error(our, leaf.grad) <= 1e-4
     assert not np.asarray(mine[1])[~ours[3]["mask"]].any()
 
-    expected, table = dict(module.named_parameters()), transformer.table(SPRINT)
-    grads = names.flatten(grads)
-    for rule in table.rules:
-        leaves = grads[rule.path] if rule.stacked else grads[rule.path][None]
-        for key, our in zip(table.keys(rule), np.asarray(leaves), strict=True):
-            assert relative_error(rule.theirs(our), expected[key].grad) <= 1e-4, key
+    expected = dict(module.named_parameters())
+    for key, our in oracles.published_gradients(transformer.table(SPRINT), grads).items():
+        assert relative_error(our, expected[key].grad) <= 1e-4, key
 
 
 def reference_attention(query, key, value):
@@ -279,7 +266,7 @@ def test_gradients_are_finite(scale):
     params, _, ours, _ = pair(SPRINT)
     query = params["layers"]["self_attention"]["query"]
     query["kernel"] = query["kernel"] * scale
-    grads = gradients(SPRINT, params, ours, ours[0])
+    grads = oracles.gradients(NETWORK, SPRINT, params, ours, ours[0])
     chex.assert_tree_all_finite(grads)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads)) < 1e4
 

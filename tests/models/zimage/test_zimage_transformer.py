@@ -178,17 +178,6 @@ def test_times_of_zero(zero):
         )
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def gradients(config: Config, params, args, direction):
-    """Of <velocity, direction>, with respect to parameters, x_t and tokens."""
-    def loss(params, x_t, tokens):
-        cond = args[3] | {"tokens": tokens}
-        velocity = Transformer(config).apply({"params": params}, x_t, *args[1:3], cond)
-        return (velocity * direction).sum()
-
-    return jax.grad(loss, (0, 1, 2))(params, args[0], args[3]["tokens"])
-
-
 def test_gradients():
     params, module, ours, others = pair(SMALL)
     others = copy.deepcopy(others)
@@ -196,16 +185,13 @@ def test_gradients():
     leaves = [others[0].requires_grad_(), others[3]["tokens"].requires_grad_()]
     (theirs(module, *others) * torch.from_numpy(direction)).sum().backward()
 
-    grads, *of_inputs = gradients(SMALL, params, ours, direction)
+    grads, *of_inputs = oracles.gradients(NETWORK, SMALL, params, ours, direction)
     for mine, leaf in zip(of_inputs, leaves, strict=True):
         assert relative_error(mine, leaf.grad) <= 1e-4
     assert not np.asarray(of_inputs[1])[~ours[3]["mask"]].any()
-    expected, grads = dict(module.named_parameters()), names.flatten(grads)
-    table = NETWORK.table(SMALL)
-    for rule in table.rules:
-        stacked = grads[rule.path] if rule.stacked else grads[rule.path][None]
-        for key, mine in zip(table.keys(rule), np.asarray(stacked), strict=True):
-            assert relative_error(rule.theirs(mine), expected[key].grad) <= 1e-4, key
+    expected = dict(module.named_parameters())
+    for key, mine in oracles.published_gradients(NETWORK.table(SMALL), grads).items():
+        assert relative_error(mine, expected[key].grad) <= 1e-4, key
     module.zero_grad()
 
 
@@ -259,7 +245,7 @@ def test_after_a_step_the_twin_is_apart():
     """Its own weights move it and nothing else: not one bit at t >= 0."""
     params, _, (x_t, t, _, cond), _ = pair(SMALL)
     start, t = fresh(params), np.abs(t)
-    grads = gradients(SMALL, start, (x_t, -t, -t, cond), x_t)[0]
+    grads = oracles.gradients(NETWORK, SMALL, start, (x_t, -t, -t, cond), x_t)[0]
     assert np.abs(grads[TWIN]["out"]["kernel"]).max() > 0
     step = lambda a, g: a - 0.1 * g / np.abs(grads[TWIN]["out"]["kernel"]).max()
     moved = start | {TWIN: jax.tree.map(step, start[TWIN], grads[TWIN])}

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 from etils import epath
 from jaxtyping import Int
 
-from twinflow_jax.errors import UserError, reason
+from twinflow_jax.data.tables import opened
+from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation.suites.suite import Item, Line, Suite, printed
 
 TASKS = {  # with the number of their instructions
@@ -27,16 +27,6 @@ TEXTS = ["task_type", "key", "instruction", "instruction_language", "Intersectio
 PICTURE = "input_image"  # in the size in which judges see it
 SEMANTICS, QUALITY = "semantic consistency", "perceptual quality"
 COMMON = "of what all models answered"  # the scorer's second table
-
-
-def opened(file: epath.Path) -> pyarrow.parquet.ParquetFile:
-    """Raises UserError where it is no Parquet file."""
-    try:
-        return pyarrow.parquet.ParquetFile(file.open("rb"))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{file} cannot be read ({reason(error)}): is it a whole Parquet file?"
-        ) from error
 
 
 def content(file: epath.Path) -> bytes:

@@ -15,6 +15,7 @@ from twinflow_jax.errors import UserError, few, reason
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Item:
     """A prompt of a suite. id: begins its files' names. group: that it is counted in. text: drawn
