@@ -58,7 +58,10 @@ def rehearse(run, verb: str) -> None:
             one.lower()
 
 
-@pytest.mark.parametrize("family, path", [("qwen_image", TINY), ("qwen_image_edit_plus", EDITS)])
+@pytest.mark.parametrize("family, path", [
+    ("qwen_image", TINY),
+    pytest.param("qwen_image_edit_plus", EDITS, marks=pytest.mark.slow),
+])
 def test_nothing_compiles_that_was_not_rehearsed(family, path, lowered, tmp_path, monkeypatch):
     pipeline, folder, picture = tmp_path / "pipeline", tmp_path / "run", tmp_path / "in.png"
     write_random(family, pipeline, 0)
