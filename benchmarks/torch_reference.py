@@ -10,7 +10,8 @@ for arrays. Conditions are class labels (B,) of int64, where num_classes stands 
 Networks are modules `model(x_t, t, r, labels) -> velocity`, times (B,).
 
 Sources: the released tutorials/mnist/methodes.py (tutorial form) and
-src/methodes/twinflow/twinflow.py (role form); the TwinFlow paper, equations 1 to 9 (paper form).
+src/methodes/twinflow/twinflow.py (role form); the TwinFlow paper, equation 1, L_adv and L_rectify
+(paper form).
 """
 
 import copy

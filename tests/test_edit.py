@@ -1,12 +1,15 @@
 """Editing from the command line against diffusers' own pipelines."""
 
+import copy
 import functools
 import itertools
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
+import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPipeline,
@@ -23,11 +26,15 @@ from transformers import (
 )
 
 from tests import qwen_folder
+from tests.models.qwen_image import test_transformer as parity
 from tests.test_text_to_image import assert_close, noise_of, pixels
 from tests.test_verbs import call
-from twinflow_jax import encode, sample
+from twinflow_jax import checkpoints, convert, encode, models, sample
+from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import exporting, imported, importing
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import names
+from twinflow_jax.models.adapters import is_adapter
 from twinflow_jax.models.qwen_image import edit, tiny
 
 SMALLER = 64  # times: than the published pipelines' pictures
@@ -51,6 +58,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@functools.cache
 def written(folder: pathlib.Path, name: str):
     """A small pipeline of diffusers', in folder/name, and its import in folder/name_imported."""
     kind, changes, _ = KINDS[name]
@@ -70,7 +78,7 @@ def written(folder: pathlib.Path, name: str):
         vision_end_token_id=number("<|vision_end|>"),
     ))
     looks = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)
-    transformer = type(base.transformer).from_config(base.transformer.config | changes)
+    transformer = type(base.transformer).from_config(base.transformer.config, **changes)
     pipeline = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(**qwen_folder.SCHEDULER), vae=base.vae,
         text_encoder=qwen_folder.randomise(text, 2), tokenizer=tokenizer, processor=None,
@@ -137,6 +145,42 @@ def test_base_sampling_is_the_published_pipeline(name, folder, small, tmp_path):
     [file] = (tmp_path / "b").iterdir()
     deciding = pictures[0] if name == "edit" else pictures[-1]
     assert Image.open(file).size == deciding.size
+
+
+def test_adapters_of_a_run_edit_in_diffusers(folder, tmp_path):
+    """A pass of Edit-2511 about two pictures, at r = 0, where half_r is the network alone."""
+    module = copy.deepcopy(written(folder, "2511").transformer)
+    assert module.config.zero_cond_t
+    base = folder / "2511_imported"
+    run = configs.parse("configs/qwen_edit_lora_tpu.py:tiny", [
+        f"pipeline={base}", f"train.init_from={base}", "train.weights=float32",
+        "train.ema_decay=0", "model.zero_cond_t=True",
+    ])
+    rng, model = np.random.default_rng(0), models.build(run.model, adapter=run.adapter)
+    adapters = {
+        path: rng.standard_normal(leaf.shape).astype(np.float32) * leaf.shape[-2] ** -0.5
+        for path, leaf in names.flatten(model.abstract_params()).items() if is_adapter(path)
+    }
+    with checkpoints.claim(tmp_path / "run", run):
+        saver = checkpoints.Saver(tmp_path / "run", keep=1)
+        saver.save(7, {"params": names.unflatten(adapters)})
+        saver.wait()
+        saver.close()
+    given = str(tmp_path / "run"), str(tmp_path / "out"), "--format", "diffusers"
+    assert call(convert, "adapter", "export", *given) == 0
+
+    x_t, _, _, cond = parity.inputs(run.model, ((4, 6), (6, 8)))
+    t, r = np.array([0.83, 0.37], np.float32), np.zeros(2, np.float32)
+    _, model, params, _ = checkpoints.load_weights(tmp_path / "run")
+    ours = parity.packed(jax.jit(model.apply)(params, x_t, t, r, cond))
+    about = jax.tree.map(torch.from_numpy, (x_t, t, r, cond))
+    pipeline = QwenImageEditPlusPipeline(*[None] * 5, transformer=module)
+    with torch.no_grad():
+        before = parity.theirs(module, *about).numpy()
+        pipeline.load_lora_weights(tmp_path / "out")
+        theirs = parity.theirs(pipeline.transformer, *about).numpy()
+    assert np.abs(ours - theirs).max() <= 2e-5 * max(1.0, np.abs(theirs).max())
+    assert np.linalg.norm(theirs - before) > 0.1 * np.linalg.norm(before)
 
 
 def test_pictures_are_turned_and_laid_on_white(folder):

@@ -7,6 +7,7 @@ compiler (`pip install -e ".[pod]"`, no TPU and no weights needed; minutes each)
 what lies beside it then, and the most of each verb. Where the config's pipeline and records are
 here, their networks, tokenizers and sizes count; otherwise its family's published networks with
 small tokenizers, and the network's own size. The exit status is 1 where something does not fit.
+Of a network that edits, evaluate is left out: it draws suites as sample does.
 """
 
 import argparse
@@ -28,6 +29,9 @@ def main() -> int:
         raise UserError(f"--verbs {min(unknown)}: choose from {', '.join(rehearsal.VERBS)}")
     where = topology.resolve(args.topology)
     run, devices = configs.parse(args.config, overrides), topology.devices(where)
+    if rehearsal.edits(run) and "evaluate" in verbs:
+        print("evaluate draws suites of edits as sample does, which stands for it")
+        verbs = [verb for verb in verbs if verb != "evaluate"]
     room = topology.generation_of(devices).hbm_bytes
     print(f"{where.name}, {room / topology.GIB:.2f} GiB per device\n{rehearsal.HEADER}", flush=True)
     fit = True

@@ -446,6 +446,7 @@ def test_edits_that_cannot_be_drawn_get_one_line(made, tmp_path, capsys):
         ({"1": row | {"id": "/etc/passwd"}}, "names a file of another folder"),
         ({"1": row | {"id": "daily object/9.png"}}, "object/9.png, which 1 is about, cannot be re"),
         ({"1": row | {"id": "daily object"}}, "daily object, which 1 is about, cannot be read"),
+        ({"1": {"id": "0.png", "turn1": "paint it"}}, "UGE and multi-turn suites are not drawn"),
     ):
         (clone / "basic_edit.json").write_text(json.dumps(names))
         refused(said, *edits, "--prompts", clone)

@@ -1,6 +1,8 @@
 """A rehearsal names every program that the verbs then compile; with libtpu, it compiles them."""
 
+import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -8,18 +10,20 @@ import sys
 
 import jax
 import pytest
+from PIL import Image
 
 from tests.test_verbs import call
 from twinflow_jax import config as configs
-from twinflow_jax import models, sample
+from twinflow_jax import encode, models, sample
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.models import names
 from twinflow_jax.models.adapters import Adapter, is_adapter
 from twinflow_jax.planning import rehearsal
 from twinflow_jax.planning.topology import GIB
+from twinflow_jax.training import inputs
 from twinflow_jax.training.loop import train
 
-TINY = "configs/qwen20b_tpu.py:tiny"
+TINY, EDITS = "configs/qwen20b_tpu.py:tiny", "configs/qwen_edit_tpu.py:tiny"
 FEW = (
     "train.steps=2", "train.sample_every=2", "train.checkpoint_every=2", "sample.columns=1",
     "sample.steps=(1,)", "model.remat=none",
@@ -54,10 +58,16 @@ def rehearse(run, verb: str) -> None:
             one.lower()
 
 
-def test_nothing_compiles_that_was_not_rehearsed(lowered, tmp_path):
-    pipeline, folder = tmp_path / "pipeline", tmp_path / "run"
-    write_random("qwen_image", pipeline, 0)
-    run = configs.parse(TINY, [*FEW, f"pipeline={pipeline}"])
+@pytest.mark.parametrize("family, path", [
+    ("qwen_image", TINY),
+    pytest.param("qwen_image_edit_plus", EDITS, marks=pytest.mark.slow),
+])
+def test_nothing_compiles_that_was_not_rehearsed(family, path, lowered, tmp_path, monkeypatch):
+    pipeline, folder, picture = tmp_path / "pipeline", tmp_path / "run", tmp_path / "in.png"
+    write_random(family, pipeline, 0)
+    run = configs.parse(path, [*FEW, f"pipeline={pipeline}"])
+    monkeypatch.setattr(inputs, "EDITED", 16)
+    Image.new("RGB", (64, 64)).save(picture)
 
     def twice():  # the second time restored, with pictures that a kill left out
         train(run, str(folder), progress=False)
@@ -71,13 +81,24 @@ def test_nothing_compiles_that_was_not_rehearsed(lowered, tmp_path):
     def draw():
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("\n".join(run.sample.prompts))
+        asked = ("--image", str(picture), "--prompt", "make it night")
         assert call(
-            sample, "--checkpoint", str(folder), "--out", str(tmp_path / "out"), "--prompts",
-            str(prompts),
+            sample, "--checkpoint", str(folder), "--out", str(tmp_path / "out"),
+            *(asked if path == EDITS else ("--prompts", str(prompts))),
         ) == 0
 
     found = lowered(draw)
     assert len(found) >= 3 and found - lowered(rehearse, run, "sample") == set()
+
+    def make():
+        line = {"instruction": "make it night", "source": "in.png", "target": "in.png"}
+        line = line if path == EDITS else {"image": "in.png", "captions": ["a picture"]}
+        (tmp_path / "pictures.jsonl").write_text(json.dumps(line))
+        given = str(tmp_path / "pictures.jsonl"), str(tmp_path / "records")
+        assert call(encode, *given, "--pipeline", str(pipeline), "--size", "32") == 0
+
+    found = lowered(make)
+    assert len(found) >= 2 and found - lowered(rehearse, run, "encode") == set()
 
 
 @pytest.mark.skipif(jax.device_count() != 2, reason="of two devices: see the next test")
@@ -135,6 +156,16 @@ def test_a_rehearsal_of_the_small_networks():
     assert done.returncode == 0, done.stderr
     for program in "objective step", "first state", "text encoding", "pictures 1 NFE", "decoding":
         assert program in done.stdout
+
+
+def test_what_draws_edits_stays():
+    run = configs.parse(EDITS)
+    [found] = rehearsal.programs(run, jax.devices(), rehearsal.shapes(run), ["sample"])
+    leaves = lambda one: jax.tree.leaves(one.lower().args_info[0][0])
+    size = lambda one: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves(one))
+    [draws] = [one for one in found if one.name.startswith("denoising 1 NFE")]
+    [decodes] = [one for one in found if one.name.startswith("decoding")]
+    assert (draws.beside, decodes.beside) == (size(decodes), size(draws))
 
 
 def test_runs_of_adapters_are_rehearsed_with_them():

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.test_verbs import call
 from twinflow_jax import config as configs
-from twinflow_jax import convert, models, sample
+from twinflow_jax import convert, evaluate, models, sample
 from twinflow_jax.checkpoints import random
 from twinflow_jax.data import records
 from twinflow_jax.errors import UserError
@@ -179,6 +179,14 @@ def test_what_cannot_be_trained_on_is_refused(given, overrides, says, write, con
     folder = write(given.get("splits", {"32x32_32x32": 9}), **given.get("fields", {}))
     with pytest.raises(UserError, match=says):
         train(config(folder, *overrides), str(tmp_path / "run"), progress=False)
+
+
+def test_captions_do_not_score_edits(write, capsys):
+    folder = str(write({"32x32_32x32": 9}))
+    given = "--records", folder, "--train-records", folder, "--features", "none"
+    assert call(evaluate, "captions", "--checkpoint", "run", *given) == 2
+    says = "holds edits, which captions alone do not draw: benchmarks/edits.py scores"
+    assert says in capsys.readouterr().err
 
 
 def test_sources_of_another_shape_in_a_batch_are_refused(write):

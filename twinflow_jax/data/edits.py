@@ -15,6 +15,8 @@ CHANGES: dict[str, Callable[[Pictures], Pictures]] = {
 }
 
 
-def sources(x: Float[np.ndarray, "N H W C"], height: int, width: int) -> Pictures:
+def sources(
+    x: Float[np.ndarray, "N H W C"], height: int, width: int
+) -> Float[np.ndarray, "N {height} {width} 3"]:
     """Images in red on black, of another size, so that each change is another picture."""
     return to_rgb(x, height, width) * np.float32([1, 0, 0]) - np.float32([0, 1, 1])

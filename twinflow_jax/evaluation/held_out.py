@@ -95,7 +95,8 @@ def open_pair(held_out: epath.PathLike, train: epath.PathLike) -> tuple[Records,
     pair = open_records(held_out), open_records(train)
     for records in pair:
         if records.manifest.edits:
-            raise UserError(f"{records.folder} holds edits, which captions alone do not draw")
+            raise UserError(f"{records.folder} holds edits, which captions alone do not draw: "
+                            "benchmarks/edits.py scores runs on them")
         split_of(records)
     if pair[0].manifest != pair[1].manifest:
         raise UserError(f"{held_out} and {train} were made with other networks: encode one again")

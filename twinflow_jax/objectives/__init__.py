@@ -1,7 +1,7 @@
 """What is minimised. Pure functions of `apply(params, x_t, t, r, cond) -> velocity`.
 
 The forms, one module each (`form.Form` says what one is):
-`twinflow` (as released: roles), `tutorial` (five full-batch losses), `paper` (equations),
+`twinflow` (as released: roles), `tutorial` (five full-batch losses), `paper` (its losses),
 `flow_map` (the rivals that learn jumps: consistency models, MeanFlow and their kind) and `matching`
 (those that move a generator by the difference of two scores).
 A preset is a name for one Config; `build` binds a Config to its form.
@@ -70,13 +70,13 @@ PRESETS = {
         logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=1.0,
         derivative="difference", step=0.005,
     ),
-    # Improved MeanFlow, 2512.02012 section 3: the derivative along the network's own velocity. Here
-    # that is F(x, t, t), not another head's, and guidance is no condition.
+    # Improved MeanFlow, 2512.02012: the derivative along the network's own velocity. Here that is
+    # F(x, t, t), not another head's, and guidance is no condition.
     "improved_meanflow": flow_map.Config(
         logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=1.0, along="own"
     ),
-    # alpha-Flow, 2510.20771 section 4: alpha falls as a sigmoid (gamma 25) from 1 to 0. Here to
-    # .005, where theirs turns to the exact derivative, and rows do not weigh alpha.
+    # alpha-Flow, 2510.20771: alpha falls as a sigmoid (gamma 25) from 1 to 0. Here to .005, where
+    # theirs turns to the exact derivative, and rows do not weigh alpha.
     "alphaflow": flow_map.Config(
         logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=1.0,
         derivative="substeps", piece="ratio", step=1.0, last_step=0.005, anneal="sigmoid",
@@ -94,9 +94,9 @@ PRESETS = {
     # rates are this project's (published ones, in docs/method.md, are of large networks); the fake
     # is a copy of the start, or adapters over it where the run has those (adapter.rank).
     #
-    # ProlificDreamer, arXiv 2305.16213, section 3; for images SwiftBrush, arXiv 2312.05239,
-    # section 3.2, which guides both scores with 7.5 (here the real one alone) and whose fake is a
-    # LoRA of rank 64 with a rate far above the student's.
+    # ProlificDreamer, arXiv 2305.16213, section 3; for images SwiftBrush, arXiv 2312.05239, which
+    # guides both scores with 7.5 (here the real one alone) and whose fake is a LoRA of rank 64 with
+    # a rate far above the student's.
     "vsd": matching.Config(rule="vsd", every=1, fake_learning_rate=1e-3),
     # DMD, arXiv 2311.18828, section 3: tau in [.02, .98], and a regression on the teacher's
     # pictures (3.3) of weight .25, in LPIPS there, here the squared distance of latents, and on

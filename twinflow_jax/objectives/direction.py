@@ -22,9 +22,9 @@ def direction(
     """The move of each sample. v: z - x, of the sample's own line; tau: where both were taken.
 
     "twin": v_fake - v_real, of no tau (TwinFlow, released `dist_match`).
-    "vsd": x_real - x_fake (arXiv 2305.16213, equation 9, its weight w = 1 on samples).
+    "vsd": x_real - x_fake (arXiv 2305.16213, its weight w = 1 on samples).
     "dmd", "sid": the same over the mean of abs(x - x_real) of the row, without gradient
-    (arXiv 2311.18828, equations 7 and 8; arXiv 2404.04057, its omega).
+    (arXiv 2311.18828, its weighting factor; arXiv 2404.04057, its omega).
     """
     if rule == "twin":
         return v_fake - v_real

@@ -1,12 +1,12 @@
-"""TwinFlow as the paper writes it: equations 1 to 10, two subsets of the batch, plain L2.
+"""TwinFlow as the paper writes its losses: two subsets of the batch, plain L2.
 
 A share lambda of the rows (`twin`) learns the twin losses at (t, r) = (1, 0); the other rows
 (`base`) learn RCGM at any (t, r). Per row, with v = z - x:
 
-* `base` (eq. 1): `|| ((t - r) F(x_t, t, r) - S) / dt - v ||^2`, S the teacher's jumps along
+* `base` (equation 1): `|| ((t - r) F(x_t, t, r) - S) / dt - v ||^2`, S the teacher's jumps along
   t_1 = t - dt > t_2 > ... > r, each t_i uniform between r and t_{i-1};
-* `adversarial` (eq. 5 and 6): F(x', -t', -t') on z' - x_fake at fresh noise and time;
-* `rectify` (eq. 7 to 9): F(z, 1, 0) on itself minus (fake - real).
+* `adversarial` (L_adv): F(x', -t', -t') on z' - x_fake at fresh noise and time;
+* `rectify` (L_rectify): F(z, 1, 0) on itself minus (fake - real).
 
 What the paper leaves open, and what was chosen here:
 
@@ -20,7 +20,7 @@ What the paper leaves open, and what was chosen here:
 * The two subsets' losses are summed over rows and divided by the whole batch, so that lambda
   is the balance of figure 4a. Twin rows get no base loss.
 * The distribution of r: uniform in [0, t], t uniform in [0, 1].
-* No guidance. Equation 13's sign is not used anywhere here.
+* No guidance. Equation 5, score = -(x_t + (1 - t) F) / t, is right; equation 13's sign is not.
 """
 
 import dataclasses

@@ -38,7 +38,7 @@ def fake_minus_real(
     """The velocity of the fake trajectory less that of the real one, at `twin_passes`.
 
     It points from real velocities to fake ones: moving a generator's velocity against it
-    moves its samples towards the data (paper equations 5 to 8; released `dist_match`).
+    moves its samples towards the data (the paper's L_rectify; released `dist_match`).
     """
     fake, real = together(apply, twin_passes(params, x_fake, z, t, cond))
     return direction("twin", real, fake)

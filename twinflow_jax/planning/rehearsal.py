@@ -15,17 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from twinflow_jax import data, models, parallel
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.config import RANDOM, Run
-from twinflow_jax.drawing import Embeddings, Pipeline, by_class, codec, denoising, text
+from twinflow_jax.drawing import Embeddings, Pipeline, by_class, codec, denoising, editing, text
 from twinflow_jax.encoding.encode import batch_of
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import captioned, features, held_out
 from twinflow_jax.models import attention, efficientnet, names
 from twinflow_jax.models.adapters import ranks_of
-from twinflow_jax.models.family import TextToImage, lengths
+from twinflow_jax.models.family import Prompts, TextToImage
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo, plan
 from twinflow_jax.planning.compiling import compiled
@@ -87,6 +88,10 @@ class Blank(imported.Imported):
 
     def tokenizer(self, encoder: str) -> epath.Path:
         return self.real.tokenizer(encoder) if self.real else super().tokenizer(encoder)
+
+    @property
+    def processor(self) -> dict[str, Any]:
+        return self.real.processor if self.real else super().processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +164,6 @@ def programs(
 
     shapes: of rows. Raises UserError for a run that cannot be trained there.
     """
-    if _edits(run) and set(verbs) != {"train"}:
-        raise UserError(
-            f"model {run.model.name!r} edits pictures, of which training alone is rehearsed: give "
-            "--verbs train"
-        )
     with tempfile.TemporaryDirectory() as folder:
         blank = _blank(run, epath.Path(folder)) if run.family.text_to_image else None
         model = models.build(run.model, adapter=run.adapter)
@@ -175,7 +175,7 @@ def programs(
             else:
                 dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
             pipeline = None if blank is None else Rehearsal(
-                blank, dtype, settings=run.model, ranks=ranks, progress=False,
+                blank, dtype, settings=run.model, ranks=ranks, progress=False, few=True,
                 of_host=host, verb=verb,
             )
             if verb == "train":
@@ -197,7 +197,8 @@ def shapes(run: Run) -> list[models.Shape]:
     return inputs.shapes(inputs.open_data(run), run.model)
 
 
-def _edits(run: Run) -> bool:
+def edits(run: Run) -> bool:
+    """Whether its network edits pictures; what draws those to be scored is sampling."""
     return bool(models.shape_of(run.model).references)
 
 
@@ -260,11 +261,13 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
 
 
 def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
-    """What training prepares; of records, which need not be here, and of edits without rows."""
+    """What training prepares; of records, which need not be here, without rows."""
     prompts, tokens = run.sample.prompts, run.data.text_tokens
-    source = None if run.data.records or _edits(run) else data.load(run.data.name)
+    source = None if run.data.records else data.load(run.data.name)
     if pipeline is None:
         return inputs.of_classes(run.model, source, scored=run.sample.score_count > 0)
+    if source is not None and edits(run):
+        return inputs.of_edits(pipeline, source, tokens)
     if source is not None:
         return inputs.of_captions(pipeline, source, tokens, prompts)
     model = models.build(run.model)
@@ -278,38 +281,72 @@ def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
 
 
 def _sampling(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
-    """In the run's few steps, and as the base model does."""
-    family, prompts = pipeline.family, list(run.sample.prompts or ("a picture",))
-    cond = text.embed(pipeline, prompts), text.embed(
-        pipeline, prompts, negative=family.negative_prompt
-    )
-    count, rows = len(prompts), parallel.row_parts(pipeline.mesh())
-    for shape in (one.sample for one in shapes):
-        for n in run.sample.steps:
-            _draw(pipeline, denoising.FewStep(few_step(n)), cond[0], shape, rows, None)
-        _draw_as_base(pipeline, cond[1][:count], shape, rows, cond[1][count:])
-        list(codec.decode(pipeline, np.zeros((1, *shape), np.float32)))
+    """In the run's few steps, and as the base model does. With edits, of which each shape has its
+    programs, the networks that draw stay."""
+    rows = parallel.row_parts(pipeline.mesh())
+    for shape in shapes:
+        few, cond, null = _conditions(run, shape, pipeline)
+        with contextlib.ExitStack() as stay:
+            for name in ("transformer", "vae") if shape.references else ():
+                stay.enter_context(pipeline.loaded(name, "sample"))
+            for n in run.sample.steps:
+                _draw(pipeline, denoising.FewStep(few_step(n)), few, shape.sample, rows, None)
+            _draw_as_base(pipeline, cond, shape.sample, rows, null)
+            list(codec.decode(pipeline, np.zeros((1, *shape.sample), np.float32)))
+
+
+def _conditions(
+    run: Run, shape: models.Shape, pipeline: Rehearsal
+) -> tuple[Embeddings, Embeddings, Embeddings]:
+    """What is drawn in few steps, and as the base model does: with and without the condition."""
+    family, prompts = pipeline.family, run.sample.prompts or ("a picture",)
+    if shape.references:
+        about = editing.Edit(family.null_prompt, _pictures(pipeline, shape))
+        [(few, _)] = editing.conditions(pipeline, [about])
+        return few, *next(editing.conditions(pipeline, [about], family.negative_prompt))
+    both = text.embed(pipeline, prompts, negative=family.negative_prompt)
+    return text.embed(pipeline, prompts), both[:-1], both[-1:]
+
+
+def _pictures(pipeline: Rehearsal, shape: models.Shape) -> tuple[Image.Image, ...]:
+    """Blank sources of edits of a shape."""
+    scale = pipeline.config("vae").downscale
+    sizes = ((width * scale, height * scale) for height, width, _ in shape.references)
+    return tuple(Image.new("RGB", size) for size in sizes)
 
 
 def _encoding(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
     """Captions of every length that the family pads to, and pictures of every size."""
-    tokenizers, downscale = text.tokenizers(pipeline), pipeline.config("vae").downscale
-    texts = {}
-    for words in (1, 50, 100, 200, 400, 1000):
-        ids = pipeline.family.tokenize(tokenizers, ["word " * words])
-        texts[lengths(ids)] = ids
+    downscale = pipeline.config("vae").downscale
     with text.encoder(pipeline, text.BATCH) as embed, codec.encoder(pipeline) as encode:
-        for ids in texts.values():
+        for ids in _texts(pipeline, shapes):
             embed(ids)
-        for shape in shapes:
-            height, width = (side * downscale for side in shape.sample[:2])
+        for latents in dict.fromkeys(one for s in shapes for one in (s.sample, *s.references)):
+            height, width = (side * downscale for side in latents[:2])
             batch = batch_of(codec.BATCH, (width, height))
             encode(np.zeros((batch, height, width, 3), np.float32), batch)
+    if edits(run):  # each row has its own for none, and none is drawn
+        return
     text.null(pipeline)
     # With --generate the base model draws, beside nothing.
     cond = text.embed(pipeline, ["a picture"], negative=pipeline.family.negative_prompt)
     rows = parallel.row_parts(pipeline.mesh())
     _draw_as_base(pipeline, cond[:1], run.model.sample_shape, rows, cond[1:])
+
+
+def _texts(pipeline: Rehearsal, shapes: Shapes) -> Iterator[Prompts]:
+    """Captions, or instructions about the sources of each shape, from short to long."""
+    family, tokenizers = pipeline.family, text.tokenizers(pipeline)
+    for said in ("word " * words for words in (1, 50, 100, 200, 400, 1000)):
+        if family.editing is None:
+            yield family.tokenize(tokenizers, [said])
+            continue
+        [(name, tokenizer)], form = tokenizers.items(), family.editing
+        config, processor = pipeline.config(name), pipeline.checkpoint.processor
+        for shape in shapes:
+            seen = [form.seen(config, processor, one) for one in _pictures(pipeline, shape)]
+            with contextlib.suppress(UserError):  # longer than one may be
+                yield {name: form.tokenize(tokenizer, config, [said], seen)}
 
 
 def _evaluating(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:

@@ -15,9 +15,14 @@ TYPES = (
 
 def parse(contents: dict[str, bytes]) -> list[Item]:
     [data] = contents.values()
+    rows = json.loads(data)
+    if any("edit_type" not in row for row in rows.values()):
+        raise ValueError(
+            "they have no edit_type: ImgEdit's UGE and multi-turn suites are not drawn, give "
+            "Benchmark/Basic/basic_edit.json"
+        )
     return [
-        Item(key, row["prompt"], row["edit_type"], source=row["id"])
-        for key, row in json.loads(data).items()
+        Item(key, row["prompt"], row["edit_type"], source=row["id"]) for key, row in rows.items()
     ]
 
 
