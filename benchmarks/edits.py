@@ -29,13 +29,14 @@ def main() -> None:
     args = parser.parse_args()
     run, model, params, step = checkpoints.load_weights(args.run)
     [folder] = records.open_folders([args.records], run.model, image_free=False)
-    [(shape, [(_, split)])] = records.by_shape([folder], run.model).items()
+    longest = run.data.text_lengths[-1:]
+    [(shape, [(_, split, _)])] = records.by_shape([folder], run.model, longest).items()
     if not shape.references:
         raise UserError(f"{args.records} holds no edits")
     count = min(args.count, folder.splits[split]) // ROWS * ROWS
     which = np.linspace(0, folder.splits[split] - 1, count).astype(int)
     seeds = np.zeros((count, 4), np.uint64)
-    rows = records.batch(folder, split, which, seeds, shape, run.model, run.data.text_tokens)
+    rows = records.batch(folder, split, which, seeds, shape, run.model)
     given, targets = rows["cond"], rows["x"].reshape(count, -1)
     sources = given["references"][0]
     noise = np.random.default_rng(0).standard_normal(rows["x"].shape).astype(np.float32)

@@ -18,7 +18,7 @@ from twinflow_jax.training import flops
 BENCH = "configs/qwen20b_tpu.py:bench"
 EXAMPLE = plan.Plan(
     topology="v5p:4x4x4", mesh={"fsdp": 16, "fsdp_minor": 4}, strategy="gather_once",
-    remat="full", rows=128, chips=64, parts={"weights": 2**30, "activations": 2**31},
+    remat="full", rows=128, text=512, chips=64, parts={"weights": 2**30, "activations": 2**31},
     peak_bytes=3 * 2**30, hbm_bytes=95 * 2**30, analytic={"matmul": 2e12},
     compiled={"matmul": 2.02e12}, forwards=7.5,
     collectives={"all-gather": {"count": 24, "bytes": 29e9, "overlapped": 1e9}},
@@ -31,7 +31,7 @@ def test_flops_of_the_published_network():
     """Hand count of a row, 512x512 and 512 tokens: projections of 60 layers 2 x 3072 x (4 x 3072
     + 8 x 3072) for 1536 tokens, attention 4 x 1536^2 x 3072; the rest is small."""
     config = configs.parse(BENCH)
-    one = flops.forward(models.build(config.model), 512)
+    one = flops.forward(models.build(config.model), config.shape)
     layers = 60 * 2 * 1536 * 3072 * 12 * 3072
     assert layers < one.matmul < 1.005 * layers
     assert one.attention == 60 * 4 * 1536**2 * 3072

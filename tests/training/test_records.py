@@ -103,9 +103,9 @@ def test_rows_are_what_was_written(write, config):
     made = config(records=(str(folder),))
     settings = made.model
     opened = training_records.open_folders(made.data.records, settings, image_free=False)
-    shapes = training_records.by_shape(opened, settings)
-    assert [one.sample for one in shapes] == [(8, 8, 3), (8, 16, 3), (16, 8, 3)]
-    streams = training_records.streams(opened, (), settings, 16)
+    found = training_records.streams(opened, (), settings, (16,))
+    assert [one.sample for one in found] == [(8, 8, 3), (8, 16, 3), (16, 8, 3)]
+    streams = list(found.values())
     assert [stream.count for [stream] in streams] == [3, 9, 20]
     picked = set()
     for epoch in range(20):
