@@ -90,6 +90,9 @@ def test_rows_are_what_was_written(write, config):
             for ours, theirs in zip(batch[name]["references"], references, strict=True):
                 np.testing.assert_array_equal(ours[0], theirs.astype(np.float32))
     assert picked == {3, 5}
+    # 6 tokens of the pictures, and at most 5 of an instruction, whose bucket all go to.
+    fitting = training_records.streams([folder], (), run.model, (8, 11, 16))
+    assert [(one.text, stream.count) for one, [stream] in fitting.items()] == [(11, 9), (11, 8)]
     [_, [narrow]] = training_records.streams([folder], (), run.model, (7,)).values()
     with pytest.raises(UserError, match="record 32x32_.* the instruction that .* have 8 tokens"):
         narrow.read(np.array([5]), np.array([[0, 0, 0, 5]]))
