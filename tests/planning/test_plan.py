@@ -9,8 +9,10 @@ import jax
 import pytest
 from PIL import Image
 
+from tests.test_verbs import call
 from twinflow_jax import config as configs
 from twinflow_jax import models
+from twinflow_jax import plan as verb
 from twinflow_jax.parallel.mesh import AXES
 from twinflow_jax.planning import plan, report
 from twinflow_jax.training import flops
@@ -69,6 +71,28 @@ def test_reports(tmp_path):
     report.plot([EXAMPLE, refused], tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as picture:
         assert picture.size[0] > 500
+
+
+def test_several_lengths_of_text_make_a_plan_each_and_a_mean(monkeypatch, capsys):
+    seconds = {128: 0.8, 256: 0.9, 512: 1.1}
+
+    def made(run, where, *_):
+        text = run.data.text_tokens
+        return dataclasses.replace(EXAMPLE, text=text, overlapped=seconds[text])
+
+    monkeypatch.setattr(plan, "train", made)
+    of = lambda side, text: models.Shape((side, side, 16), text)
+    shares = {of(64, 128): 0.5, of(64, 512): 0.25, of(128, 128): 0.25}
+    monkeypatch.setattr(plan, "shares", lambda run: shares)
+    command = [
+        "--config", BENCH, "--topology", "v5p:4x4x4", "--remat", "full", "dots",
+        "--config.data.text_tokens=128,256,512",
+    ]
+    assert call(verb, *command) == 0
+    told = capsys.readouterr().out
+    assert told.count("v5p:4x4x4     fsdp 16") == 6
+    assert told.count("0.875 s in the mean of the records' rows, 0.8 s with 128 text") == 2
+    assert "fastest per image" in told and "about 1.1 s per step" in told
 
 
 def test_where_each_weight_lies():

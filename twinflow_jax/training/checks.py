@@ -186,14 +186,14 @@ def check_start(run: Run) -> None:
 def tell_small(run: Run, folders: list[Records]) -> None:
     """Says which shapes have fewer rows than a batch."""
     small = [
-        f"{count} of {'x'.join(map(str, shape.sample))} with {shape.text} tokens of text"
+        f"{'x'.join(map(str, shape.sample))} with {shape.text} text tokens has {count}"
         for shape, rows in records.by_shape(folders, run.model, run.data.text_lengths).items()
         if (count := sum(len(numbers) for *_, numbers in rows)) < run.data.batch_size
     ]
     if small:
         warnings.warn(
-            f"a batch of {run.data.batch_size} shows some rows more than once, of which there are "
-            f"only {few(small)}",
+            f"some shapes have fewer rows than a batch of {run.data.batch_size}, which shows them "
+            f"more than once: {few(small)}",
             stacklevel=2,
         )
 
