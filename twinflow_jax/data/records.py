@@ -337,6 +337,7 @@ class Records:
     def longest(self, split: str) -> Int[np.ndarray, "N"]:
         """`Example.longest` of each record of a split. All are read for it, once: it is kept."""
         told = [(self.folder / name).read_bytes() for name in (RECORD, "dataset_info.json")]
+        key = [f"{self.folder} {split}".encode(), *told]
 
         def read() -> dict[str, np.ndarray]:
             rows = tqdm(
@@ -344,9 +345,7 @@ class Records:
             )
             return {"longest": np.array([self.read(split, row).longest for row in rows], np.int32)}
 
-        return cache.kept("caption_lengths", [f"{self.folder} {split}".encode(), *told], read)[
-            "longest"
-        ]
+        return cache.kept("caption_lengths", key, read)["longest"]
 
     def _edit(self, split: str, fields: dict[str, Any]) -> Edit:
         """Raises UserError where the sources have other shapes than the split's."""

@@ -87,16 +87,16 @@ def details(plan: Plan) -> str:
 
 
 def mean(plans: Sequence[Plan], shares: Mapping[int, float]) -> str:
-    """The step of one config on average over its lengths of text. shares: of the rows, each of
-    which is of one."""
+    """The step of one config on average over its lengths of text. shares: of the rows with each."""
     used, one = [plan for plan in plans if shares.get(plan.text)], plans[0]
     start = f"{one.topology}, {one.strategy}, {one.remat}, batch {one.rows}"
     if refused := [str(plan.text) for plan in used if plan.refused]:
         return f"{start}: no mean step, with {', '.join(refused)} text tokens it does not fit"
-    seconds = sum(shares[plan.text] * plan.overlapped for plan in used)
-    return f"{start}: a step takes {seconds:.3g} s in the mean of the records' rows, " + ", ".join(
-        f"{plan.overlapped:.3g} s with {plan.text} text tokens ({shares[plan.text]:.1%})"
-        for plan in used
+    seconds = {plan.text: plan.overlapped * plan.mean for plan in used}
+    whole = sum(shares[text] * each for text, each in seconds.items())
+    return f"{start}: a step takes {whole:.3g} s in the mean of the records' rows, " + ", ".join(
+        f"{each:.3g} s with {text} text tokens ({shares[text]:.1%})"
+        for text, each in seconds.items()
     )
 
 
