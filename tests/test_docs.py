@@ -3,11 +3,13 @@
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -30,6 +32,20 @@ def test_pages_fetch_nothing_from_elsewhere(site):
         fetched = re.findall(r'<(?:script|img|iframe|link)[^>]*(?:src|href)="?(https?:[^" >]*)',
                              page.read_text())
         assert not fetched, page
+
+
+@pytest.mark.skipif(not BROWSER, reason="no chromium here: apt-get install chromium")
+def test_the_search_works_in_pages_that_were_opened_from_a_folder(site):
+    """Browsers start no worker there: javascripts/iframe-worker.js stands in for it."""
+    from playwright import sync_api as playwright
+
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(f"file://{site}/families/sana.html?q=time_text_embed_2")
+        found = page.locator(".md-search-result__item a[href*='adapters.html']").first
+        found.wait_for(state="attached", timeout=120_000)
+        browser.close()
 
 
 def test_every_public_name_has_its_docstring_there(site):

@@ -212,13 +212,16 @@ def test_networks_without_layers_are_left_to_the_partitioner():
         parallel.create("gather_once", parallel.make_mesh(), {"a": 1}, {"a": ()}, "float32")
 
 
-def test_the_tpus_attention_is_the_others():
-    """Values and gradients, with padding, at lengths that blocks do not divide."""
-    from twinflow_jax.models.attention import attention, splash
+@pytest.mark.parametrize("width", [128, 64])
+def test_the_tpus_attention_is_the_others(width):
+    """Values and gradients, with padding, at lengths that blocks do not divide, of heads that fill
+    a vector or half of one."""
+    from twinflow_jax.models.attention import attention, compiled_for, splash
 
     rng = np.random.default_rng(0)
     query, key, value = (
-        jnp.asarray(rng.normal(size=(2, tokens, 2, 128)), jnp.float32) for tokens in (200, 300, 300)
+        jnp.asarray(rng.normal(size=(2, tokens, 2, width)), jnp.float32)
+        for tokens in (200, 300, 300)
     )
     lengths = jnp.array([300, 17])
 
@@ -231,3 +234,5 @@ def test_the_tpus_attention_is_the_others():
     for a, b in zip(theirs, ours, strict=True):
         assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
     assert not np.asarray(theirs[2])[1, 17:].any()  # padded keys have no gradient
+    with compiled_for("tpu"):
+        assert "splash" in str(jax.make_jaxpr(attention)(query, key, value))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import types
 
 import chex
 import jax
@@ -12,7 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from twinflow_jax import checkpoints, models, objectives
+from twinflow_jax import checkpoints, evaluation, files, models, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
 from twinflow_jax.training import checks, loop, state
@@ -227,6 +228,34 @@ def test_finished_run_draws_a_picture_that_a_kill_kept_from_it(small_config, tmp
     trained(config, tmp_path / "run")
     assert picture.name in (tmp_path / "run/index.html").read_text()
     assert picture.exists() and "is complete: step 3 of 3" in capsys.readouterr().out
+
+
+def test_pictures_come_before_their_judge_and_a_kill_between_loses_no_scores(
+    small_config, tmp_path, monkeypatch
+):
+    """The first sheet need not wait for a classifier to be trained."""
+    config, made = small_config("train.steps=3", "sample.score_count=20"), []
+    picture, metrics = (tmp_path / "run" / name for name in (
+        "samples/step_000003.png", "metrics.jsonl"
+    ))
+
+    def create(dataset):
+        made.append(picture.exists())
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        return types.SimpleNamespace(score=lambda x, labels: dict.fromkeys(
+            ("accuracy", "frechet", "diversity"), float(len(x))
+        ))
+
+    monkeypatch.setattr(evaluation.ClassJudge, "create", create)
+    with pytest.raises(KeyboardInterrupt):
+        trained(config, tmp_path / "run")
+    assert made == [True] and "samples/" not in metrics.read_text()
+    for _ in range(2):
+        trained(config, tmp_path / "run")
+        rows = [row for row in files.rows(metrics) if "samples/1_nfe/frechet" in row]
+        assert [(row["step"], row["samples/1_nfe/frechet"]) for row in rows] == [(3, 20.0)]
+    assert made == [True, True]
 
 
 def test_reader_leaves_a_save_in_progress_alone(small_config, tmp_path):

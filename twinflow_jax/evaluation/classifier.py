@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 from twinflow_jax import cache
 from twinflow_jax.data import Dataset, Stream, batches
@@ -52,7 +53,8 @@ def train(network: Classifier, dataset: Dataset):
     random = np.random.default_rng(0)
     read = lambda rows, seeds: {"x": split.x[rows], "label": split.label[rows]}
     stream = batches([[Stream(len(split), read)]], BATCH, seed=0)
-    for _ in range(STEPS):
+    steps = tqdm(range(STEPS), "training the classifier that judges", leave=False, disable=None)
+    for _ in steps:
         _, batch = next(stream)
         shift = tuple(random.integers(-reach, reach + 1, 2))
         x = jnp.roll(batch["x"], shift, axis=(1, 2))

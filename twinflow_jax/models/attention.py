@@ -12,6 +12,8 @@ from twinflow_jax.arrays import Lengths
 from twinflow_jax.models import axes
 from twinflow_jax.models.context import setting
 
+LANES = 128  # of a TPU's vectors, whole ones of which its kernel takes
+
 _platform = contextvars.ContextVar("platform", default=None)
 _plain = contextvars.ContextVar("attention without kernels", default=False)
 
@@ -48,7 +50,7 @@ def attention(
         return _softcapped(query, key, value, lengths, causal, softcap, scale)
     alike = key.shape[2] == query.shape[2] and not causal and bias is None
     kernels = not _plain.get()
-    if platform == "tpu" and width % 128 == 0 and alike and kernels:
+    if platform == "tpu" and width % (LANES // 2) == 0 and alike and kernels:
         if lengths is None:
             lengths = jnp.full(query.shape[:1], key.shape[1], jnp.int32)
         whole = ("rows", None, "heads", None)
@@ -70,13 +72,18 @@ def splash(
     query: Float[Array, "B T heads D"], key: Float[Array, "B S heads D"],
     value: Float[Array, "B S heads D"], lengths: Lengths, scale: float, interpret: bool = False,
 ) -> Float[Array, "B T heads D"]:
-    """The TPU's kernel, which never holds the scores. interpret: on any device, slowly."""
+    """The TPU's kernel, which never holds the scores. interpret: on any device, slowly.
+
+    Heads that are not a multiple of 128 wide are filled up to one with zeros, which change nothing.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import (  # half a second to import
         splash_attention_kernel as kernels,
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    tokens, (keys, heads) = query.shape[1], key.shape[1:3]
+    tokens, width, (keys, heads) = query.shape[1], query.shape[3], key.shape[1:3]
+    filled = ((0, 0), (0, 0), (0, 0), (0, -width % LANES))
+    query, key, value = (jnp.pad(a, filled) for a in (query, key, value))
     (query, block_q), (key, block_kv), (value, _) = map(_blocks, (query, key, value))
     shape = query.shape[1], key.shape[1]
     attend = kernels.make_splash_mha(
@@ -93,7 +100,7 @@ def splash(
     segments = jax.vmap(lambda kv: kernels.SegmentIds(own, kv))(padding)
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
     heads_first = [jnp.swapaxes(a, 1, 2) for a in (scaled, key, value)]
-    return jnp.swapaxes(jax.vmap(attend)(*heads_first, segments), 1, 2)[:, :tokens]
+    return jnp.swapaxes(jax.vmap(attend)(*heads_first, segments), 1, 2)[:, :tokens, :, :width]
 
 
 def _blocks(x: Float[Array, "B S heads D"]) -> tuple[Float[Array, "B T heads D"], int]:

@@ -16,14 +16,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from twinflow_jax import data, evaluation, models, parallel
+from twinflow_jax import data, models, parallel
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.drawing import Embeddings, Pipeline, by_class, codec, denoising, text
 from twinflow_jax.encoding.encode import batch_of
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import captioned, features, held_out
-from twinflow_jax.evaluation.classifier import Classifier
 from twinflow_jax.models import attention, efficientnet, names
 from twinflow_jax.models.adapters import ranks_of
 from twinflow_jax.models.family import TextToImage, lengths
@@ -266,9 +265,7 @@ def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
     prompts, tokens = run.sample.prompts, run.shape.text
     source = None if run.data.records or _edits(run) else data.load(run.data.name)
     if pipeline is None:
-        known = inputs.of_classes(run.model, source, scored=False)
-        judge = evaluation.ClassJudge(source, Classifier(source.num_classes), {})
-        return dataclasses.replace(known, judge=judge if run.sample.score_count else None)
+        return inputs.of_classes(run.model, source, scored=run.sample.score_count > 0)
     if source is not None:
         return inputs.of_captions(pipeline, source, tokens, prompts)
     model = models.build(run.model)

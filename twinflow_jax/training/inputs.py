@@ -6,6 +6,7 @@ text encoder once, before training; or the run reads what twinflow encode made o
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +36,8 @@ class Inputs:
     """streams: of each shape of samples, rows of {"x", "cond"} (data.batches).
 
     null: the condition that stands for none, of one row, with text of so many tokens; {} where rows
-    bring their own. shown: the
-    conditions that previews draw, with their names. decode: samples -> images. judge: what scores
-    drawn samples of each label, where there is one.
+    bring their own. shown: the conditions that previews draw, with their names. decode: samples ->
+    images. judge: makes what scores drawn samples of each label, once, where there is one.
     """
 
     model: models.Model
@@ -46,7 +46,7 @@ class Inputs:
     shown: Conditions
     names: tuple[str, ...]
     decode: Callable[[Float[np.ndarray, "N ..."]], Float[np.ndarray, "N H W C"]]
-    judge: evaluation.ClassJudge | None
+    judge: Callable[[], evaluation.ClassJudge] | None
 
 
 def take(conditions: Conditions, index) -> Conditions:
@@ -118,10 +118,11 @@ def of_classes(settings: Settings, dataset: data.Dataset, scored: bool) -> Input
     model = models.build(settings)
     classes = np.arange(dataset.num_classes, dtype=np.int32)
     table = {"label": classes} if settings.num_classes else {}
+    create = functools.partial(evaluation.ClassJudge.create, dataset)
     return Inputs(
         model, labelled(dataset.learned, table), lambda _: dict(model.null), table,
         names=tuple(map(str, classes)), decode=lambda x: np.clip(x, -1, 1),
-        judge=evaluation.ClassJudge.create(dataset) if scored and table else None,
+        judge=functools.cache(create) if scored and table else None,
     )
 
 

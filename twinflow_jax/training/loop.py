@@ -21,8 +21,8 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.parallel import flags, hosts
 from twinflow_jax.training import checks, inputs, loggers, page, setup, state
+from twinflow_jax.training import preview as previews
 from twinflow_jax.training.log import Log
-from twinflow_jax.training.preview import Preview
 from twinflow_jax.training.watch import Clock, Watch
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -122,11 +122,12 @@ def loop(
         with clock.part("state"):
             current = start(prepared, saver)
         first = int(current.step)
-        preview = Preview(prepared, known, workdir)
+        preview = previews.Preview(prepared, known, workdir)
         log = stack.enter_context(Log(workdir, prepared.run, first, mirror.folder))
-        if hosts.told(preview.missing(first)):  # killed between a checkpoint and its pictures
+        metrics = files.rows(mirror.folder / "metrics.jsonl")
+        if hosts.told(preview.missing(first, metrics)):  # killed between a checkpoint and these
             with clock.part("pictures"):
-                log.write_samples(first, *preview.make(state.sampling_params(current), first))
+                show(preview, log, state.sampling_params(current), first, progress)
         page.write(workdir, prepared.run, known.names, mirror.folder)
         if first >= train.steps:
             print(f"{workdir} is complete: step {first} of {train.steps}", flush=True)
@@ -179,9 +180,7 @@ def loop(
                     saver.save(done, state.to_parts(current), mirror.settle)
             if draw:
                 with clock.part("pictures"):
-                    scores, sheet = preview.make(state.sampling_params(current), done)
-                log.write_samples(done, scores, sheet)
-                bar.write(preview.line(done, scores)) if progress else None
+                    show(preview, log, state.sampling_params(current), done, progress)
             if keep or draw:
                 with clock.part("pictures"):
                     page.write(workdir, prepared.run, known.names, mirror.folder)
@@ -190,6 +189,17 @@ def loop(
                 raise Interrupted(stop, done, saved=True)
         saver.wait()
     return current
+
+
+def show(preview: previews.Preview, log: Log, params, step: int, progress: bool) -> None:
+    """Draws pictures of some weights, and says where they are before they are scored."""
+    sheet, drawn = preview.draw(params, step)
+    if progress:
+        tqdm.write(preview.where(step))
+    scores = preview.score(drawn)
+    log.write_samples(step, scores, sheet)
+    if progress and scores:
+        tqdm.write(previews.line(step, scores))
 
 
 def keep_compiled(workdir: str) -> None:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jaxtyping import Float
 from PIL import Image
 
 from twinflow_jax import images, parallel, seeds
@@ -36,21 +37,26 @@ class Preview:
         self.shape = self._count, *inputs.model.sample_shape
         self._noise = np.asarray(jax.random.normal(noise_key, self.shape))
 
-    def missing(self, step: int) -> bool:
-        """Whether pictures were due at this step and are not there."""
+    def missing(self, step: int, metrics: list[dict]) -> bool:
+        """Whether pictures were due at this step and are not there, or their scores are not among
+        the rows of metrics.jsonl."""
         due = step > 0 and (step % self._every == 0 or step == self._last)
-        return due and not self._file(step).exists()
+        names = {name for row in metrics if row["step"] == step for name in row}
+        scored = self._inputs.judge is None or any(name.startswith("samples/") for name in names)
+        return due and not (scored and self._file(step).exists())
 
     def _file(self, step: int) -> epath.Path:
         return self._folder / f"step_{step:06d}.png"
 
-    def make(self, params, step: int) -> tuple[dict[int, dict[str, float]], Image.Image | None]:
-        """Writes samples/step_STEP.png; returns scores by number of evaluations, and the sheet.
+    def draw(
+        self, params, step: int
+    ) -> tuple[Image.Image | None, dict[int, Float[np.ndarray, "N H W C"]]]:
+        """Writes samples/step_STEP.png; returns it, and all pictures by number of evaluations.
 
         Every process samples, since all hold parts of the weights; the first one draws, the
         others have neither.
         """
-        blocks, scores = dict(self._sources), {}
+        blocks, drawn = dict(self._sources), {}
         over = parallel.over_rows(self._strategy.mesh, self._count)
         shown = np.concatenate(  # rows are classes, or prompts
             [np.flatnonzero(self._labels == row)[: self._columns] for row in range(self._rows)]
@@ -62,16 +68,26 @@ class Preview:
             x = multihost_utils.process_allgather(x, tiled=True)  # whole on every process
             if not hosts.leads():
                 continue
-            x = self._inputs.decode(x)
+            drawn[grid.nfe] = x = self._inputs.decode(x)
             blocks[f"{grid.nfe} NFE"] = x[shown]
-            if self._inputs.judge:
-                scores[grid.nfe] = self._inputs.judge.score(x, self._labels)
         if not hosts.leads():
-            return scores, None
+            return None, drawn
         rows = self._inputs.names if self._about else ()
         sheet = images.sheet(blocks, self._columns, title=f"step {step}", rows=rows)
         images.save(self._file(step), sheet, {"rows": "\n".join(self._inputs.names)})
-        return scores, sheet
+        return sheet, drawn
+
+    def score(
+        self, drawn: dict[int, Float[np.ndarray, "N H W C"]]
+    ) -> dict[int, dict[str, float]]:
+        """Scores of drawn pictures, by number of evaluations; {} where nothing judges them.
+
+        The first time it may train the judge: that is why it comes after the sheet.
+        """
+        if self._inputs.judge is None:
+            return {}
+        judge = self._inputs.judge()
+        return {nfe: judge.score(x, self._labels) for nfe, x in drawn.items()}
 
     @functools.cached_property
     def _sources(self) -> dict[str, np.ndarray]:
@@ -94,10 +110,15 @@ class Preview:
         with self._strategy.applied():
             return sample.trace(apply, params, noise, cond, grid, self._key).lower(**options)
 
-    def line(self, step: int, scores: dict[int, dict[str, float]]) -> str:
-        """Where the pictures are, and the scores, in one line."""
-        return f"step {step}: pictures in {self._file(step)}" + "".join(
-            f"   {n} NFE accuracy {row['accuracy']:.3f} Frechet {row['frechet']:.1f} "
-            f"diversity {row['diversity']:.1f}"
-            for n, row in scores.items()
-        )
+    def where(self, step: int) -> str:
+        """Where the pictures are, in one line."""
+        return f"step {step}: pictures in {self._file(step)}"
+
+
+def line(step: int, scores: dict[int, dict[str, float]]) -> str:
+    """The scores in one line."""
+    return f"step {step}: " + "   ".join(
+        f"{n} NFE accuracy {row['accuracy']:.3f} Frechet {row['frechet']:.1f} "
+        f"diversity {row['diversity']:.1f}"
+        for n, row in scores.items()
+    )
