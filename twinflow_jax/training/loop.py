@@ -57,7 +57,7 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
     shares = inputs.shapes(run, source)
     if progress and len(run.data.text_lengths) > 1:
         told = inputs.by_text(shares).items()
-        print("text tokens: " + ", ".join(f"{n} of {part:.1%} of rows" for n, part in told))
+        print("text tokens: " + ", ".join(f"{n} for {part:.1%} of rows" for n, part in told))
     shapes = list(shares)
     if not (epath.Path(workdir) / "checkpoints").exists():
         checks.check_start(run)
