@@ -18,9 +18,12 @@ from twinflow_jax.models import conditioning
 from twinflow_jax.models.projections import Dense
 from twinflow_jax.models.settings import Settings
 
-# That an estimated picture is divided by. A smaller one blows up the errors at small times, which
+# What an estimated picture is divided by at least. Less blows up the errors at small times, which
 # the network then spends itself on: one evaluation gets worse (docs/benchmarks.md).
-SMALLEST_TIME = 0.6
+LEAST_OF_PICTURE = 0.6
+# And x_t: the last step of every recommended grid of few steps begins there or before, and leaves
+# no noise in the picture.
+LEAST_OF_NOISE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,8 @@ class MLP(nn.Module):
                 h = h + gate * inner
             h = nn.LayerNorm()(h)
         out = Dense(math.prod(c.sample_shape))(nn.silu(h))
-        velocity = x_t - out.reshape(x_t.shape)
+        out = out.reshape(x_t.shape)
         if c.estimates == "offset":
-            return velocity
-        scale = jnp.maximum(jnp.abs(t), SMALLEST_TIME)
-        return velocity / scale.reshape(-1, *(1,) * (x_t.ndim - 1))
+            return x_t - out
+        time = jnp.abs(t).reshape(-1, *(1,) * (x_t.ndim - 1))
+        return x_t / jnp.maximum(time, LEAST_OF_NOISE) - out / jnp.maximum(time, LEAST_OF_PICTURE)
