@@ -29,17 +29,17 @@ def main() -> None:
     args = parser.parse_args()
     run, model, params, step = checkpoints.load_weights(args.run)
     [folder] = records.open_folders([args.records], run.model, image_free=False)
-    shapes = records.by_shape([folder], run.model)
+    shapes = records.by_shape([folder], run.model, run.data.text_lengths[-1:])
     if any(shape.references != (shape.sample,) for shape in shapes) or len(shapes) > 1:
         raise UserError(f"{args.records} holds other records than edits of one source, all of one "
                         "size: encode such ones")
-    [(shape, [(_, split)])] = shapes.items()
+    [(shape, [(_, split, _)])] = shapes.items()
     count = min(args.count, folder.splits[split]) // ROWS * ROWS
     if not count:
         raise UserError(f"{args.records} and --count have fewer than {ROWS} edits: give more")
     which = np.linspace(0, folder.splits[split] - 1, count).astype(int)
     seeds = np.zeros((count, 4), np.uint64)
-    rows = records.batch(folder, split, which, seeds, shape, run.model, run.data.text_tokens)
+    rows = records.batch(folder, split, which, seeds, shape, run.model)
     given, targets = rows["cond"], rows["x"].reshape(count, -1)
     sources = given["references"][0]
     noise = np.random.default_rng(0).standard_normal(rows["x"].shape).astype(np.float32)

@@ -66,9 +66,8 @@ def read(folder, shape, width: int, tokens: int) -> float:
     """Records read per second."""
     settings = types.SimpleNamespace(sample_shape=shape, text_width=width, dtype="bfloat16")
     opened = [records.open_records(folder)]
-    batches = data.batches(
-        training_records.streams(opened, (), settings, tokens), BATCH, seed=0
-    )
+    streams = training_records.streams(opened, (), settings, (tokens,))
+    batches = data.batches(tuple(streams.values()), BATCH, seed=0)
     for _ in range(2 * AHEAD):  # what was read before the clock starts
         next(batches)
     count, begin = 0, time.perf_counter()

@@ -4,8 +4,10 @@ The package's annotations are checked at every call in the processes of the test
 in a program that they start where it imports this.
 """
 
+import logging
 import os
 import pathlib
+import re
 import signal
 import sys
 import tempfile
@@ -40,6 +42,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Of JAX's own, for keys, the noise of previews and scalars, beside those of jax.lax.
+OPERATIONS = {
+    "_broadcast_arrays", "_normal", "_threefry_fold_in", "_threefry_seed", "_threefry_split",
+    "stage", "unstack",
+}
+
+
 @pytest.fixture
 def compiled(monkeypatch) -> list:
     """The programs that are compiled ahead of their first call, as far as the test has come."""
@@ -53,6 +62,25 @@ def compiled(monkeypatch) -> list:
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", count)
     return programs
+
+
+@pytest.fixture
+def lowered(caplog):
+    """What is compiled while a function runs, by name and shapes, without single operations."""
+    import jax  # once it is known what the environment is
+
+    logger = "jax._src.interpreters.pxla"
+    caplog.set_level(logging.DEBUG, logger)
+
+    def during(function, *arguments, **options) -> set[str]:
+        caplog.clear()
+        function(*arguments, **options)
+        found = (record.getMessage() for record in caplog.records if record.name == logger)
+        found = (re.match(r"Compiling jit\((.*?)\) .*types (.*)\. Arg", line) for line in found)
+        own = lambda name: name not in OPERATIONS and not hasattr(jax.lax, name)
+        return {match[0] for match in found if match and own(match[1])}
+
+    return during
 
 
 @pytest.fixture

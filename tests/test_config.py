@@ -56,6 +56,19 @@ def test_overrides_reach_keys_that_a_file_does_not_name(tmp_path):
         configs.parse(str(file), overrides[:1])
 
 
+def test_a_key_may_take_one_value_or_several(tmp_path):
+    file = tmp_path / "lengths.py"
+    file.write_text(
+        "from twinflow_jax import config as configs\n"
+        "def get_config():\n    config = configs.load('emoji')\n"
+        "    config.data.text_tokens = (16, 64)\n    return config\n"
+    )
+    several, one = configs.parse(str(file)), configs.parse(str(file), ["data.text_tokens=32"])
+    assert (several.data.text_lengths, one.data.text_lengths) == ((16, 64), (32,))
+    assert one.data.text_tokens == 32
+    assert configs.Run.of(json.loads(configs.to_json(several))) == several
+
+
 def test_a_record_without_some_keys_has_their_defaults():
     run = configs.parse("configs/mnist.py")
     fields = json.loads(configs.to_json(run))
@@ -92,6 +105,7 @@ def test_help_config_prints_every_key_with_its_present_value(capsys, monkeypatch
         ("train.steps=many", "takes int .* not 'many'"),
         ("train.steps=1.5", "takes int"),
         ("objective.twin=1", "takes bool"),
+        ("data.text_tokens=1.5", "takes int or tuple of int"),
         ("train.steps", "has no value"),
         ("optimizer.betas=(.9,'x')", "takes tuple of 2 float"),
         ("optimizer.betas=(.9,)", "takes tuple of 2 float"),

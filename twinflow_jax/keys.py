@@ -67,11 +67,14 @@ class Key:
 
     @property
     def type(self) -> str:
-        """The type in words, such as "int" or "tuple of float"."""
-        if self.kind in WORDS:
-            return WORDS[self.kind]
-        each, length = _elements(self.kind)
-        return f"tuple of {'' if length is None else f'{length} '}{WORDS[each]}"
+        """The type in words, such as "int", "tuple of float" or "int or tuple of int"."""
+        def told(kind: Any) -> str:
+            if kind in WORDS:
+                return WORDS[kind]
+            each, length = _elements(kind)
+            return f"tuple of {'' if length is None else f'{length} '}{WORDS[each]}"
+
+        return " or ".join(map(told, _kinds(self.kind)))
 
     def fit(self, value: Any) -> Any:
         """A value as this key holds it: lists become tuples, whole numbers floats where they are.
@@ -79,10 +82,11 @@ class Key:
         Raises:
           TypeError: it is of another type.
         """
-        if self.kind in WORDS:
-            value = _fit(self.kind, value)
+        kind = _kinds(self.kind)[-1 if isinstance(value, tuple | list) else 0]
+        if kind in WORDS:
+            value = _fit(kind, value)
             return files.path(value) if self.is_path else value
-        each, length = _elements(self.kind)
+        each, length = _elements(kind)
         if not isinstance(value, tuple | list) or length not in (None, len(value)):
             raise TypeError
         found = tuple(_fit(each, one) for one in value)
@@ -176,10 +180,11 @@ def keys_of(part: type) -> dict[str, Key]:
         where = f"{part.__module__}.{part.__name__}.{field.name}"
         if told is None:
             raise TypeError(f"{where} has no meaning: make it with option(default, meaning)")
-        if hints[field.name] not in WORDS and not isinstance(hints[field.name], types.GenericAlias):
-            raise TypeError(f"{where} is {hints[field.name]}: a key is int, float, str, bool or a "
-                            "tuple of one of them")
-        found[field.name] = Key(hints[field.name], field.default, **told)
+        kind = hints[field.name]
+        if any(k not in WORDS and not isinstance(k, types.GenericAlias) for k in _kinds(kind)):
+            raise TypeError(f"{where} is {kind}: a key is int, float, str, bool, a tuple of one of "
+                            "them, or both, as int | tuple[int, ...]")
+        found[field.name] = Key(kind, field.default, **told)
     return found
 
 
@@ -191,6 +196,11 @@ def nearest(known: Iterable[str], key: str) -> str:
         leaves = {name.rsplit(".", 1)[-1]: name for name in known}
         close = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    """What a key of this type takes: it alone, or one value, and several."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
 def _elements(kind: Any) -> tuple[type, int | None]:

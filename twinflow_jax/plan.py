@@ -7,8 +7,9 @@
 
 The TPU compiler itself says what fits and what moves (`pip install -e ".[pod]"`, no TPU and no
 weights needed); seconds are a model. A plan takes minutes; what the compiler said is kept in
-~/.cache/twinflow_jax. Several topologies, strategies and so on make one plan each; --search tries
-the usual ones of those that are not given.
+~/.cache/twinflow_jax. Several topologies, strategies and so on make one plan each, and several
+--config.data.text_tokens too, with the mean step where data.records are here; --search tries the
+usual ones of those that are not given.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main() -> int:
 
     from twinflow_jax import config as configs
     from twinflow_jax.planning import plan, report, topology
-    from twinflow_jax.training import setup
+    from twinflow_jax.training import inputs, setup
 
     topologies = [topology.resolve(name) for name in args.topology]
     if args.parameters:
@@ -49,9 +50,11 @@ def main() -> int:
             prepared = setup.prepare(configs.parse(args.config, overrides), topology.devices(where))
             print(report.parameters(where.name, prepared.model, prepared.strategy.mesh))
         return 0
-    variants = list(
-        itertools.product(topologies, *(choices(args, name) for name in SEARCHED))
-    )
+    chosen = [choices(args, name) for name in SEARCHED]
+    first = varied(args.config, overrides, *(values[0] for values in chosen))
+    texts = first.data.text_lengths if args.mode == "train" else (first.shape.text,)
+    variants = list(itertools.product(topologies, *chosen, texts))
+    longest = slice(len(texts) - 1, None, len(texts))
     if args.hlo and len(variants) > 1:
         raise UserError(f"--hlo writes one program, but {len(variants)} plans are asked for")
     hlo_file = epath.Path(args.hlo) if args.hlo else None
@@ -59,8 +62,8 @@ def main() -> int:
     bar = tqdm(variants, unit="plan", disable=not sys.stderr.isatty())
     told = lambda known: bar.write(report.known(known), file=sys.stderr)
     bar.write(report.HEADER) if len(variants) > 1 else None
-    for where, objective, strategy, remat, scale in bar:
-        run = varied(args.config, overrides, objective, strategy, remat, scale)
+    for where, objective, strategy, remat, scale, text in bar:
+        run = varied(args.config, overrides, objective, strategy, remat, scale, text)
         try:
             with ticking(bar):
                 if args.mode == "sample":
@@ -75,13 +78,17 @@ def main() -> int:
         if args.json:  # what is done so far, since each takes minutes
             record = json.dumps([one.to_json() for one in plans], indent=2)
             files.write(epath.Path(args.json), record.encode())
+    if shares := inputs.by_text(plan.shares(first)) if len(texts) > 1 else {}:
+        for start in range(0, len(plans), len(texts)):
+            print(report.mean(plans[start : start + len(texts)], shares))
+    plans = plans[longest]
     if len(plans) == 1:
         print(report.details(plans[0]))
     elif any(not p.refused for p in plans):
         best = min((p for p in plans if not p.refused), key=lambda p: p.overlapped / p.rows)
         print(f"\nfastest per image:\n{report.details(best)}")
     if args.objective and len(plans) > 1:
-        names = [each for _, each, *_ in variants]
+        names = [each for _, each, *_ in variants[longest]]
         print(f"\n{report.by_objective(names, plans)}")
     if args.plot:
         report.plot(plans, args.plot)
@@ -140,8 +147,9 @@ def choices(args, name: str) -> tuple:
     return tuple(given) if given else SEARCHED[name] if args.search else (None,)
 
 
-def varied(file: str, overrides: list[str], objective, strategy, remat, scale):
-    """The run with another objective, strategy, rematerialisation and multiple of its batch."""
+def varied(file: str, overrides: list[str], objective, strategy, remat, scale, text=None):
+    """The run with another objective, strategy, rematerialisation, multiple of its batch, and
+    tokens of text."""
     from twinflow_jax import config as configs
     from twinflow_jax import objectives
 
@@ -151,7 +159,8 @@ def varied(file: str, overrides: list[str], objective, strategy, remat, scale):
     more += [f"model.remat={remat}"] if remat else []
     run = configs.parse(file, [*overrides, *more])
     rows = run.data.batch_size * (scale or 1)
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=rows))
+    given = {"text_tokens": text} if text else {}
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=rows, **given))
 
 
 if __name__ == "__main__":

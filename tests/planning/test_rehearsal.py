@@ -1,7 +1,6 @@
 """A rehearsal names every program that the verbs then compile; with libtpu, it compiles them."""
 
 import json
-import logging
 import math
 import os
 import re
@@ -28,28 +27,6 @@ FEW = (
     "train.steps=2", "train.sample_every=2", "train.checkpoint_every=2", "sample.columns=1",
     "sample.steps=(1,)", "model.remat=none",
 )
-# Of JAX's own, for keys, the noise of previews and scalars, beside those of jax.lax.
-OPERATIONS = {
-    "_broadcast_arrays", "_normal", "_threefry_fold_in", "_threefry_seed", "_threefry_split",
-    "stage", "unstack",
-}
-
-
-@pytest.fixture
-def lowered(caplog):
-    """What is compiled while a function runs, by name and shapes, without single operations."""
-    logger = "jax._src.interpreters.pxla"
-    caplog.set_level(logging.DEBUG, logger)
-
-    def during(function, *arguments, **options) -> set[str]:
-        caplog.clear()
-        function(*arguments, **options)
-        found = (record.getMessage() for record in caplog.records if record.name == logger)
-        found = (re.match(r"Compiling jit\((.*?)\) .*types (.*)\. Arg", line) for line in found)
-        own = lambda name: name not in OPERATIONS and not hasattr(jax.lax, name)
-        return {match[0] for match in found if match and own(match[1])}
-
-    return during
 
 
 def rehearse(run, verb: str) -> None:

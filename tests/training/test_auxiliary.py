@@ -94,7 +94,7 @@ def test_a_run_without_them_has_the_state_that_it_had(small_config):
 def test_every_turn_that_lies_ahead_is_compiled_and_rehearsed(small_config, base):
     run = matching(small_config("train.steps=8", "train.flow_matching_steps=2"), base, every=3)
     prepared = setup.prepare(run)
-    both, shape = "student and fake", models.shape_of(run.model)
+    both, shape = "student and fake", run.shape
     assert [prepared.phase(step) for step in range(6)] == [
         "flow_matching", "flow_matching", both, "fake", "fake", both
     ]

@@ -70,10 +70,10 @@ def config(checkpoint):
 def test_rows_are_what_was_written(write, config):
     run = config(write())
     [folder] = training_records.open_folders(run.data.records, run.model, image_free=False)
-    shapes = training_records.by_shape([folder], run.model)
-    one, two = (models.Shape((4, 4, 16), ((4, 4, 16), *more)) for more in ((), ((4, 8, 16),)))
+    shapes = training_records.streams([folder], (), run.model, (16,))
+    one, two = (models.Shape((4, 4, 16), 16, ((4, 4, 16), *more)) for more in ((), ((4, 8, 16),)))
     assert list(shapes) == [one, two]
-    streams = training_records.streams([folder], (), run.model, 16)
+    streams = list(shapes.values())
     picked = set()
     for epoch in range(8):
         batch = streams[1][0].read(np.array([5, 2]), np.array([[0, epoch, 0, 5], [0, epoch, 0, 2]]))
@@ -90,7 +90,10 @@ def test_rows_are_what_was_written(write, config):
             for ours, theirs in zip(batch[name]["references"], references, strict=True):
                 np.testing.assert_array_equal(ours[0], theirs.astype(np.float32))
     assert picked == {3, 5}
-    [narrow] = training_records.streams([folder], (), run.model, 7)[1]
+    # 6 tokens of the pictures, and at most 5 of an instruction, whose bucket all go to.
+    fitting = training_records.streams([folder], (), run.model, (8, 11, 16))
+    assert [(one.text, stream.count) for one, [stream] in fitting.items()] == [(11, 9), (11, 8)]
+    [_, [narrow]] = training_records.streams([folder], (), run.model, (7,)).values()
     with pytest.raises(UserError, match="record 32x32_.* the instruction that .* have 8 tokens"):
         narrow.read(np.array([5]), np.array([[0, 0, 0, 5]]))
 

@@ -1,5 +1,6 @@
 """Training from records: sizes, captions and mixtures of folders, on one process and on several."""
 
+import itertools
 import json
 
 import chex
@@ -8,14 +9,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from twinflow_jax import checkpoints
+from tests.planning.test_rehearsal import rehearse
+from twinflow_jax import checkpoints, data
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import random
 from twinflow_jax.config.files import overridden
 from twinflow_jax.data import records
 from twinflow_jax.drawing import Pipeline, text
 from twinflow_jax.errors import UserError
-from twinflow_jax.training import inputs, loop, setup
+from twinflow_jax.training import checks, inputs, loop, setup
 from twinflow_jax.training import records as training_records
 from twinflow_jax.training.loop import Interrupted, train
 
@@ -103,9 +105,9 @@ def test_rows_are_what_was_written(write, config):
     made = config(records=(str(folder),))
     settings = made.model
     opened = training_records.open_folders(made.data.records, settings, image_free=False)
-    shapes = training_records.by_shape(opened, settings)
-    assert [one.sample for one in shapes] == [(8, 8, 3), (8, 16, 3), (16, 8, 3)]
-    streams = training_records.streams(opened, (), settings, 16)
+    found = training_records.streams(opened, (), settings, (16,))
+    assert [one.sample for one in found] == [(8, 8, 3), (8, 16, 3), (16, 8, 3)]
+    streams = list(found.values())
     assert [stream.count for [stream] in streams] == [3, 9, 20]
     picked = set()
     for epoch in range(20):
@@ -123,11 +125,51 @@ def test_rows_are_what_was_written(write, config):
     assert picked == {0, 1, 2}
 
 
-def test_a_stopped_run_ends_as_an_undisturbed_one(write, config, tmp_path, monkeypatch):
-    """Two sizes of pictures and two folders by weight."""
-    folders = str(write("a", {"16x8": 9, "8x8": 3})), str(write("b", {"8x8": 30}))
-    made = config(records=folders, weights=(1.0, 3.0))
-    whole = train(made, str(tmp_path / "whole"), progress=False)
+def bucketed(folder, config, lengths: tuple[int, ...]):
+    """The folder's records, and the streams of each shape with these lengths of text."""
+    made = config(records=(str(folder),))
+    [opened] = training_records.open_folders(made.data.records, made.model, image_free=False)
+    return opened, training_records.streams([opened], (), made.model, lengths)
+
+
+def test_a_row_goes_with_the_least_text_that_holds_its_captions(write, config):
+    """Longest captions of 11, 8 and 13 tokens: each record once an epoch, none of its tokens
+    gone, whatever the host; what fits no length is cut as ever."""
+    opened, found = bucketed(write("a", {"8x8": 24}), config, (8, 11, 16))
+    assert [(one.sample, one.text) for one in found] == [((8, 8, 3), n) for n in (8, 11, 16)]
+    make = lambda **given: data.batches(tuple(found.values()), 4, seed=3, **given)
+    epoch, shapes, seen = list(itertools.islice(make(), 6)), list(found), []
+    for shape, batch in epoch:
+        for x, tokens, mask in zip(batch["x"], *batch["cond"].values(), strict=True):
+            [row] = [row for row in range(24) if np.array_equal(opened.read("8x8", row).sample, x)]
+            assert len(tokens) == shapes[shape].text == (11, 8, 16)[row % 3]
+            [same] = [t for t in opened.read("8x8", row).tokens if len(t) == mask.sum()]
+            np.testing.assert_array_equal(tokens[: len(same)], same)
+            assert mask[: len(same)].all() and not tokens[len(same) :].any()
+            seen.append(row)
+    assert sorted(seen) == list(range(24))
+    for host in range(2):  # begun at the third batch, each with its rows of it
+        mine = slice(host, None, 2)
+        theirs = make(start=2, rows=np.arange(4)[mine])
+        for (shape, whole), (same, part) in zip(epoch[2:], theirs, strict=False):
+            assert shape == same
+            chex.assert_trees_all_equal(jax.tree.map(lambda a: a[mine], whole), part)  # noqa: B023
+    cut = bucketed(opened.folder, config, (8, 11))[1]
+    assert [stream.count for [stream] in cut.values()] == [8, 16]
+
+
+def test_a_stopped_run_ends_as_an_undisturbed_one(
+    write, config, tmp_path, monkeypatch, compiled, lowered
+):
+    """Two sizes of pictures, two lengths of text and two folders by weight: each shape's step is
+    compiled once, and rehearsed."""
+    folders = str(write("a", {"8x8": 30})), str(write("b", {"16x8": 1, "8x8": 3}))
+    made = config("data.text_tokens=8,16", records=folders, weights=(1.0, 3.0))
+    found = lowered(train, made, str(tmp_path / "whole"), progress=False)
+    assert sum("@jit_step" in one.as_text() for one in compiled) == 3
+    assert sum("jit(step)" in one for one in found) == 3
+    assert found - lowered(rehearse, made, "train") == set()
+    whole = checkpoints.load_weights(tmp_path / "whole", raw=True)[2]
     stops = iter([0, 0, 0, 15])  # SIGTERM after the fourth step
     monkeypatch.setattr(
         "twinflow_jax.parallel.hosts.stop_requested", lambda *_: next(stops, 0)
@@ -136,7 +178,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(write, config, tmp_path, monke
         train(made, str(tmp_path / "parts"), progress=False)
     monkeypatch.undo()
     again = train(made, str(tmp_path / "parts"), progress=False)
-    chex.assert_trees_all_equal(whole.params, again.params)
+    chex.assert_trees_all_equal(whole, again.params)
     write_again(folders[1])
     with pytest.raises(UserError, match="started on other records"):
         train(made, str(tmp_path / "parts"), progress=False)
@@ -173,6 +215,9 @@ def test_captions_alone_train_without_pictures(write, config, tmp_path):
         ({"8x6": 9}, {}, (), "divisible by 4"),
         ({"8x8": 9}, {}, ("data.weights=(1.0,2.0)",), "2 numbers for 1 folders"),
         ({"8x8": 9}, {}, ("data.weights=(0.0,)",), "give more than 0"),
+        ({"8x8": 9}, {}, ("data.text_tokens=0,16",), r"\(0, 16\); give 1 or more"),
+        ({"8x8": 9}, {}, ("data.text_tokens=16,16",), r"\(16, 16\); give .* increasing ones"),
+        ({"8x8": 9}, {}, ("data.text_tokens=1,16",), "has 1, but the condition .* has 2 tokens"),
         ({"8x8": 5}, {}, (), "5 rows to train on, too few for a batch of 8"),
         ({records.PROMPTS: 9}, {}, (), "prompts without pictures"),
         ({"8x8": 9}, {}, ("pipeline=random",), "pipeline is random"),
@@ -183,6 +228,12 @@ def test_bad_records_are_refused(write, config, tmp_path, splits, fields, overri
     with pytest.raises(UserError, match=message):
         train(config(*overrides, records=(str(folder),)), str(tmp_path / "run"), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_shape_with_less_than_a_batch_is_told(write, config):
+    made = config("data.text_tokens=8,16", records=(str(write("few", {"8x8": 9})),))
+    with pytest.warns(UserWarning, match="a batch of 8, .* 8 text tokens has 3; .* 16 .* 6$"):
+        checks.check_fit(made, inputs.open_data(made))
 
 
 def test_unfinished_records_are_refused(config, tmp_path):

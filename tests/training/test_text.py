@@ -3,17 +3,19 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.models.oracles import QUICK
 from twinflow_jax import checkpoints, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import exporting, imported, random
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
-from twinflow_jax.training import checks, setup
+from twinflow_jax.training import checks, records, setup
 from twinflow_jax.training.loop import train
 
 TINY = "configs/qwen20b_tpu.py:tiny"
@@ -90,6 +92,7 @@ def test_weights_come_from_and_go_back_to_a_published_folder(run, tmp_path):
         (("model.remat=some",), "remat is 'some'"),
         (("train.condition_dropout=0.0",), "nothing trains here"),
         (("data.text_tokens=0",), "data.text_tokens is 0"),
+        (("data.text_tokens=8,64",), "only data.records go by the lengths of their captions"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(overrides, message, tmp_path):
@@ -112,6 +115,29 @@ def test_a_checkpoint_that_sees_r_otherwise_is_no_start(run, tmp_path):
     base.mkdir()
     (base / "checkpoint.json").write_text(json.dumps(record))
     checks.check_start(tiny(f"train.init_from={base}", "model.time_conditioning=gated"))
+
+
+def test_a_step_does_not_depend_on_the_padding_of_texts():
+    """Of random weights, with 64 places for texts of at most 16 tokens and with 16."""
+    made = tiny(
+        "data.batch_size=8", "model.dtype=float32", "model.layers=1", "train.flow_matching_steps=1",
+        "train.condition_dropout=0.3",
+    )
+    prepared, rng = setup.prepare(made), np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    weights = jax.tree.map(lambda a: 0.1 * normal(*a.shape), prepared.model.abstract_params())
+    x, null, *texts = normal(8, *made.model.sample_shape), *(
+        normal(length, made.model.text_width) for length in (4, 16, 3, 9, 16, 5, 1, 12, 7)
+    )
+    found = []
+    for places in (64, 16):
+        shape = dataclasses.replace(made.shape, text=places)
+        cond, none = (records.padded(each, made.model, places) for each in (texts, [null]))
+        step = prepared.lower("flow_matching", shape).compile(QUICK)
+        state = prepared.started()(weights)
+        found.append(step(state, {"x": x, "cond": cond, "null": none})[1])
+    assert found[0]["loss"] > 0.1 and found[0]["gradient_norm"] > 0.1
+    chex.assert_trees_all_close(*found, rtol=2e-5)
 
 
 def test_a_record_of_before_is_read(run, tmp_path):

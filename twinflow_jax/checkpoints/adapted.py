@@ -65,7 +65,7 @@ def export_trained(
     }
     # At r = t alone, where nothing but flow matching is, a second embedder is not seen.
     few, time = run.objective.learns_jumps, run.model.time_conditioning
-    edits = models.shape_of(run.model).references
+    edits = run.shape.references
     said = {
         "family": run.model.name, "base": _name(run.train.init_from),
         "base_digest": adapting.base_digest(base, table), "rank": run.adapter.rank,

@@ -35,10 +35,29 @@ class Data(keys.Part):
         (), "each folder's share of the rows; none: by its records", above=0
     )
     batch_size: int = option(256, "rows of a step", least=1)
-    text_tokens: int = option(64, "that every caption is cut or padded to", least=1)
+    text_tokens: int | tuple[int, ...] = option(
+        64, "that every caption is cut or padded to; of several, such as (128, 256, 512), each "
+        "record's are to the least that holds them, and a batch is of one", least=1,
+    )
+
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        """The tokens that captions are padded to, increasing."""
+        return self.text_tokens if isinstance(self.text_tokens, tuple) else (self.text_tokens,)
 
     def __post_init__(self):
         super().__post_init__()
+        lengths = self.text_lengths
+        if not lengths or list(lengths) != sorted(set(lengths)):
+            raise UserError(
+                f"data.text_tokens is {lengths}; give one number, or increasing ones like "
+                "(128, 256, 512)"
+            )
+        if len(lengths) > 1 and not self.records:
+            raise UserError(
+                f"data.text_tokens is {lengths}, but only data.records go by the lengths of their "
+                "captions: give one number"
+            )
         if self.weights and len(self.weights) != len(self.records):
             raise UserError(
                 f"data.weights has {len(self.weights)} numbers for {len(self.records)} folders of "
@@ -217,6 +236,11 @@ class Run:
     @property
     def family(self) -> models.Family:
         return models.FAMILIES[self.model.name]
+
+    @property
+    def shape(self) -> models.Shape:
+        """Of rows that the network is made for, with the longest text."""
+        return models.shape_of(self.model, self.data.text_lengths[-1])
 
     @property
     def bound_objective(self) -> objectives.Objective:

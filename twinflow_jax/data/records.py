@@ -40,11 +40,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tqdm import tqdm
 
-from twinflow_jax import buckets, files
+from twinflow_jax import buckets, cache, files
 from twinflow_jax.data import features
 from twinflow_jax.errors import UserError, reason
 
@@ -122,6 +123,13 @@ class Example:
     sample: Float[np.ndarray, "h w c"] | None = None
     size: tuple[int, int] = (0, 0)
     edit: Edit | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest of its texts, with those of the pictures that it is about."""
+        if self.edit is None:
+            return max(map(len, self.tokens))
+        return len(self.edit.shown) + max(map(len, (self.edit.null, *self.tokens)))
 
 
 def shard_file(folder: epath.PathLike, split: str, number: int, shards: int) -> epath.Path:
@@ -324,6 +332,20 @@ class Records:
             (int(fields.get("width", 0)), int(fields.get("height", 0))),
             self._edit(split, fields) if self.manifest.edits else None,
         )
+
+    @functools.cache  # noqa: B019 - as above
+    def longest(self, split: str) -> Int[np.ndarray, "N"]:
+        """`Example.longest` of each record of a split. All are read for it, once: it is kept."""
+        told = [(self.folder / name).read_bytes() for name in (RECORD, "dataset_info.json")]
+        key = [f"{self.folder} {split}".encode(), *told]
+
+        def read() -> dict[str, np.ndarray]:
+            rows = tqdm(
+                range(self.splits[split]), unit="record", desc="lengths of captions", disable=None
+            )
+            return {"longest": np.array([self.read(split, row).longest for row in rows], np.int32)}
+
+        return cache.kept("caption_lengths", key, read)["longest"]
 
     def _edit(self, split: str, fields: dict[str, Any]) -> Edit:
         """Raises UserError where the sources have other shapes than the split's."""

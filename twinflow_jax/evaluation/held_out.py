@@ -74,7 +74,7 @@ def open_run(folder: str, raw: bool, pipeline: str | None, records: Records) -> 
         Pipeline(
             checkpoint, settings.dtype, arrays, settings, progress=False, ranks=ranks_of(arrays)
         ), step,
-        run.data.text_tokens, run.objective.guidance,
+        run.shape.text, run.objective.guidance,
     )
 
 

@@ -53,17 +53,20 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
-    """Of a row: of its sample and, where that is an edit, of the latents of its sources."""
+    """Of a row: of its sample, tokens of its text and, where it is an edit, of the latents of its
+    sources."""
 
     sample: tuple[int, ...]
+    text: int
     references: tuple[tuple[int, ...], ...] = ()
 
 
-def shape_of(settings: Settings) -> Shape:
-    """The shape that a network is made for: an edit has one source of the sample's."""
-    text = FAMILIES[settings.name].text_to_image
-    edits = text is not None and text.editing is not None
-    return Shape(settings.sample_shape, (settings.sample_shape,) * edits)
+def shape_of(settings: Settings, text: int) -> Shape:
+    """The shape that a network is made for, with so many tokens of text: an edit has one source of
+    the sample's."""
+    family = FAMILIES[settings.name].text_to_image
+    edits = family is not None and family.editing is not None
+    return Shape(settings.sample_shape, text, (settings.sample_shape,) * edits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,23 +94,18 @@ class Model:
         """Of computation."""
         return self.config.dtype
 
-    def abstract_null(self, text_tokens: int, shape: Shape | None = None) -> dict[str, Any]:
-        """The shapes of `null`, for text of so many tokens in the dtype of computation.
-
-        shape: of rows (default: that of `shape_of`).
-        """
-        references = (shape or shape_of(self.config)).references
-
+    def abstract_null(self, shape: Shape) -> dict[str, Any]:
+        """The shapes of `null` beside rows of a shape, in the dtype of computation."""
         def abstract(name, leaf):
             of_text = name in ("tokens", "mask")
-            shape = (1, text_tokens, *leaf.shape[2:]) if of_text else leaf.shape
+            size = (1, shape.text, *leaf.shape[2:]) if of_text else leaf.shape
             dtype = jnp.dtype(self.dtype) if name == "tokens" else leaf.dtype
-            return jax.ShapeDtypeStruct(shape, dtype)
+            return jax.ShapeDtypeStruct(size, dtype)
 
         found = {
             name: abstract(name, leaf) for name, leaf in self.null.items() if name != "references"
         }
-        latents = tuple(jax.ShapeDtypeStruct((1, *one), jnp.float32) for one in references)
+        latents = tuple(jax.ShapeDtypeStruct((1, *one), jnp.float32) for one in shape.references)
         return found | ({"references": latents} if latents else {})
 
     def cond(self, labels) -> dict[str, jax.Array]:

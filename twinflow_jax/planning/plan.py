@@ -5,15 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from etils import epath
 
-from twinflow_jax import parallel, sampling
+from twinflow_jax import models, parallel, sampling
 from twinflow_jax.config import Run
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo
 from twinflow_jax.planning.collectives import collectives
 from twinflow_jax.planning.compiling import Compiled, compiled
 from twinflow_jax.planning.topology import GIB, Topology, devices, generation_of
-from twinflow_jax.training import flops, setup
+from twinflow_jax.training import flops, inputs, setup
 from twinflow_jax.training.setup import on_device
 
 
@@ -21,9 +22,10 @@ from twinflow_jax.training.setup import on_device
 class Plan:
     """One config on one topology. Bytes, FLOPs and seconds are of one device and one step.
 
-    refused: why it does not compile, "" where it does. parts: bytes of what a device holds; the
-    program's own come on top of peak_bytes. passes: forwards of the batch that a step makes, in the
-    mean over turns, "gradients" of which have one and "derivatives" an exact derivative.
+    text: tokens of a row's. refused: why it does not compile, "" where it does. parts: bytes of
+    what a device holds; the program's own come on top of peak_bytes. passes: forwards of the batch
+    that a step makes, in the mean over turns, "gradients" of which have one and "derivatives" an
+    exact derivative.
     analytic: FLOPs of the declared calls, matmul and attention. forwards: of the whole batch,
     that a step is worth. mean: FLOPs of the run's steps on average, this one's being 1.
     collectives: bytes by kind, "(looped)" inside loops.
@@ -34,6 +36,7 @@ class Plan:
     strategy: str
     remat: str
     rows: int
+    text: int
     chips: int
     refused: str = ""
     passes: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -102,7 +105,7 @@ def train(run: Run, topology: Topology, hlo_file=None, told: Told = lambda _: No
         "teacher": on_device(state.teacher), "average": on_device(state.average),
         "auxiliary networks": on_device(state.auxiliary), "batch": on_device(batch),
     }
-    one = flops.forward(prepared.model, run.data.text_tokens)
+    one = flops.forward(prepared.model, run.shape)
     row_parts = parallel.row_parts(prepared.strategy.mesh)
     remat = prepared.model.config.remat
     work = flops.step(one, calls_of[phase], remat, row_parts)
@@ -140,13 +143,20 @@ def sample(
             traced = jax.jit(draw).trace(params, batch["x"], batch["cond"], key)
             return traced.lower(lowering_platforms=("tpu",))
 
-    one = flops.forward(model, run.data.text_tokens)
+    one = flops.forward(model, run.shape)
     work = flops.step(
         one, [flops.Call(rows, False)] * grid.nfe, "none", parallel.row_parts(mesh)
     )
     parts = {"weights": on_device(params), "batch": on_device((batch["x"], batch["cond"]))}
     base = _base(run, topology, "none")
     return _compiled(base, lower, mesh, parts, one, work, hlo_file, told)
+
+
+def shares(run: Run) -> dict[models.Shape, float]:
+    """Of the rows that a run trains on, by their shapes; none where its records are not here."""
+    if not run.data.records or not all(epath.Path(path).exists() for path in run.data.records):
+        return {}
+    return inputs.shapes(run, inputs.open_data(run))
 
 
 def impossible(run: Run, topology: Topology, why: str) -> Plan:
@@ -156,8 +166,8 @@ def impossible(run: Run, topology: Topology, why: str) -> Plan:
 
 def _base(run: Run, topology: Topology, remat: str, **known) -> Plan:
     """The plan with what is known before anything is compiled."""
-    rows = run.data.batch_size
-    return Plan(topology.name, {}, run.mesh.strategy, remat, rows, topology.chips, **known)
+    rows, text = run.data.batch_size, run.shape.text
+    return Plan(topology.name, {}, run.mesh.strategy, remat, rows, text, topology.chips, **known)
 
 
 def _compiled(base: Plan, lower, mesh, parts, one, work, hlo_file, told: Told) -> Plan:

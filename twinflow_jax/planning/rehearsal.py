@@ -169,6 +169,8 @@ def programs(
         model = models.build(run.model, adapter=run.adapter)
         ranks = ranks_of(names.flatten(model.abstract_params())) if run.adapter.rank else {}
         host = tuple(one for one in devices if one.process_index == devices[0].process_index)
+        # Only training pads texts to several lengths.
+        pictures = list({(one.sample, one.references): one for one in shapes}.values())
         for verb in verbs:
             if verb == "train":
                 dtype = run.model.dtype
@@ -186,20 +188,19 @@ def programs(
             else:
                 with warnings.catch_warnings():  # of texts that are cut
                     warnings.simplefilter("ignore")
-                    PLAYS[verb](run, shapes, pipeline)
+                    PLAYS[verb](run, pictures, pipeline)
                 yield pipeline.programs
 
 
 def shapes(run: Run) -> list[models.Shape]:
     """Of the rows that a run trains on: its records', where they are here."""
-    if not run.data.records or not all(epath.Path(path).exists() for path in run.data.records):
-        return [models.shape_of(run.model)]
-    return inputs.shapes(inputs.open_data(run), run.model)
+    lengths = run.data.text_lengths
+    return list(plan.shares(run)) or [models.shape_of(run.model, text) for text in lengths]
 
 
 def edits(run: Run) -> bool:
     """Whether its network edits pictures; what draws those to be scored is sampling."""
-    return bool(models.shape_of(run.model).references)
+    return bool(run.shape.references)
 
 
 def _blank(run: Run, folder: epath.Path) -> Blank:
@@ -226,9 +227,11 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
     whole = prepared.abstract_state()
     size, weights = on_device(whole), state.sampling_params(whole)
     helps = plan.levers(run.mesh.strategy, run.model.remat, 1.0)
+    several = len(run.data.text_lengths) > 1
+    of_text = lambda shape: f", {shape.text} tokens" if several else ""
     found = [
         Program(
-            "train", f"{phase} step, {_by(shape.sample)}", functools.partial(
+            "train", f"{phase} step, {_by(shape.sample)}{of_text(shape)}", functools.partial(
                 prepared.lower, phase, shape, **where
             ), on_device(prepared.abstract_batch(shape)), helps, flags.options(kind),
         )  # beside the next batch
@@ -262,7 +265,7 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
 
 def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
     """What training prepares; of records, which need not be here, without rows."""
-    prompts, tokens = run.sample.prompts, run.data.text_tokens
+    prompts, tokens = run.sample.prompts, run.shape.text
     source = None if run.data.records else data.load(run.data.name)
     if pipeline is None:
         return inputs.of_classes(run.model, source, scored=run.sample.score_count > 0)
@@ -271,13 +274,13 @@ def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
     if source is not None:
         return inputs.of_captions(pipeline, source, tokens, prompts)
     model = models.build(run.model)
-    null = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), model.abstract_null(tokens))
+    null = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), model.abstract_null(run.shape))
     shown = jax.tree.map(lambda array: np.repeat(array, records.SHOWN, 0), null)
     if prompts:
         embeddings = text.embed(pipeline, prompts, tokens)
         shown = inputs.conditions(embeddings, tokens, run.model.dtype)
     names = prompts or ("",) * records.SHOWN
-    return inputs.Inputs(model, (), null, shown, names, inputs.decoder(pipeline), None)
+    return inputs.Inputs(model, (), lambda _: null, shown, names, inputs.decoder(pipeline), None)
 
 
 def _sampling(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
@@ -351,7 +354,7 @@ def _texts(pipeline: Rehearsal, shapes: Shapes) -> Iterator[Prompts]:
 
 def _evaluating(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
     """Drawing while the transformer stays, decoding beside it, and what looks at the pictures."""
-    tokens, downscale = run.data.text_tokens, pipeline.config("vae").downscale
+    tokens, downscale = run.shape.text, pipeline.config("vae").downscale
     width = pipeline.config("transformer").text_width
     cond = Embeddings(np.zeros((1, tokens, width), np.float32), np.ones((1, tokens), bool))
     shape, steps = run.model.sample_shape, run.sample.steps

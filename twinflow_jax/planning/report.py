@@ -1,7 +1,7 @@
 """A plan as text and as a picture."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
@@ -12,7 +12,7 @@ from twinflow_jax.planning.plan import Plan
 from twinflow_jax.planning.topology import GIB
 
 HEADER = (
-    f"{'topology':<14}{'mesh':<26}{'strategy':<15}{'remat':<9}{'batch':>6}{'GiB':>7}"
+    f"{'topology':<14}{'mesh':<26}{'strategy':<15}{'remat':<9}{'batch':>6}{'text':>6}{'GiB':>7}"
     f"{'step s':>8}{'less overlap':>13}{'images/s':>10}{'of peak':>9}{'chip-hours':>11}"
 )
 
@@ -20,7 +20,10 @@ HEADER = (
 def line(plan: Plan) -> str:
     """One plan on one line, under HEADER."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    start = f"{plan.topology:<14}{mesh:<26}{plan.strategy:<15}{plan.remat:<9}{plan.rows:>6}"
+    start = (
+        f"{plan.topology:<14}{mesh:<26}{plan.strategy:<15}{plan.remat:<9}{plan.rows:>6}"
+        f"{plan.text:>6}"
+    )
     if plan.refused:
         return f"{start}  {plan.refused}"
     return (
@@ -81,6 +84,20 @@ def details(plan: Plan) -> str:
             "compiled with " + " ".join(f"--{k}={v}" for k, v in plan.options.items())
         )
     return "\n".join(lines + [f"note: {note}" for note in plan.notes])
+
+
+def mean(plans: Sequence[Plan], shares: Mapping[int, float]) -> str:
+    """The step of one config on average over its lengths of text. shares: of the rows with each."""
+    used, one = [plan for plan in plans if shares.get(plan.text)], plans[0]
+    start = f"{one.topology}, {one.strategy}, {one.remat}, batch {one.rows}"
+    if refused := [str(plan.text) for plan in used if plan.refused]:
+        return f"{start}: no mean step, with {', '.join(refused)} text tokens it does not fit"
+    seconds = {plan.text: plan.overlapped * plan.mean for plan in used}
+    whole = sum(shares[text] * each for text, each in seconds.items())
+    return f"{start}: a step takes {whole:.3g} s in the mean of the records' rows, " + ", ".join(
+        f"{each:.3g} s with {text} text tokens ({shares[text]:.1%})"
+        for text, each in seconds.items()
+    )
 
 
 def by_objective(names: Sequence[str], plans: Sequence[Plan]) -> str:

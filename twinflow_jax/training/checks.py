@@ -14,6 +14,7 @@ from twinflow_jax.models import names
 from twinflow_jax.models.adapters import ranks_of
 from twinflow_jax.models.family import TextToImage
 from twinflow_jax.models.settings import Settings
+from twinflow_jax.training import inputs, records
 from twinflow_jax.training.setup import Setup, on_device
 
 
@@ -42,6 +43,9 @@ def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
         check_pipeline(run.pipeline, text, settings)
         if run.data.records:
             check_encoders(run.pipeline, source)
+            if text.editing is None:  # the shortest text holds what stands for none
+                inputs.conditions(records.null(source[0]), run.data.text_lengths[0], settings.dtype)
+            tell_small(run, source)
         return
     if run.pipeline or run.data.records:
         key = "pipeline" if run.pipeline else "data.records"
@@ -176,6 +180,21 @@ def check_start(run: Run) -> None:
         raise UserError(
             f"train.init_from {source} is another network ({few(differing)}): choose another, or "
             "give this one its values"
+        )
+
+
+def tell_small(run: Run, folders: list[Records]) -> None:
+    """Says which shapes have fewer rows than a batch."""
+    small = [
+        f"{'x'.join(map(str, shape.sample))} with {shape.text} text tokens has {count}"
+        for shape, rows in records.by_shape(folders, run.model, run.data.text_lengths).items()
+        if (count := sum(len(numbers) for *_, numbers in rows)) < run.data.batch_size
+    ]
+    if small:
+        warnings.warn(
+            f"some shapes have fewer rows than a batch of {run.data.batch_size}, which shows them "
+            f"more than once: {few(small)}",
+            stacklevel=2,
         )
 
 

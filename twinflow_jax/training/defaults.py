@@ -18,5 +18,6 @@ def get() -> ml_collections.ConfigDict:
         | {
             "pipeline": "", "objective": objectives.preset("released"),
             "model": {"name": "mlp", "sample_shape": (28, 28, 1), "num_classes": 10},
-        }
+        },
+        type_safe=False,  # the run's own keys say what they take, some a number or several
     ).lock()

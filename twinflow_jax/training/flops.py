@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import ad
 
-from twinflow_jax.models import Model, Shape, remat, shape_of
+from twinflow_jax.models import Model, Shape, remat
 from twinflow_jax.models.attention import compiled_for
 from twinflow_jax.objectives import STUDENT, Batch, Objective
 from twinflow_jax.training.step import micro_batches
@@ -38,19 +38,14 @@ class Call:
     derived: bool = False
 
 
-def forward(
-    model: Model, text_tokens: int, platform: str = "tpu", shape: Shape | None = None
-) -> Forward:
-    """The FLOPs of one row, as the network computes it on a platform.
-
-    shape: of the row (default: the network's own).
-    """
-    shape = shape or shape_of(model.config)
-    null = model.abstract_null(text_tokens, shape)
+def forward(model: Model, shape: Shape, platform: str = "tpu") -> Forward:
+    """The FLOPs of one row of a shape, as the network computes it on a platform."""
+    null = model.abstract_null(shape)
     x = jax.ShapeDtypeStruct((1, *shape.sample), jnp.float32)
     time = jax.ShapeDtypeStruct((1,), jnp.float32)
+    apply = lambda *arguments: model.apply(*arguments)  # what was traced for another is not reused
     with compiled_for(platform):
-        jaxpr = jax.make_jaxpr(model.apply)(model.abstract_params(), x, time, time, null)
+        jaxpr = jax.make_jaxpr(apply)(model.abstract_params(), x, time, time, null)
     return Forward(*map(int, _count(jaxpr.jaxpr)))
 
 

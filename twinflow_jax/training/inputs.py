@@ -7,7 +7,7 @@ text encoder once, before training; or the run reads what twinflow encode made o
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,14 +35,14 @@ EDITED = 256  # pictures of a named dataset that edits are made of
 class Inputs:
     """streams: of each shape of samples, rows of {"x", "cond"} (data.batches).
 
-    null: the condition that stands for none, of one row; {} where rows bring their own. shown: the
-    conditions that previews draw, with their names. decode: samples -> images. judge: makes what
-    scores drawn samples of each label, once, where there is one.
+    null: the condition that stands for none, of one row, with text of so many tokens; {} where rows
+    bring their own. shown: the conditions that previews draw, with their names. decode: samples ->
+    images. judge: makes what scores drawn samples of each label, once, where there is one.
     """
 
     model: models.Model
     streams: tuple[tuple[data.Stream, ...], ...]
-    null: Conditions
+    null: Callable[[int], Conditions]
     shown: Conditions
     names: tuple[str, ...]
     decode: Callable[[Float[np.ndarray, "N ..."]], Float[np.ndarray, "N H W C"]]
@@ -66,13 +66,21 @@ def open_data(run: Run) -> data.Dataset | list[Records]:
     return dataset
 
 
-def shapes(
-    source: data.Dataset | list[Records], settings: Settings
-) -> list[models.Shape]:
-    """Of the rows, in the order of `Inputs.streams`."""
+def shapes(run: Run, source: data.Dataset | list[Records]) -> dict[models.Shape, float]:
+    """The share of the rows that is of each shape, in the order of `Inputs.streams`."""
     if isinstance(source, data.Dataset):
-        return [models.shape_of(settings)]
-    return list(records.by_shape(source, settings))
+        return {run.shape: 1.0}
+    streams = records.streams(source, run.data.weights, run.model, run.data.text_lengths)
+    weights = {shape: sum(one.weight for one in each) for shape, each in streams.items()}
+    return {shape: weight / sum(weights.values()) for shape, weight in weights.items()}
+
+
+def by_text(shapes: Mapping[models.Shape, float]) -> dict[int, float]:
+    """The share of the rows that goes with each length of text."""
+    found = dict.fromkeys(sorted({shape.text for shape in shapes}), 0.0)
+    for shape, share in shapes.items():
+        found[shape.text] += share
+    return found
 
 
 def digest(source: data.Dataset | list[Records]) -> str:
@@ -88,11 +96,11 @@ def prepare(
     """The inputs of a run whose data and folder have been checked."""
     if run.family.text_to_image is None:
         return of_classes(run.model, source, scored=run.sample.score_count > 0)
-    pipeline = open_pipeline(run, workdir)
+    pipeline, tokens = open_pipeline(run, workdir), run.shape.text
     if isinstance(source, data.Dataset) and run.family.text_to_image.editing:
-        return of_edits(pipeline, source, run.data.text_tokens)
+        return of_edits(pipeline, source, tokens)
     if isinstance(source, data.Dataset):
-        return of_captions(pipeline, source, run.data.text_tokens, run.sample.prompts)
+        return of_captions(pipeline, source, tokens, run.sample.prompts)
     return of_records(pipeline, source, run.data, run.sample.prompts)
 
 
@@ -112,7 +120,7 @@ def of_classes(settings: Settings, dataset: data.Dataset, scored: bool) -> Input
     table = {"label": classes} if settings.num_classes else {}
     create = functools.partial(evaluation.ClassJudge.create, dataset)
     return Inputs(
-        model, labelled(dataset.learned, table), dict(model.null), table,
+        model, labelled(dataset.learned, table), lambda _: dict(model.null), table,
         names=tuple(map(str, classes)), decode=lambda x: np.clip(x, -1, 1),
         judge=functools.cache(create) if scored and table else None,
     )
@@ -135,7 +143,7 @@ def of_captions(
     latents = codec.encode(pipeline, data.to_rgb(dataset.train.x, height, width))
     return Inputs(
         models.build(settings), labelled(data.Split(latents, dataset.train.label), captions),
-        null, shown, prompts, decoder(pipeline), judge=None,
+        lambda _: null, shown, prompts, decoder(pipeline), judge=None,
     )
 
 
@@ -166,8 +174,9 @@ def of_edits(pipeline: Pipeline, dataset: data.Dataset, tokens: int) -> Inputs:
 
     streams = ((data.Stream(len(sources) * len(targets), read),),)
     return Inputs(
-        models.build(settings), streams, {}, read(np.arange(2 * len(targets)), None)["cond"],
-        2 * tuple(edits.CHANGES), decoder(pipeline), judge=None,
+        models.build(settings), streams, lambda _: {},
+        read(np.arange(2 * len(targets)), None)["cond"], 2 * tuple(edits.CHANGES),
+        decoder(pipeline), judge=None,
     )
 
 
@@ -176,7 +185,8 @@ def of_records(
     prompts: tuple[str, ...],
 ) -> Inputs:
     """Rows that twinflow encode made; previews draw prompts, or captions of theirs."""
-    settings, tokens = pipeline.settings, rows.text_tokens
+    settings, lengths = pipeline.settings, rows.text_lengths
+    tokens = lengths[-1]
     if prompts:
         embeddings = text.embed(pipeline, prompts, tokens)
     else:
@@ -184,9 +194,11 @@ def of_records(
         cut = {name: getattr(embeddings, name)[:, :tokens] for name in ("tokens", "mask")}
         embeddings = dataclasses.replace(embeddings, **cut)  # as a step sees them
     own = pipeline.family.editing is not None
+    null = None if own else records.null(folders[0])
     return Inputs(
-        models.build(settings), records.streams(folders, rows.weights, settings, tokens),
-        {} if own else conditions(records.null(folders[0]), tokens, settings.dtype),
+        models.build(settings),
+        tuple(records.streams(folders, rows.weights, settings, lengths).values()),
+        lambda tokens: {} if own else conditions(null, tokens, settings.dtype),
         conditions(embeddings, tokens, settings.dtype),
         prompts, decoder(pipeline), judge=None,
     )
@@ -216,7 +228,7 @@ def conditions(embeddings, tokens: int, dtype: str) -> Conditions:
     longest = int(embeddings.mask.sum(1).max())
     if longest > tokens:
         raise UserError(
-            f"data.text_tokens is {tokens}, but the condition that stands for none has {longest} "
+            f"data.text_tokens has {tokens}, but the condition that stands for none has {longest} "
             "tokens: give more"
         )
     fill = max(tokens - embeddings.mask.shape[1], 0)

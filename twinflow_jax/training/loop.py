@@ -53,8 +53,12 @@ def train(run: Run, workdir: str, progress: bool = True) -> state.TrainState:
     prepared = setup.prepare(run)
     checks.check_memory(prepared)
     source = inputs.open_data(run)
-    shapes = inputs.shapes(source, run.model)
     checks.check_fit(run, source)
+    shares = inputs.shapes(run, source)
+    if progress and len(run.data.text_lengths) > 1:
+        told = inputs.by_text(shares).items()
+        print("text tokens: " + ", ".join(f"{n} for {part:.1%} of rows" for n, part in told))
+    shapes = list(shares)
     if not (epath.Path(workdir) / "checkpoints").exists():
         checks.check_start(run)
     try:
@@ -134,7 +138,8 @@ def loop(
         work = {key: prepared.step_flops(*key) for key in steps}
         rows = hosts.rows_held(prepared.over_rows, count)
         batches = data.batches(known.streams, count, train.seed, first, rows)
-        null = hosts.put(known.null, parallel.replicated(prepared.strategy.mesh))
+        whole = parallel.replicated(prepared.strategy.mesh)
+        null = {n: hosts.put(known.null(n), whole) for n in {shape.text for shape in shapes}}
         stopper = stack.enter_context(Stopper())
         watch = stack.enter_context(
             contextlib.closing(Watch(mirror.folder, count, first, clock, workdir))
@@ -152,7 +157,7 @@ def loop(
                 shape, batch = next(batches)
                 batch = hosts.put_rows(batch, prepared.over_rows, rows, count)
             kind = prepared.phase(i), shapes[shape]
-            current, metrics = steps[kind](current, {"null": null} | batch)
+            current, metrics = steps[kind](current, {"null": null[shapes[shape].text]} | batch)
             if pending:
                 log.add(*pending)
             pending = (i + 1, metrics)

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from twinflow_jax import data
 from twinflow_jax.data.records import NULL, PROMPTS, Example, Records, open_records
@@ -16,6 +16,8 @@ from twinflow_jax.models.settings import Settings
 from twinflow_jax.parallel import hosts
 
 SHOWN = 8  # captions that previews draw where the config has no prompts
+
+Rows = tuple[Records, str, Int[np.ndarray, "N"]]  # of a folder and split, those with these numbers
 
 
 def open_folders(
@@ -86,47 +88,64 @@ def check_split(folder: Records, split: str, settings: Settings, image_free: boo
 
 
 def by_shape(
-    folders: Sequence[Records], settings: Settings
-) -> dict[Shape, list[tuple[Records, str]]]:
-    """The folders and splits of each shape of rows; prompts alone take the network's own."""
+    folders: Sequence[Records], settings: Settings, lengths: Sequence[int]
+) -> dict[Shape, list[Rows]]:
+    """The rows of each shape; prompts alone take the network's own. lengths: of text, in order."""
     shapes = {}
     for folder in folders:
         for split in folder.splits:
-            shape = shape_of(settings)
-            if split != PROMPTS:
-                shape = Shape(folder.sample_shape(split), folder.reference_shapes(split))
-            shapes.setdefault(shape, []).append((folder, split))
+            for text, rows in by_length(folder, split, lengths):
+                shape = shape_of(settings, text)
+                if split != PROMPTS:
+                    references = folder.reference_shapes(split)
+                    shape = Shape(folder.sample_shape(split), text, references)
+                shapes.setdefault(shape, []).append((folder, split, rows))
     return dict(sorted(shapes.items()))
 
 
+def by_length(
+    folder: Records, split: str, lengths: Sequence[int]
+) -> Iterator[tuple[int, Int[np.ndarray, "N"]]]:
+    """The rows of a split that go with each length of text, where there are any: all captions of a
+    row fit it and no lesser one. The last takes those that fit none, whose ends are cut."""
+    one = len(lengths) == 1  # for which nothing has to be read
+    longest = np.zeros(folder.splits[split], int) if one else folder.longest(split)
+    places = np.searchsorted(lengths[:-1], longest)
+    for place, length in enumerate(lengths):
+        rows = np.flatnonzero(places == place)
+        if len(rows):
+            yield length, rows
+
+
 def streams(
-    folders: Sequence[Records], weights: Sequence[float], settings: Settings, tokens: int
-) -> tuple[tuple[data.Stream, ...], ...]:
-    """The rows of each shape, as the network of `settings` takes them, with text of so many tokens.
+    folders: Sequence[Records], weights: Sequence[float], settings: Settings,
+    lengths: Sequence[int],
+) -> dict[Shape, tuple[data.Stream, ...]]:
+    """The rows of each shape, as the network of `settings` takes them.
 
     weights: each folder's share of all rows (none: that of its records); within a folder every
-    record counts alike.
+    record counts alike. lengths: as `by_shape` says.
     """
     each = dict(zip(folders, weights or map(len, folders), strict=True))
 
-    def stream(shape, folder: Records, split: str) -> data.Stream:
-        count = folder.splits[split]
-        share = each[folder] * count / len(folder)
+    def stream(shape: Shape, folder: Records, split: str, rows) -> data.Stream:
+        share = each[folder] * len(rows) / len(folder)
 
-        def read(rows, seeds):
-            return batch(folder, split, rows, seeds, shape, settings, tokens)
+        def read(numbers, seeds):
+            return batch(folder, split, rows[numbers], seeds, shape, settings)
 
-        return data.Stream(count, read, share)
+        return data.Stream(len(rows), read, share)
 
-    return tuple(
-        tuple(stream(shape, *place) for place in places)
-        for shape, places in by_shape(folders, settings).items()
-    )
+    return {
+        shape: tuple(stream(shape, *rows) for rows in places)
+        for shape, places in by_shape(folders, settings, lengths).items()
+    }
 
 
-def batch(folder: Records, split: str, rows, seeds, shape: Shape, settings: Settings, tokens: int):
+def batch(folder: Records, split: str, rows, seeds, shape: Shape, settings: Settings):
     """Rows {"x", "cond"} of one split; of several captions each epoch draws one. Of edits "null"
     too, each row's own, since the instruction that stands for none is about its pictures."""
+    tokens = shape.text
     x, said, unsaid = np.zeros((len(rows), *shape.sample), np.float32), [], []
     references = tuple(np.zeros((len(rows), *one), np.float32) for one in shape.references)
     for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):

@@ -69,11 +69,11 @@ class Setup:
         """What a step takes: x and cond of every row, noise too of pairs, and the condition that
         stands for none, of every row too where that is about pictures.
 
-        shape: of rows (default: the network's own).
+        shape: of rows (default: the run's).
         """
         model, rows = self.model, self.run.data.batch_size
-        shape = shape or models.shape_of(model.config)
-        null = model.abstract_null(self.run.data.text_tokens, shape)
+        shape = shape or self.run.shape
+        null = model.abstract_null(shape)
         whole = parallel.replicated(self.strategy.mesh)
         of_rows = lambda leaf: jax.ShapeDtypeStruct(
             (rows, *leaf.shape[1:]), leaf.dtype, sharding=self.over_rows
@@ -96,7 +96,7 @@ class Setup:
     def step_flops(self, phase: str, shape: models.Shape | None = None) -> int:
         """Model FLOPs of one step of a phase on all devices, for rows of a shape."""
         # As a CPU computes it: plain attention, whose FLOPs no kernel hides or fills up.
-        one = flops.forward(self.model, self.run.data.text_tokens, "cpu", shape)
+        one = flops.forward(self.model, shape or self.run.shape, "cpu")
         return flops.worth(one, self.evaluations(phase))
 
     @functools.cached_property
@@ -105,7 +105,7 @@ class Setup:
 
     def lower(self, phase: str, shape: models.Shape | None = None, **options):
         """A phase's step for rows of a shape, traced for this mesh."""
-        check_tokens(self.strategy.mesh, shape or models.shape_of(self.run.model), self.run.model)
+        check_tokens(self.strategy.mesh, shape or self.run.shape, self.run.model)
         arguments = self.abstract_state(), self.abstract_batch(shape)
         exact = self.learned[phase].config.derivative == "jvp"
         with self.strategy.applied(), attention.plain() if exact else contextlib.nullcontext():
@@ -134,7 +134,7 @@ def prepare(run: Run, devices: list | None = None) -> Setup:
     mesh = parallel.make_mesh(shared, devices, run.data.batch_size)
     abstract = model.abstract_params()
     check_divisible(run.data.batch_size, model, mesh)
-    check_tokens(mesh, models.shape_of(run.model), run.model)
+    check_tokens(mesh, run.shape, run.model)
     decay = run.objective.teacher_decay
     fresh = lambda params: state.create(
         params, optimizer, decay, train.ema_decay, train.weights, model.fixed,
