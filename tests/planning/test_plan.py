@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,7 +16,7 @@ from twinflow_jax import models
 from twinflow_jax import plan as verb
 from twinflow_jax.parallel.mesh import AXES
 from twinflow_jax.planning import plan, report
-from twinflow_jax.training import flops
+from twinflow_jax.training import flops, setup
 
 BENCH = "configs/qwen20b_tpu.py:bench"
 EXAMPLE = plan.Plan(
@@ -55,6 +56,19 @@ def test_forwards_of_the_released_step(merge, forwards):
     # 160, 128, 96, 96 and 64 rows on 64 devices: filled up to 192, 128, 128, 128 and 64
     on_pod = flops.step(one, calls, "full", row_parts=64).matmul / 128_000
     assert on_pod == (7.5 if merge else 8.0)
+
+
+def test_frozen_weights_have_no_gradient_to_count():
+    """Of adapters' runs, whose base has none: half of a backward pass's products less."""
+    one = flops.Forward(1000, 100)
+    def counted(rank):
+        overrides = [f"adapter.rank={rank}", "model.time_conditioning=half_r", "train.steps=10"]
+        run = configs.parse("configs/sana06b_tpu.py:tiny", overrides)
+        prepared, rows = setup.prepare(run), run.data.batch_size
+        found = prepared.evaluations(setup.phase_of(run.objective, run.objective.cycle[0]))
+        return (np.array(dataclasses.astuple(flops.step(one, found, "full"))) / rows).tolist()
+    matmul, attention = counted(0)
+    assert counted(4) == [matmul - 1000, attention]
 
 
 def test_micro_steps_are_counted_too():

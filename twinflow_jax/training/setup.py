@@ -88,10 +88,15 @@ class Setup:
 
     def evaluations(self, phase: str) -> list[flops.Call]:
         """Those of one step of a phase."""
-        return flops.calls(
+        found = flops.calls(
             self.learned[phase], self.run.data.batch_size, self.model.sample_shape,
             self.run.train.micro_steps,
         )
+        if not self.run.adapter.rank:
+            return found
+        # Gradients go through a frozen base; beside its products those of adapters are few.
+        through = lambda call: call.trained or call.through
+        return [dataclasses.replace(c, trained=False, through=through(c)) for c in found]
 
     def step_flops(self, phase: str, shape: models.Shape | None = None) -> int:
         """Model FLOPs of one step of a phase on all devices, for rows of a shape."""
