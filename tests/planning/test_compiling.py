@@ -1,5 +1,7 @@
 """What the compiler said of a program is kept, and of another one asked anew."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -24,7 +26,15 @@ def compiler(monkeypatch, tmp_path) -> dict:
     return seen
 
 
-def asked(function, options=None, devices=("one",)) -> Compiled:
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As a TPU's, whose repr does not tell its generation."""
+
+    id: int
+    device_kind: str = dataclasses.field(default="TPU v5 lite", repr=False)
+
+
+def asked(function, options=None, devices=(Device(0),)) -> Compiled:
     return compiled(lambda: jax.jit(function).lower(jnp.ones(4)), options or {}, devices, "here")
 
 
@@ -32,13 +42,14 @@ def test_a_program_is_compiled_once_for_its_devices_and_options(compiler, tmp_pa
     first = asked(jnp.sin)
     assert "sine" in first.text and first.peak > 0 and first.seconds > 0
     assert asked(jnp.sin) == first and compiler["times"] == 1
-    asked(jnp.sin, devices=("one", "two"))
+    asked(jnp.sin, devices=(Device(0), Device(1)))
+    asked(jnp.sin, devices=(Device(0, "TPU v6 lite"),))
     asked(jnp.sin, options={"xla_flag": "true"})
-    assert compiler["times"] == 3
+    assert compiler["times"] == 4
     assert "cosine" in asked(jnp.cos).text
     for file in tmp_path.iterdir():
         file.write_bytes(b"torn")
-    assert asked(jnp.sin).text == first.text and compiler["times"] == 5
+    assert asked(jnp.sin).text == first.text and compiler["times"] == 6
 
 
 def test_too_little_memory_is_an_answer_that_is_kept_and_other_refusals_are_not(compiler):

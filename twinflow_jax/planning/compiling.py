@@ -40,7 +40,8 @@ def compiled(
       UserError: the compiler refuses it for another reason than memory.
     """
     lowered = lower()
-    said = [jax.__version__, _compiler(), json.dumps(options, sort_keys=True), *map(repr, devices)]
+    targets = [f"{device.device_kind} {device!r}" for device in devices]
+    said = [jax.__version__, _compiler(), json.dumps(options, sort_keys=True), *targets]
     key = [lowered.as_text().encode(), *(part.encode() for part in said)]
     found = cache.kept("program", key, lambda: _packed(_compile(lowered, options, where)))
     return _unpacked(found)
