@@ -15,9 +15,9 @@ docs/data.md says which pictures, and in which forms. Variants, as `configs/sd35
         --out samples
 
 Hardware: master weights, AdamW's moments and gradients take 36 GB in float32, each average of the
-weights 9 GB more; the table of positions, which is not trained, .9 GB. `tiny` runs on two CPU cores
-in about three minutes; its networks are random, so that its pictures show that everything works,
-and nothing else.
+weights 9 GB more; the table of positions, which is not trained, .9 GB: 8 chips of v5e or 4 of v6e
+(docs/benchmarks.md). `tiny` runs on two CPU cores in about three minutes; its networks are random,
+so that its pictures show that everything works, and nothing else.
 """
 
 import ml_collections

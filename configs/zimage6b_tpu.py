@@ -16,8 +16,9 @@ docs/data.md says which pictures, and in which forms. Variants, as `configs/zima
         --out samples
 
 Hardware: master weights, AdamW's moments and gradients take 98.5 GB in float32, each average of
-the weights 25 GB more. `tiny` runs on two CPU cores in about three minutes; its networks are
-random, so that its pictures show that everything works, and nothing else.
+the weights 25 GB more: 16 chips of v5e, 8 of v6e or 4 of v5p (docs/benchmarks.md). `tiny` runs on
+two CPU cores in about three minutes; its networks are random, so that its pictures show that
+everything works, and nothing else.
 """
 
 import ml_collections
