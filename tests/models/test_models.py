@@ -127,12 +127,14 @@ def test_without_classes_the_condition_is_empty(name):
 
 
 def test_an_estimated_picture_is_where_the_velocity_leads():
-    """x - t F is what the last layer gives, down to the time below which it is not."""
+    """x - t F is what the last layer gives, down to a time; no noise is in it, down to another."""
     (_, params, offset), (_, _, picture) = network("mlp sinusoid"), network("mlp picture")
-    for time, divisor in ((1.0, 1.0), (0.7, 0.7), (-0.8, 0.8), (0.1, 0.6)):
+    for time, of_noise, of_picture in (
+        (1.0, 1.0, 1.0), (0.7, 0.7, 0.7), (-0.8, 0.8, 0.8), (0.5, 0.5, 0.6), (0.1, 0.5, 0.6)
+    ):
         x, t, r, cond = inputs(t=time)
         estimate = x - offset(params, x, t, r, cond)  # of the same weights
-        found = x - divisor * picture(params, x, t, r, cond)
+        found = of_picture * (x / of_noise - picture(params, x, t, r, cond))
         np.testing.assert_allclose(found, estimate, atol=1e-5)
 
 
