@@ -41,7 +41,8 @@ def main() -> None:
         judge = judges.setdefault(dataset, ClassJudge.create(data.load(dataset)))
         labels = sample_labels(COUNT, run.model.num_classes)
         shown = [np.flatnonzero(labels == c)[:COLUMNS] for c in range(run.model.num_classes)]
-        # Flow matching knows no jumps. It ends at t = .3, the best of the ends from 0 to .5.
+        # Flow matching knows no jumps. Of what its grid may leave out at the data's end, from 0 to
+        # .5, .3 gives the nearest pictures (docs/benchmarks.md).
         along = {"style": "mul", "stochastic": 0.0, "gap": (0.001, 0.3)}
         grid = few_step(int(evaluations), **along if run.only_velocities else {})
         x = generate(model, params, labels, grid, args.seed)
