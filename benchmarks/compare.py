@@ -3,7 +3,7 @@
     python benchmarks/compare.py digits --out runs/compare_digits
     python benchmarks/compare.py mnist --out runs/compare --methods twinflow,rcgm --trials 16
     python benchmarks/compare.py emoji --out runs/compare_emoji   # after configs/emoji.py's :flow
-    python benchmarks/compare.py digits_lora --out runs/compare_lora --trials 3
+    python benchmarks/compare.py digits_lora --out runs/compare_lora --trials 3   # or emoji_lora
 
 For each seed a network learns velocities first; every method goes on from there, for as many
 forward-equivalents as the study's first makes in its steps (a pass with gradient is three, an exact
@@ -162,6 +162,10 @@ def adapters(guidance: float) -> dict[str, Method]:
     }
 
 
+CAPTIONS = (
+    "captions", "--records", "data/emoji32/held_out_concepts",
+    "--train-records", "data/emoji32/train", "--features", "features.safetensors",
+)
 STUDIES = {
     "digits": Study("configs/digits.py", ("classes",), 1000, 2000, rivals(0.0)),
     "digits_lora": Study(
@@ -177,11 +181,11 @@ STUDIES = {
         guidance=(1.0, 1.5),
     ),
     "emoji": Study(
-        "configs/emoji.py",
-        ("captions", "--records", "data/emoji32/held_out_concepts", "--train-records",
-         "data/emoji32/train", "--features", "features.safetensors"),
-        "runs/emoji_flow", 1500, rivals(0.5), "retrieval",
+        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 1500, rivals(0.5), "retrieval",
         guidance=(0.5, 1.0, 1.5),
+    ),
+    "emoji_lora": Study(
+        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 1500, adapters(2.0), "retrieval",
     ),
 }
 

@@ -1,79 +1,164 @@
-"""Whether a run edits: what it draws from held-out edits, beside all that it might have drawn.
+"""Whether runs edit: what they draw from held-out edits, beside all that they might have drawn.
 
-    python benchmarks/edits.py runs/emoji_edit data/emoji32/edits_held_out --steps 1 4
+    python benchmarks/edits.py runs/emoji_edit:1,4 runs/emoji_edit_flow:32 --guidance 2 \\
+        --records data/emoji32/edits_held_out --sheet edits.png
 
 Each edit is drawn from its source and instruction. It is right where the nearest of all the edits'
 results, and of its own source, is its result. Beside that: with another edit's source, and with
-instructions that were shuffled; a run that reads both is wrong there.
+instructions that were shuffled; a run that reads both is wrong there. The sheet shows edits of each
+instruction, as each run draws them in each number of evaluations.
 """
 
 import argparse
+import json
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from twinflow_jax import checkpoints
+from twinflow_jax import checkpoints, images, models
+from twinflow_jax.arrays import HostImages
+from twinflow_jax.data.records import Records
 from twinflow_jax.errors import UserError, run_verb
-from twinflow_jax.sampling import few_step, sample
+from twinflow_jax.sampling import few_step, sample, solve
 from twinflow_jax.training import records
 
 ROWS = 32  # drawn at once
+SHOWN = 12  # rows of the sheet
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="a run's --workdir")
-    parser.add_argument("records", help="what twinflow encode made of held-out edits")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="evaluations")
+    parser.add_argument("runs", nargs="+", metavar="RUN:EVALUATIONS",
+                        help="a run's --workdir, and one number or several with commas between")
+    parser.add_argument("--records", required=True,
+                        help="what twinflow encode made of held-out edits")
+    parser.add_argument("--guidance", type=float, default=1.0,
+                        help="classifier-free, of runs that learned none: Euler steps of two "
+                        "evaluations each")
     parser.add_argument("--count", type=int, default=512, help="edits, spread over the records")
+    parser.add_argument("--sheet", help="a PNG of some of them")
+    parser.add_argument("--json", help="a file of the shares")
     args = parser.parse_args()
-    run, model, params, step = checkpoints.load_weights(args.run)
-    [folder] = records.open_folders([args.records], run.model, image_free=False)
-    shapes = records.by_shape([folder], run.model, run.data.text_lengths[-1:])
+    columns, shares = {}, {}
+    for text in args.runs:
+        folder, evaluations = named(text)
+        run, model, params, step = checkpoints.load_weights(folder)
+        held_out, split, shape = opened(args.records, run)
+        count = min(args.count, held_out.splits[split]) // ROWS * ROWS
+        if not count:
+            raise UserError(f"{args.records} and --count have fewer than {ROWS} edits: give more")
+        which = np.linspace(0, held_out.splits[split] - 1, count).astype(int)
+        rows = records.batch(
+            held_out, split, which, np.zeros((count, 4), np.uint64), shape, run.model
+        )
+        targets, sources = rows["x"], rows["cond"]["references"][0]
+        noise = np.random.default_rng(0).standard_normal(targets.shape).astype(np.float32)
+        print(f"{folder} at step {step}: {count} edits of {args.records}, share that is right")
+        of_null = rows["null"] if args.guidance != 1 and not run.objective.guidance else None
+        for nfe in evaluations:
+            draw, found = sampler(model, params, nfe, args.guidance), {}
+            for way, cond in ways(rows["cond"]).items():
+                null = of_null and of_null | {"references": cond["references"]}
+                drawn = np.concatenate([
+                    draw(*jax.tree.map(lambda a: a[start : start + ROWS], (noise, cond, null)))  # noqa: B023
+                    for start in range(0, count, ROWS)
+                ])
+                found[way] = right(drawn, targets, sources)
+                if way == "its own":
+                    columns[f"{folder}, {nfe}"] = drawn
+            shares[f"{folder}:{nfe}"] = found
+            print(f"{nfe:>3} NFE  " + "   ".join(f"{k} {v:.3f}" for k, v in found.items()),
+                  flush=True)
+    print(f"  copies  {right(sources, targets, None):.3f}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(shares, file, indent=1)
+    if args.sheet:
+        said = [held_out.read(split, int(place)).captions[0] for place in which]
+        chosen = spread(said)
+        blocks = {"source": sources, **columns, "result": targets}
+        blocks = {name: pictures[chosen] for name, pictures in blocks.items()}
+        rows = tuple(said[place] for place in chosen)
+        images.save(args.sheet, images.sheet(blocks, 1, "", rows), {"rows": "\n".join(rows)})
+
+
+def sampler(model: models.Model, params, nfe: int, guidance: float) -> Callable:
+    """`(noise, cond, null) -> pictures` in so many evaluations, guided where null is not None.
+
+    Raises:
+      UserError: an odd number of them, guided.
+    """
+    def draw(noise, cond, null):
+        if null is None:
+            return sample(model.apply, params, noise, cond, few_step(nfe), jax.random.key(0))
+        if nfe % 2:
+            raise UserError(f"--guidance takes two evaluations a step: give even ones, not {nfe}")
+        times = tuple(np.linspace(1, 0, nfe // 2 + 1).tolist())
+        return solve(model.apply, params, noise, cond, null, times, guidance)
+
+    return draw
+
+
+def named(text: str) -> tuple[str, list[int]]:
+    """The folder and the numbers of evaluations of RUN:1,4.
+
+    Raises:
+      UserError: it is not of that form.
+    """
+    folder, _, numbers = text.rpartition(":")
+    parts = numbers.split(",")
+    if not folder or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"{text} is not of the form RUN:1,4: say how many evaluations after a ':'")
+    return folder, [int(part) for part in parts]
+
+
+def opened(folder: str, run) -> tuple[Records, str, models.Shape]:
+    """Records of edits of one size with one source of that size, for a run's network; their split.
+
+    Raises:
+      UserError: they are others.
+    """
+    [held_out] = records.open_folders([folder], run.model, image_free=False)
+    shapes = records.by_shape([held_out], run.model, run.data.text_lengths[-1:])
     if any(shape.references != (shape.sample,) for shape in shapes) or len(shapes) > 1:
-        raise UserError(f"{args.records} holds other records than edits of one source, all of one "
+        raise UserError(f"{folder} holds other records than edits of one source, all of one "
                         "size: encode such ones")
     [(shape, [(_, split, _)])] = shapes.items()
-    count = min(args.count, folder.splits[split]) // ROWS * ROWS
-    if not count:
-        raise UserError(f"{args.records} and --count have fewer than {ROWS} edits: give more")
-    which = np.linspace(0, folder.splits[split] - 1, count).astype(int)
-    seeds = np.zeros((count, 4), np.uint64)
-    rows = records.batch(folder, split, which, seeds, shape, run.model)
-    given, targets = rows["cond"], rows["x"].reshape(count, -1)
-    sources = given["references"][0]
-    noise = np.random.default_rng(0).standard_normal(rows["x"].shape).astype(np.float32)
-    mixed = np.random.default_rng(1).permutation(count)
+    return held_out, split, shape
+
+
+def ways(given: dict) -> dict[str, dict]:
+    """What the network is told: all of an edit's own, and one part of another's."""
+    mixed = np.random.default_rng(1).permutation(len(given["mask"]))
     said = {name: given[name] for name in ("tokens", "mask")}
-    ways = {
+    shown = {"references": given["references"]}
+    shuffled = lambda part: jax.tree.map(lambda a: a[mixed], part)
+    return {
         "its own": given,
-        "another source": said | {"references": tuple(a[mixed] for a in given["references"])},
-        "another instruction": {k: a[mixed] for k, a in said.items()}
-        | {"references": given["references"]},
+        "another source": said | shuffled(shown),
+        "another instruction": shuffled(said) | shown,
     }
-    print(f"{args.run} at step {step}: {count} edits of {args.records}, share that is right")
-    for nfe in args.steps:
-        found = {}
-        for name, cond in ways.items():
-            drawn = [
-                sample(model.apply, params, noise[part], jax.tree.map(lambda a: a[part], cond),  # noqa: B023
-                       few_step(nfe), jax.random.key(0))
-                for part in (slice(start, start + ROWS) for start in range(0, count, ROWS))
-            ]
-            found[name] = right(np.concatenate(drawn).reshape(count, -1), targets, sources)
-        print(f"{nfe:>3} NFE  " + "   ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
-    print(f"  copies  {right(sources.reshape(count, -1), targets, None):.3f}")
 
 
-def right(drawn: np.ndarray, targets: np.ndarray, sources: np.ndarray | None) -> float:
-    """The share whose nearest picture is its result, or equal to that."""
+def spread(said: list[str]) -> list[int]:
+    """The first places of each instruction, all instructions in turn, at most SHOWN."""
+    by_text = {text: [i for i, one in enumerate(said) if one == text] for text in sorted(set(said))}
+    turns = max(len(places) for places in by_text.values())
+    order = [p[turn] for turn in range(turns) for p in by_text.values() if turn < len(p)]
+    return sorted(order[:SHOWN], key=lambda place: said[place])
+
+
+def right(drawn: HostImages, targets: HostImages, sources: HostImages | None) -> float:
+    """The share whose nearest picture is its result, or equal to that, and not its source."""
+    flat = lambda pictures: np.asarray(pictures).reshape(len(pictures), -1)
     square = lambda a: (a * a).sum(-1)
+    drawn, targets = flat(drawn), flat(targets)
     distances = square(drawn)[:, None] - 2 * drawn @ targets.T + square(targets)
     own = np.diagonal(distances)
     hit = own <= distances.min(1) + 1e-3
     if sources is not None:
-        copied = square(drawn - sources.reshape(len(drawn), -1))
-        hit &= own < copied + 1e-3
+        hit &= own < square(drawn - flat(sources)) + 1e-3
     return float(hit.mean())
 
 

@@ -12,7 +12,7 @@
     done
     python -m twinflow_jax.train --config configs/emoji_edit.py:flow --workdir runs/emoji_edit_flow
     python -m twinflow_jax.train --config configs/emoji_edit.py --workdir runs/emoji_edit
-    python benchmarks/edits.py runs/emoji_edit data/emoji32/edits_held_out
+    python benchmarks/edits.py runs/emoji_edit:1,4 --records data/emoji32/edits_held_out
     python -m twinflow_jax.sample --checkpoint runs/emoji_edit --out edited --steps 1 \\
         --image data/emoji/images/google/1f349.png --prompt "draw it in Twitter's style"
 

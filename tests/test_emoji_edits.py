@@ -87,11 +87,24 @@ def test_the_family_trains_on_them(loaded, emoji, tmp_path, capsys, monkeypatch)
     assert int(train(run, str(tmp_path / "run"), progress=False).step) == 2
     judge = loaded("benchmarks/edits.py")
     monkeypatch.setattr(judge, "ROWS", 7)
-    monkeypatch.setattr("sys.argv", ["edits.py", str(tmp_path / "run"), records, "--steps", "1"])
+    sheet, shares = tmp_path / "sheet.png", tmp_path / "shares.json"
+    given = f"{tmp_path / 'run'}:2,4", "--records", records, "--guidance", "2"
+    monkeypatch.setattr(
+        "sys.argv", ["edits.py", *given, "--sheet", str(sheet), "--json", str(shares)]
+    )
     judge.main()
     assert "7 edits of" in capsys.readouterr().out
-    targets = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
+    assert [key.rpartition(":")[2] for key in json.loads(shares.read_text())] == ["2", "4"]
+    with Image.open(sheet) as picture:  # sources, two numbers of evaluations, results
+        said = picture.text["rows"].split("\n")
+        assert len(said) == 7 and picture.height >= 7 * 33 and picture.width >= 4 * 33
+    first = [judge.spread(["a", "b", "a", "b", "a"] * 4)[place] for place in (0, 5, 6, 11)]
+    assert first == [0, 9, 1, 13]  # six of each, those of one instruction together
+    monkeypatch.setattr("sys.argv", ["edits.py", str(tmp_path / "run"), "--records", records])
+    with pytest.raises(UserError, match="is not of the form RUN:1,4"):
+        judge.main()
+    targets = np.random.default_rng(0).standard_normal((5, 2, 2, 3)).astype(np.float32)
     others = np.roll(targets, 1, axis=0)
-    sources = others.reshape(5, 2, 2, 3) + np.float32(0.2)
+    sources = others + np.float32(0.2)
     assert judge.right(targets + 0.1, targets, sources) == 1
     assert judge.right(others + 0.1, targets, sources) == 0
