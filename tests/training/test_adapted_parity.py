@@ -84,7 +84,7 @@ def moved_by(seed: int, module: torch.nn.Module, fresh: bool = False) -> torch.n
 
 
 @pytest.fixture(params=[
-    ("half_r", ORDER_2), ("half_r", ORDER_1), ("second_embedder", ORDER_2),
+    ("half_r", ORDER_2), ("half_r", ORDER_1), ("second_embedder", ORDER_2), ("gated", ORDER_1),
 ], ids=lambda case: f"{case[0]}-{case[1]['order']}")
 def case(request):
     """(model, objective, params, teacher, ours of data, torch student, torch teacher)."""

@@ -178,7 +178,13 @@ class DiT(nn.Module):
         h = run_layers(self, Block, c.depth, c.remat, h, per_row=(nn.silu(context), text, lengths))
         h = nn.LayerNorm(dtype=c.dtype)(h)
         out = Dense(p * p * channels, dtype=c.dtype, kernel_init=nn.initializers.zeros)(h)
-        # An estimate of the picture, as a velocity: noise, which fills a patch, then need not pass
-        # through the width. Bounded, since a small t would blow up the estimate's error.
-        scale = jnp.maximum(jnp.abs(t), SMALLEST_TIME)[:, None, None, None]
-        return (x_t - patches.unpack(out, grid, p)) / scale
+        return velocity_to(patches.unpack(out, grid, p), x_t, t)
+
+
+def velocity_to(picture: Maps, x_t: Maps, t: Times) -> Maps:
+    """The velocity of an estimate of the picture.
+
+    Noise, which fills a patch, then need not pass through the width. Bounded, since a small t
+    would blow up the estimate's error.
+    """
+    return (x_t - picture) / jnp.maximum(jnp.abs(t), SMALLEST_TIME)[:, None, None, None]

@@ -8,7 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from twinflow_jax.models import family, minilm_dit
+from twinflow_jax.arrays import Maps, Times
+from twinflow_jax.models import dit, family, minilm_dit
 from twinflow_jax.models.minilm_dit import prompt
 from twinflow_jax.models.qwen_image import edit, edit_inputs, transformer
 
@@ -29,6 +30,13 @@ class Config(transformer.Config):
     zero_cond_t: bool = True
 
 
+class Painter(transformer.Transformer):
+    """The transformer, whose output is an estimate of the picture."""
+
+    def __call__(self, x_t: Maps, t: Times, r: Times, cond: dict) -> Maps:
+        return dit.velocity_to(super().__call__(x_t, t, r, cond), x_t, t)
+
+
 class Unseen(edit.Form):
     """One picture, which the text encoder does not see."""
 
@@ -44,11 +52,11 @@ class Unseen(edit.Form):
 
 TEXT = minilm_dit.FAMILY.text_to_image
 TRANSFORMER = dataclasses.replace(
-    TEXT.networks["transformer"], config=Config, module=transformer.Transformer,
+    TEXT.networks["transformer"], config=Config, module=Painter,
     example=edit_inputs,
 )
 FAMILY = dataclasses.replace(
-    minilm_dit.FAMILY, config=Config, module=transformer.Transformer,
+    minilm_dit.FAMILY, config=Config, module=Painter,
     text_to_image=dataclasses.replace(
         TEXT, networks=TEXT.networks | {"transformer": TRANSFORMER},
         null_prompt=edit.NULL_PROMPT, pipelines=("minilm_edit",),
