@@ -106,5 +106,7 @@ def test_the_family_trains_on_them(loaded, emoji, tmp_path, capsys, monkeypatch)
     targets = np.random.default_rng(0).standard_normal((5, 2, 2, 3)).astype(np.float32)
     others = np.roll(targets, 1, axis=0)
     sources = others + np.float32(0.2)
-    assert judge.right(targets + 0.1, targets, sources) == 1
-    assert judge.right(others + 0.1, targets, sources) == 0
+    assert judge.right(targets + 0.1, targets, sources, 5).all()
+    assert not judge.right(others + 0.1, targets, sources, 5).any()
+    far = judge.right(others + 0.1, targets, None, 5), judge.right(others + 0.1, targets, None, 1)
+    assert not far[0].any() and far[1].all()  # alone, its own is the nearest
