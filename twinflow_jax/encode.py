@@ -80,6 +80,8 @@ def parse() -> argparse.Namespace:
     group.add_argument("--count", type=arguments.whole,
                        help="pictures of each prompt (default 1)")
     group.add_argument("--seed", type=seeds.parse, help="of the noise (default 0)")
+    group.add_argument("--pairs", action="store_const", const=True,
+                       help="keep the noise beside each, for objectives that learn from pairs")
     return parser.parse_args()
 
 
@@ -100,7 +102,7 @@ def check(args) -> None:
         raise UserError("--prompts-only has no pictures: leave --size, --buckets and "
                         "--image-column out")
     if not args.generate:
-        arguments.refuse(args, ("steps", "guidance", "count", "seed"), "add --generate")
+        arguments.refuse(args, ("steps", "guidance", "count", "seed", "pairs"), "add --generate")
     if args.generate and (args.prompts_only or args.buckets or args.image_column):
         raise UserError("--generate draws pictures of one --size: leave --prompts-only, --buckets "
                         "and --image-column out")
@@ -157,8 +159,8 @@ def drawing_of(args, pipeline):
     """How the base model draws: as it usually does, where nothing else is asked for."""
     from twinflow_jax import encoding
 
-    usual = *pipeline.checkpoint.base_sampling, 1, 0
-    asked = args.steps, args.guidance, args.count, args.seed
+    usual = *pipeline.checkpoint.base_sampling, 1, 0, False
+    asked = args.steps, args.guidance, args.count, args.seed, args.pairs
     return encoding.Drawing(*(u if a is None else a for u, a in zip(usual, asked, strict=True)))
 
 

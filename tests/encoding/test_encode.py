@@ -17,6 +17,7 @@ import pictures
 import pytest
 from etils import epath
 
+from twinflow_jax import drawing
 from twinflow_jax import encode as tool
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.data import records
@@ -364,7 +365,7 @@ def test_pictures_drawn_by_the_base_model(tmp_path, monkeypatch, capsys, latents
     (tmp_path / "prompts.txt").write_text("a fox\na hen\n")
     args = arguments(
         tmp_path / "prompts.txt", tmp_path / "records", latents, "--size", "64", "--generate",
-        "--steps", "2", "--count", "2", "--shard-size", "1", "--guidance", "2",
+        "--steps", "2", "--count", "2", "--shard-size", "1", "--guidance", "2", "--pairs",
     )
     status, out, told = run(monkeypatch, capsys, args)
     assert status == 0, told
@@ -382,6 +383,18 @@ def test_pictures_drawn_by_the_base_model(tmp_path, monkeypatch, capsys, latents
         pipeline, sampler, embeddings, np.array([0, 0, 1, 1]), np.arange(4), (2, 2, 32), 0, 1, null
     )))
     np.testing.assert_allclose(np.stack([r.sample for r in rows]), expected, atol=5e-3, rtol=5e-3)
+    kept = np.stack([row.noise for row in rows])
+    np.testing.assert_array_equal(
+        kept, denoising.noise_of(np.arange(4), (2, 2, 32), 0).astype(np.float16)
+    )
+    cond, empty = drawing.same_length(embeddings[np.array([0, 0, 1, 1])], null)
+    with pipeline.loaded("transformer", "drawing") as (config, params):
+        module = pipeline.checkpoint.network("transformer").module(config)
+        again = sampler(
+            lambda params, *inputs: module.apply({"params": params}, *inputs), params,
+            kept.astype(np.float32), cond.rows(np.arange(4)), empty.rows(np.zeros(4, int)), None,
+        )
+    np.testing.assert_allclose(again, expected, atol=1e-2, rtol=1e-2)
     other = tmp_path / "other"
     shutil.copytree(latents, other)
     scheduler = other / "files/scheduler/scheduler_config.json"

@@ -1,5 +1,6 @@
 """Training from records: sizes, captions and mixtures of folders, on one process and on several."""
 
+import dataclasses
 import itertools
 import json
 
@@ -10,7 +11,7 @@ import pytest
 from etils import epath
 
 from tests.planning.test_rehearsal import rehearse
-from twinflow_jax import checkpoints, data
+from twinflow_jax import checkpoints, data, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import random
 from twinflow_jax.config.files import overridden
@@ -70,7 +71,8 @@ def write(pipeline, tmp_path_factory):
                     )
                 tokens = [t[m] for t, m in zip(mine.tokens, mine.mask, strict=True)]
                 examples.append(records.Example(
-                    f"{name}/{split}/{row}", CAPTIONS[row % 3], tokens, sample, (50, 60)
+                    f"{name}/{split}/{row}", CAPTIONS[row % 3], tokens, sample, (50, 60),
+                    noise=np.full(sample.shape, row / 8) if manifest.pairs else None,
                 ))
             path = records.shard_file(folder, split, 0, 1)
             shards[split] = [(count, records.write_shard(path, examples, manifest))]
@@ -123,6 +125,41 @@ def test_rows_are_what_was_written(write, config):
         assert not batch["cond"]["tokens"][0, lengths[0] :].any()
         picked.add(which)
     assert picked == {0, 1, 2}
+
+
+def test_pairs_are_what_was_written_and_train(write, config, tmp_path):
+    """DMD's regression takes the noise that stands beside a picture; prompts alone have none."""
+    start = config(records=(str(write("start", {"8x8": 16})),))
+    train(start, str(tmp_path / "start"), progress=False)
+    folders = {
+        "pairs": write("pairs", {"8x8": 16}, pairs=True), "none": write("none", {"8x8": 16}),
+        "prompts": write("prompts", {records.PROMPTS: 16}),
+    }
+
+    def learning(name: str, **fields):
+        return dataclasses.replace(
+            config(records=(str(folders[name]),), **fields), objective=objectives.PRESETS["dmd"],
+            train=dataclasses.replace(start.train, init_from=str(tmp_path / "start"), steps=2),
+        )
+
+    run = learning("pairs")
+    source = inputs.open_data(run)
+    [[stream]] = inputs.prepare(run, source, tmp_path / "pairs").streams
+    rows = np.array([5, 2])
+    batch = stream.read(rows, np.zeros((2, 4), np.uint64))
+    np.testing.assert_array_equal(batch["noise"], np.full((2, 8, 8, 3), 1) * [[[[5]]], [[[2]]]] / 8)
+    np.testing.assert_allclose(batch["x"], rows[:, None, None, None] / 100 + np.zeros((8, 8, 3)),
+                               atol=0.11)
+    train(run, str(tmp_path / "pairs"), progress=False)
+    assert "loss/regression" in (tmp_path / "pairs" / "metrics.jsonl").read_text()
+    for name, message in (("none", "keeps no noise beside"), ("prompts", "without pictures")):
+        with pytest.raises(UserError, match=message):
+            train(learning(name), str(tmp_path / name), progress=False)
+        assert not (tmp_path / name).exists()
+    with pytest.raises(UserError, match="set data.records to what `twinflow encode --generate --p"):
+        dataclasses.replace(run, data=dataclasses.replace(run.data, records=(), name="digits"))
+    with pytest.raises(UserError, match="data.pairs is of classes, but model 'minilm_dit' draws"):
+        dataclasses.replace(run, data=dataclasses.replace(run.data, pairs="file"))
 
 
 def bucketed(folder, config, lengths: tuple[int, ...]):

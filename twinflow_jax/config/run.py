@@ -296,15 +296,23 @@ class Run:
                 "(objective.ratios=(1,1,0,1); of flow_map: target_time=zero), objective.order=2, "
                 "or another time_conditioning"
             )
-        if self.objective.pairs and not self.data.pairs:
+        drawn = self.family.text_to_image is not None
+        given, source = (
+            (self.data.records, "data.records to what `twinflow encode --generate --pairs` wrote")
+            if drawn else (self.data.pairs, "data.pairs to a file of `twinflow sample --pairs`")
+        )
+        if self.objective.pairs and not given:
             problems.append(
-                "the objective learns from pairs: set data.pairs to a file of `twinflow sample "
-                "--pairs`, or objective.regression_weight=0"
+                f"the objective learns from pairs: set {source}, or objective.regression_weight=0"
             )
-        if self.data.pairs and (self.family.text_to_image or not self.objective.pairs):
-            which = f"model {self.model.name!r}, which draws from text," if self.objective.pairs \
-                else f"objective {self.objective.form!r}"
-            problems.append(f"data.pairs is set, but {which} learns from none: leave it out")
+        if self.data.pairs and not self.objective.pairs:
+            problems.append(
+                f"data.pairs is set, but objective {self.objective.form!r} learns from none: leave "
+                "it out"
+            )
+        elif self.data.pairs and drawn:
+            problems.append(f"data.pairs is of classes, but model {self.model.name!r} draws from "
+                            f"text: set {source}")
         text = self.family.text_to_image
         if text is not None and text.editing and train.unconditional == "permuted":
             problems.append(

@@ -15,6 +15,7 @@ The features of a record:
     tokens    (their sum, width), float16: the captions' embeddings, valid tokens only
     latents   (h, w, c), float16: normalised, the mean of the autoencoder's distribution
     image     in place of latents, for networks that draw pixels: a PNG
+    noise     of the same shape, float16, where it was kept: what the sample was drawn from
     width, height   of the picture as it was found
 
 and of an edit, whose captions are instructions:
@@ -61,7 +62,7 @@ class Manifest:
     family: of models. text_encoder, autoencoder: which weights, as they are named to people;
     autoencoder is "" for pixels. channels: of a sample, 0 for prompts alone. text_width: of a
     token. downscale: pixels a side for one place of a sample. edits: whether captions are about
-    other pictures.
+    other pictures. pairs: whether samples were drawn from noise that stands beside them.
     """
 
     family: str
@@ -71,10 +72,12 @@ class Manifest:
     channels: int
     downscale: int
     edits: bool = False
+    pairs: bool = False
 
     def told(self) -> dict[str, Any]:
-        """The fields, as they were before there were edits where these are none."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "edits" or v}
+        """The fields, as they were before there were edits and pairs where these are none."""
+        later = ("edits", "pairs")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in later or v}
 
     def features(self) -> tfds.features.FeaturesDict:
         """The documented features of a record."""
@@ -94,6 +97,8 @@ class Manifest:
             fields["image"] = kinds.Image(
                 shape=(None, None, self.channels), encoding_format="png"
             )
+        if self.pairs:
+            fields["noise"] = half(None, None, self.channels)
         if self.edits:
             fields |= {name: half(None, self.text_width) for name in ("shown", "null")}
             fields["references"] = half(None, self.channels)
@@ -115,7 +120,7 @@ class Edit:
 class Example:
     """One record. tokens: each caption's. sample: latents, or pixels in [-1, 1]; None where
     there are prompts alone. size: (width, height) of the picture as it was found. edit: of records
-    of edits."""
+    of edits. noise: of pairs."""
 
     id: str
     captions: Sequence[str]
@@ -123,6 +128,7 @@ class Example:
     sample: Float[np.ndarray, "h w c"] | None = None
     size: tuple[int, int] = (0, 0)
     edit: Edit | None = None
+    noise: Float[np.ndarray, "h w c"] | None = None
 
     @property
     def longest(self) -> int:
@@ -195,6 +201,8 @@ def _fields(example: Example, manifest: Manifest) -> dict[str, Any]:
         fields["image"] = io.BytesIO()
         Image.fromarray(pixels).save(fields["image"], "PNG")
         fields["image"].seek(0)
+    if manifest.pairs:
+        fields["noise"] = _half(example.noise, example.id)
     if example.edit is not None:
         places = [one.reshape(-1, one.shape[-1]) for one in example.edit.references]
         beside = {**vars(example.edit), "references": np.concatenate(places)}
@@ -330,7 +338,7 @@ class Records:
             fields["id"].decode(), tuple(caption.decode() for caption in fields["captions"]),
             np.split(fields["tokens"], ends), sample,
             (int(fields.get("width", 0)), int(fields.get("height", 0))),
-            self._edit(split, fields) if self.manifest.edits else None,
+            self._edit(split, fields) if self.manifest.edits else None, fields.get("noise"),
         )
 
     @functools.cache  # noqa: B019 - as above

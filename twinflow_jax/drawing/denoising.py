@@ -13,7 +13,7 @@ from twinflow_jax.arrays import HostLatents, Numbers
 from twinflow_jax.drawing.conditions import Embeddings
 from twinflow_jax.drawing.pipeline import Pipeline
 from twinflow_jax.errors import UserError
-from twinflow_jax.sampling.batched import batches
+from twinflow_jax.sampling.batched import batches, started
 
 
 @runtime_checkable
@@ -69,9 +69,9 @@ def denoise(
     part of the mesh's rows).
     """
     stage, mesh = "denoising", pipeline.mesh()
-    owners, numbers = np.asarray(owners), np.asarray(numbers, np.uint32)
+    owners = np.asarray(owners)
     batch = min(batch or parallel.row_parts(mesh), len(owners))
-    keys = jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers)
+    keys = keys_of(numbers, seed)
     over = parallel.over_rows(mesh, batch)
     of_null = owners if null and len(null.tokens) == len(cond.tokens) else np.zeros_like(owners)
     with pipeline.loaded("transformer", stage) as (config, params):
@@ -91,6 +91,17 @@ def denoise(
             for part in batches(draw, keys, shape, batch):
                 bar.update(len(part))
                 yield part
+
+
+def noise_of(numbers: Numbers, shape: tuple[int, int, int], seed: int) -> HostLatents:
+    """What `denoise` draws the samples of these numbers from."""
+    return np.asarray(started(keys_of(numbers, seed), shape)[0])
+
+
+def keys_of(numbers: Numbers, seed: int) -> jax.Array:
+    """The key of each number's sample."""
+    numbers = np.asarray(numbers, np.uint32)
+    return jax.vmap(lambda n: jax.random.fold_in(seeds.key(seed), n))(numbers)
 
 
 def latent_shape(pipeline: Pipeline, size: tuple[int, int] | None) -> tuple[int, int, int]:

@@ -17,12 +17,18 @@ from twinflow_jax.encoding.index import Shard
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How the base model draws. count: pictures of each prompt; seed: of their noise."""
+    """How the base model draws. count: pictures of each prompt; seed: of their noise; pairs:
+    whether that is kept beside them."""
 
     steps: int
     guidance: float
     count: int
     seed: int
+    pairs: bool = False
+
+    def told(self) -> dict[str, int | float | bool]:
+        """The fields, as they were before there were pairs where these are none."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "pairs" or v}
 
 
 def shape_of(job) -> tuple[int, int, int]:
@@ -66,8 +72,11 @@ def drawn(job):
             pipeline, sampler, cond, np.arange(len(wanted)), numbers, shape, how.seed, job.batch,
             *empty,
         )))
-        for (entry, caption, k), of_one, sample in zip(wanted, tokens, latents, strict=True):
-            yield Example(f"{entry.id}#{k}", (caption,), (of_one,), sample, job.sizes[0])
+        noise = denoising.noise_of(numbers, shape, how.seed) if how.pairs else [None] * len(wanted)
+        rows = zip(wanted, tokens, latents, noise, strict=True)
+        for (entry, caption, k), of_one, sample, start in rows:
+            name = f"{entry.id}#{k}"
+            yield Example(name, (caption,), (of_one,), sample, job.sizes[0], noise=start)
 
     yield examples
 

@@ -34,14 +34,15 @@ TOO_LONG = "too long"
 BLOCK = 64  # items whose pictures and embeddings are in memory at once
 
 
-def manifest_of(pipeline: Pipeline, pictures: bool) -> Manifest:
-    """What a pipeline's records are made with. pictures: False for prompts alone."""
+def manifest_of(pipeline: Pipeline, pictures: bool, pairs: bool = False) -> Manifest:
+    """What a pipeline's records are made with. pictures: False for prompts alone. pairs: whether
+    the noise that pictures were drawn from is kept."""
     checkpoint, vae = pipeline.checkpoint, pipeline.config("vae")
     return Manifest(
         checkpoint.family, checkpoint.text_identity, checkpoint.text_width,
         checkpoint.identity("vae") if pictures else "",
         vae.latent_channels if pictures else 0, vae.downscale,
-        pipeline.family.editing is not None,
+        pipeline.family.editing is not None, pairs,
     )
 
 
@@ -62,10 +63,16 @@ class Job:
     batch: int | None
     drawing: Drawing | None = None
 
+    @property
+    def manifest(self) -> Manifest:
+        """What the records are made with."""
+        pairs = self.drawing is not None and self.drawing.pairs
+        return manifest_of(self.pipeline, bool(self.sizes), pairs)
+
     def settings(self) -> dict[str, Any]:
         """All that the records depend on."""
         by = {"drawing": None} if not self.drawing else {
-            "drawing": dataclasses.asdict(self.drawing),
+            "drawing": self.drawing.told(),
             "transformer": self.pipeline.checkpoint.identity("transformer"),
             "schedule": hashlib.sha256(repr(schedule_of(self)).encode()).hexdigest()[:12],
         }
@@ -74,7 +81,7 @@ class Job:
             "sizes": [sizes.name(size) for size in self.sizes], "min_side": self.min_side,
             "shard_size": self.shard_size, "text_tokens": self.text_tokens, "batch": self.batch,
             "dtype": self.pipeline.dtype, **by,
-            **manifest_of(self.pipeline, bool(self.sizes)).told(),
+            **self.manifest.told(),
         }
 
 
@@ -86,7 +93,7 @@ def encode(job: Job, space: Workspace) -> dict[str, Any] | None:
       UserError: the folder is of other records or in use, the source changed, or nothing can be
         used.
     """
-    settings, manifest = job.settings(), manifest_of(job.pipeline, bool(job.sizes))
+    settings, manifest = job.settings(), job.manifest
     with space.claim(settings) as finished:
         if finished:
             return None

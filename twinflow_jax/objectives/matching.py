@@ -52,7 +52,7 @@ class Config(Shared):
         1.0, "of the real score: v_null + g (v_cond - v_null); 1 is none", least=1
     )
     regression_weight: float = option(
-        0.0, "of the squared distance to the pictures of data.pairs; 0: none", least=0
+        0.0, "of the squared distance to the pictures of pairs; 0: none", least=0
     )
     turns: str = option(
         "together", "together: the fake learns at every step, and from the student's own samples "

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from twinflow_jax import checkpoints, data, evaluation, images, models
 from twinflow_jax.checkpoints import imported, random
-from twinflow_jax.config import RANDOM, Data, Run
+from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.data import edits
 from twinflow_jax.data.records import Records
 from twinflow_jax.drawing import Pipeline, codec, editing, pairs, text
@@ -57,7 +57,16 @@ def take(conditions: Conditions, index) -> Conditions:
 def open_data(run: Run) -> data.Dataset | list[Records]:
     """The named dataset, or the folders of records, of a run."""
     if run.data.records:
-        return records.open_folders(run.data.records, run.model, run.objective.image_free)
+        learns = run.objective.pairs
+        alone = run.objective.image_free and not learns
+        folders = records.open_folders(run.data.records, run.model, alone)
+        for folder in folders if learns else ():
+            if not folder.manifest.pairs:
+                raise UserError(
+                    f"the objective learns from pairs, and {folder.folder} keeps no noise beside "
+                    "its pictures: draw them with `twinflow encode --generate --pairs`"
+                )
+        return folders
     dataset = data.load(run.data.name)
     if run.data.pairs:
         found = pairs.read(run.data.pairs)
@@ -101,7 +110,7 @@ def prepare(
         return of_edits(pipeline, source, tokens)
     if isinstance(source, data.Dataset):
         return of_captions(pipeline, source, tokens, run.sample.prompts)
-    return of_records(pipeline, source, run.data, run.sample.prompts)
+    return of_records(pipeline, source, run)
 
 
 def labelled(split: data.Split, conditions: Conditions) -> tuple[tuple[data.Stream, ...], ...]:
@@ -180,12 +189,9 @@ def of_edits(pipeline: Pipeline, dataset: data.Dataset, tokens: int) -> Inputs:
     )
 
 
-def of_records(
-    pipeline: Pipeline, folders: Sequence[Records], rows: Data,
-    prompts: tuple[str, ...],
-) -> Inputs:
+def of_records(pipeline: Pipeline, folders: Sequence[Records], run: Run) -> Inputs:
     """Rows that twinflow encode made; previews draw prompts, or captions of theirs."""
-    settings, lengths = pipeline.settings, rows.text_lengths
+    settings, lengths, prompts = pipeline.settings, run.data.text_lengths, run.sample.prompts
     tokens = lengths[-1]
     if prompts:
         embeddings = text.embed(pipeline, prompts, tokens)
@@ -197,7 +203,9 @@ def of_records(
     null = None if own else records.null(folders[0])
     return Inputs(
         models.build(settings),
-        tuple(records.streams(folders, rows.weights, settings, lengths).values()),
+        tuple(records.streams(
+            folders, run.data.weights, settings, lengths, run.objective.pairs
+        ).values()),
         lambda tokens: {} if own else conditions(null, tokens, settings.dtype),
         conditions(embeddings, tokens, settings.dtype),
         prompts, decoder(pipeline), judge=None,

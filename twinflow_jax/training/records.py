@@ -119,12 +119,12 @@ def by_length(
 
 def streams(
     folders: Sequence[Records], weights: Sequence[float], settings: Settings,
-    lengths: Sequence[int],
+    lengths: Sequence[int], pairs: bool = False,
 ) -> dict[Shape, tuple[data.Stream, ...]]:
     """The rows of each shape, as the network of `settings` takes them.
 
     weights: each folder's share of all rows (none: that of its records); within a folder every
-    record counts alike. lengths: as `by_shape` says.
+    record counts alike. lengths: as `by_shape` says. pairs: with the noise of each row.
     """
     each = dict(zip(folders, weights or map(len, folders), strict=True))
 
@@ -132,7 +132,8 @@ def streams(
         share = each[folder] * len(rows) / len(folder)
 
         def read(numbers, seeds):
-            return batch(folder, split, rows[numbers], seeds, shape, settings)
+            rows_of = batch(folder, split, rows[numbers], seeds, shape, settings)
+            return rows_of | noise_of(folder, split, rows[numbers]) if pairs else rows_of
 
         return data.Stream(len(rows), read, share)
 
@@ -170,6 +171,12 @@ def batch(folder: Records, split: str, rows, seeds, shape: Shape, settings: Sett
         return {"x": x, "cond": cond}
     about = {"references": references}
     return {"x": x, "cond": cond | about, "null": padded(unsaid, settings, tokens) | about}
+
+
+def noise_of(folder: Records, split: str, rows) -> dict[str, Float[np.ndarray, "N h w c"]]:
+    """What the samples of some rows were drawn from, as "noise"."""
+    noise = [folder.read(split, int(row)).noise for row in rows]
+    return {"noise": np.stack(noise).astype(np.float32)}
 
 
 def whole(example: Example, tokens: Float[np.ndarray, "_ D"]) -> Float[np.ndarray, "_ D"]:
