@@ -5,15 +5,17 @@ import json
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.test_verbs import call
 from twinflow_jax import config as configs
-from twinflow_jax import encode
+from twinflow_jax import encode, models
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.errors import UserError
+from twinflow_jax.models import minilm_edit
 from twinflow_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,6 +74,25 @@ def test_pairs(loaded, emoji):
         source, target = (Image.open(emoji / f) for f in (image(name), found[image(name), said]))
         np.testing.assert_array_equal(np.asarray(target), np.asarray(change(source)))
     assert len((emoji / "edits_held_out.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_network_estimates_the_picture():
+    """Before its last projection learns that is zero everywhere: the velocity is x_t / t."""
+    config = minilm_edit.Config(
+        sample_shape=(8, 8, 3), layers=1, heads=1, head_dim=8, rope_axes=(2, 2, 4), text_width=4,
+    )
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    x, t = normal(3, 8, 8, 3), np.array([0.9, -0.5, 0.1], np.float32)
+    cond = {
+        "tokens": normal(3, 2, 4), "mask": np.ones((3, 2), bool),
+        "references": (normal(3, 8, 8, 3),),
+    }
+    model = models.build(config)
+    params = model.init(jax.random.key(0))
+    velocity = jax.jit(model.apply)(params, x, t, 0 * t, cond)
+    least = np.array([0.9, 0.5, 0.3]).reshape(3, 1, 1, 1)  # a small t is not divided by
+    np.testing.assert_allclose(velocity, x / least, rtol=1e-5)
 
 
 def test_the_family_trains_on_them(loaded, emoji, tmp_path, capsys, monkeypatch):

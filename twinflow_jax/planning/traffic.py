@@ -13,6 +13,8 @@ STRUCTURE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "
              "async-update", "call-start", "opt-barrier", "add-dependency", "send", "recv"}
 # Custom calls that only name memory.
 NAMING_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding")
+# Those that begin a copy, which a -done ends.
+ASYNCHRONOUS = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
 MAIN, CHIP, HOST = 0, 1, 5  # memories, as Array.space numbers them
 
 
@@ -33,21 +35,37 @@ def step_traffic(program: Program, step: Step) -> Counter[int]:
     Slices count by what they take, updates in place by what they write.
     """
     op, computation = step.op, step.computation
+    if op.opcode in ASYNCHRONOUS:
+        return started_traffic(computation, op)
     total = Counter()
     for position, name in enumerate(op.operands):
         source = computation.instructions[name].results
         limit = read_bytes(program, op, position)
         for array in source:
             total[array.space] += array.bytes if limit is None else min(limit, array.bytes)
-    if op.opcode == "copy-start":  # its results are the copy, the source again, and a flag
-        total[op.results[0].space] += op.results[0].bytes
-        return total
     if op.opcode in ("fusion", "dynamic-update-slice"):
         written = written_bytes(program, computation, op)
     else:
         written = [array.bytes for array in op.results]
     for array, size in zip(op.results, written, strict=True):
         total[array.space] += size
+    return total
+
+
+def started_traffic(computation: Computation, op: Instruction) -> Counter[int]:
+    """Bytes of a copy that goes on beside other work: what moves, where it was and where it goes.
+
+    Its results are the copy, the source again and a flag; of a slice its operands again, the slice
+    and a flag; of an update in place its operands again, the whole and a flag.
+    """
+    sources = [computation.instructions[name].results[0] for name in op.operands]
+    part, source, target = {
+        "copy-start": lambda: (op.results[0], sources[0], op.results[0]),
+        "dynamic-update-slice-start": lambda: (sources[1], sources[1], sources[0]),
+    }.get(op.opcode, lambda: (op.results[len(sources)], sources[0], op.results[len(sources)]))()
+    total = Counter()
+    for array in (source, target):
+        total[array.space] += part.bytes
     return total
 
 
