@@ -7,7 +7,7 @@ from etils import epath
 
 from twinflow_jax import files, models, parallel
 from twinflow_jax.parallel.mesh import AnyMesh
-from twinflow_jax.planning.cost import UNCERTAINTY
+from twinflow_jax.planning.cost import OFF
 from twinflow_jax.planning.plan import Plan
 from twinflow_jax.planning.topology import GIB
 
@@ -47,7 +47,7 @@ def details(plan: Plan) -> str:
     """Everything about one plan."""
     if plan.refused:
         return f"{plan.topology}: {plan.refused} (known after {plan.compile_seconds:.0f} s)"
-    low, high = (round(100 * share) for share in UNCERTAINTY)
+    low, high = (round(100 * share) for share in OFF)
     lines = [
         f"{plan.topology}: fits, {plan.peak_bytes / GIB:.2f} of {plan.hbm_bytes / GIB:.2f} GiB "
         f"per device (compiler's word; compiled in {plan.compile_seconds:.0f} s)",
@@ -75,9 +75,9 @@ def details(plan: Plan) -> str:
         f"about {plan.overlapped:.3g} s per step, {plan.images_per_second:.1f} images/s, "
         f"{plan.utilisation:.0%} of peak; {plan.steps:,} steps: {plan.run_seconds / 3600:.1f} h, "
         f"{plan.chip_hours:,.0f} chip-hours",
-        f"The seconds are a model, right to {low}-{high} %: good for comparing plans. It charges "
-        "each collective to the torus axes that it spans and cannot see links that are shared, "
-        "hosts, or data that comes late.",
+        f"The seconds are a model: published steps of others came out {low} to {high} % too slow "
+        "by it. It charges each collective to the torus axes that it spans and cannot see "
+        "links that are shared, hosts, or data that comes late.",
     ]
     if plan.options:
         lines.append(
