@@ -8,8 +8,8 @@ The variants are those of configs/sana06b_tpu.py; `tiny` runs on two CPU cores. 
 own teacher, and moments are in bfloat16: that is what the disk has room for. By
 `python -m twinflow_jax.plan --config configs/sana06b_kaggle.py --topology v5e:2x4`, not yet there:
   memory   3.4 of 15.75 GiB a chip: batch 128, every layer computed again (model.remat=full)
-  time     .41 to .48 s a step, right to 30-50 %: 30,000 steps in 3.4 to 4 hours, so that one
-           session of 9 hours is enough, and a fifth of a week's 20
+  time     .36 to .38 s a step by the model (docs/benchmarks.md says how far that is off): 30,000
+           steps in 3 hours, so that one session of 9 hours is enough, and a sixth of a week's 20
   disk     7.2 GB a checkpoint, of which one stays and another is written: 14.4 of 20 GB
 """
 
