@@ -26,8 +26,9 @@ from jax.sharding import PartitionSpec as P
 
 from twinflow_jax.parallel.mesh import MeshConfig, make_mesh
 from twinflow_jax.planning import compiling, cost, hlo, topology
+from twinflow_jax.planning.topology import GIB
 
-GIB, TOKENS, VOCAB, HEAD = 2**30, 2048, 32000, 128
+TOKENS, VOCAB, HEAD = 2048, 32000, 128
 BLOCK = 512  # queries and keys of the attention kernel at once
 CAUSAL = 0.5  # of its blocks are skipped, which the model of the kernel does not know
 
@@ -174,17 +175,16 @@ def predicted(config: Decoder, name: str, slice_name: str):
     )
     optimizer, loss = optax.adamw(3e-5, b2=0.95, weight_decay=0.1), loss_of(config, mesh)
     placed = lambda spec: NamedSharding(mesh, spec)
-    layouts = {key: placed(spec) for key, (_, spec) in shapes(config).items()}
     params = {
-        key: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layouts[key])
-        for key, (shape, _) in shapes(config).items()
+        key: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed(spec))
+        for key, (shape, spec) in shapes(config).items()
     }
-    moments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed(P())),
-        jax.eval_shape(optimizer.init, params),
-    )
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, params)
     moments = optax.tree.map_params(
-        optimizer, lambda leaf, like: like, moments, params
+        optimizer, lambda _, like: like, jax.eval_shape(optimizer.init, params), params,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=placed(P())
+        ),
     )
     tokens = jax.ShapeDtypeStruct(
         (config.rows * len(devices), TOKENS + 1), jnp.int32, sharding=placed(P("fsdp"))

@@ -39,7 +39,6 @@ FAKE = "fake"
 class Config(Shared):
     """Hyperparameters; the defaults are the `dmd2` preset."""
 
-    image_free = True  # but for pairs, which are no captions'
 
     form: str = "matching"
     teacher_decay: float = 1.0
@@ -84,6 +83,11 @@ class Config(Shared):
     def auxiliary(self) -> dict[str, dict[str, Any]]:
         """The fake score."""
         return {FAKE: {"learning_rate": self.fake_learning_rate, "betas": self.fake_betas}}
+
+    @property
+    def image_free(self) -> bool:
+        """Conditions will do, but for pairs, which are pictures."""
+        return not self.pairs
 
     @property
     def pairs(self) -> bool:

@@ -59,10 +59,12 @@ def started_traffic(computation: Computation, op: Instruction) -> Counter[int]:
     and a flag; of an update in place its operands again, the whole and a flag.
     """
     sources = [computation.instructions[name].results[0] for name in op.operands]
-    part, source, target = {
-        "copy-start": lambda: (op.results[0], sources[0], op.results[0]),
-        "dynamic-update-slice-start": lambda: (sources[1], sources[1], sources[0]),
-    }.get(op.opcode, lambda: (op.results[len(sources)], sources[0], op.results[len(sources)]))()
+    if op.opcode == "dynamic-update-slice-start":
+        target, part = sources[:2]
+        source = part
+    else:
+        source = sources[0]
+        part = target = op.results[0 if op.opcode == "copy-start" else len(sources)]
     total = Counter()
     for array in (source, target):
         total[array.space] += part.bytes

@@ -57,16 +57,9 @@ def take(conditions: Conditions, index) -> Conditions:
 def open_data(run: Run) -> data.Dataset | list[Records]:
     """The named dataset, or the folders of records, of a run."""
     if run.data.records:
-        learns = run.objective.pairs
-        alone = run.objective.image_free and not learns
-        folders = records.open_folders(run.data.records, run.model, alone)
-        for folder in folders if learns else ():
-            if not folder.manifest.pairs:
-                raise UserError(
-                    f"the objective learns from pairs, and {folder.folder} keeps no noise beside "
-                    "its pictures: draw them with `twinflow encode --generate --pairs`"
-                )
-        return folders
+        return records.open_folders(
+            run.data.records, run.model, run.objective.image_free, run.objective.pairs
+        )
     dataset = data.load(run.data.name)
     if run.data.pairs:
         found = pairs.read(run.data.pairs)

@@ -21,11 +21,12 @@ Rows = tuple[Records, str, Int[np.ndarray, "N"]]  # of a folder and split, those
 
 
 def open_folders(
-    paths: Sequence[str], settings: Settings, image_free: bool
+    paths: Sequence[str], settings: Settings, image_free: bool, pairs: bool = False
 ) -> list[Records]:
     """Folders of records, made alike and fit for the network.
 
-    image_free: whether prompts without pictures can be trained on.
+    image_free: whether prompts without pictures can be trained on. pairs: whether the noise of each
+    picture is learned from.
     Raises:
       UserError: none or unfinished ones, records of another family or of pictures that the
         network does not take; names both sides. Or hosts that see other records than the first.
@@ -43,6 +44,11 @@ def open_folders(
             check_same(folder, first, "autoencoder", str(folders[0].folder))
         for split in folder.splits:
             check_split(folder, split, settings, image_free)
+        if pairs and not folder.manifest.pairs:
+            raise UserError(
+                f"the objective learns from pairs, and {folder.folder} keeps no noise beside its "
+                "pictures: draw them with `twinflow encode --generate --pairs`"
+            )
     # Each host reads its own copy, or one that another has written again meanwhile.
     hosts.agree({"data.records": digest(folders).encode()})
     return folders
@@ -132,8 +138,7 @@ def streams(
         share = each[folder] * len(rows) / len(folder)
 
         def read(numbers, seeds):
-            rows_of = batch(folder, split, rows[numbers], seeds, shape, settings)
-            return rows_of | noise_of(folder, split, rows[numbers]) if pairs else rows_of
+            return batch(folder, split, rows[numbers], seeds, shape, settings, pairs)
 
         return data.Stream(len(rows), read, share)
 
@@ -143,16 +148,22 @@ def streams(
     }
 
 
-def batch(folder: Records, split: str, rows, seeds, shape: Shape, settings: Settings):
+def batch(
+    folder: Records, split: str, rows, seeds, shape: Shape, settings: Settings, pairs: bool = False
+):
     """Rows {"x", "cond"} of one split; of several captions each epoch draws one. Of edits "null"
-    too, each row's own, since the instruction that stands for none is about its pictures."""
+    too, each row's own, since the instruction that stands for none is about its pictures. pairs:
+    "noise" too, which each sample was drawn from."""
     tokens = shape.text
     x, said, unsaid = np.zeros((len(rows), *shape.sample), np.float32), [], []
     references = tuple(np.zeros((len(rows), *one), np.float32) for one in shape.references)
+    noise = {"noise": np.zeros_like(x)} if pairs else {}
     for i, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
         example = folder.read(split, int(row))
         if example.sample is not None:
             x[i] = example.sample
+        if pairs:
+            noise["noise"][i] = example.noise
         several = len(example.tokens) > 1
         pick = np.random.default_rng(seed).integers(len(example.tokens)) if several else 0
         said.append(whole(example, example.tokens[pick]))
@@ -168,15 +179,9 @@ def batch(folder: Records, split: str, rows, seeds, shape: Shape, settings: Sett
                 array[i] = latents
     cond = padded(said, settings, tokens)
     if not references:
-        return {"x": x, "cond": cond}
+        return noise | {"x": x, "cond": cond}
     about = {"references": references}
     return {"x": x, "cond": cond | about, "null": padded(unsaid, settings, tokens) | about}
-
-
-def noise_of(folder: Records, split: str, rows) -> dict[str, Float[np.ndarray, "N h w c"]]:
-    """What the samples of some rows were drawn from, as "noise"."""
-    noise = [folder.read(split, int(row)).noise for row in rows]
-    return {"noise": np.stack(noise).astype(np.float32)}
 
 
 def whole(example: Example, tokens: Float[np.ndarray, "_ D"]) -> Float[np.ndarray, "_ D"]:
