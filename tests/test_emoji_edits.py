@@ -19,8 +19,10 @@ from twinflow_jax.models import minilm_edit
 from twinflow_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-PLAIN, DARK, BOTH = "1f44b", "1f44b-1f3ff", "1f91d-1f3fb-200d-1f3ff"
-KNOWN = ("google/1f44b", "google/1f44b-1f3ff", "google/1f91d-1f3fb-200d-1f3ff", "3d/1f44b")
+PLAIN, DARK, LIGHT = "1f44b", "1f44b-1f3ff", "1f44b-1f3fb"
+KNOWN = (  # the last but one has two tones
+    *(f"google/{code}" for code in (PLAIN, DARK, LIGHT, "1f91d-1f3fb-200d-1f3ff")), f"3d/{PLAIN}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +65,24 @@ def test_pairs(loaded, emoji):
     rows = [json.loads(line) for line in (emoji / "edits.jsonl").read_text().splitlines()]
     found = {(row["source"], row["instruction"]): row["target"] for row in rows}
     image = "images/{}.png".format
-    assert len(found) == len(rows) == 2 + 1 + len(KNOWN)
+    assert len(found) == len(rows) == 2 + 4 + 2 * len(KNOWN)
     assert found[image(f"google/{PLAIN}"), "draw it in a 3d style"] == image(f"3d/{PLAIN}")
     assert found[image(f"3d/{PLAIN}"), "draw it in Google's style"] == image(f"google/{PLAIN}")
-    assert found[image(f"google/{PLAIN}"), "give it dark skin"] == image(f"google/{DARK}")
+    for source in (PLAIN, LIGHT):
+        assert found[image(f"google/{source}"), "give it dark skin"] == image(f"google/{DARK}")
     for name in KNOWN:
-        [(said, change)] = [
-            (said, change) for said, change in tool.CHANGES.values() if (image(name), said) in found
+        changes = [tool.MIRROR, *tool.COLOURS.values()]
+        (mirror, _), (_, _) = done = [
+            (said, change) for said, change in changes if (image(name), said) in found
         ]
-        source, target = (Image.open(emoji / f) for f in (image(name), found[image(name), said]))
-        np.testing.assert_array_equal(np.asarray(target), np.asarray(change(source)))
-    assert len((emoji / "edits_held_out.jsonl").read_text().splitlines()) == 1
+        assert mirror == "mirror it"
+        for said, change in done:
+            files = image(name), found[image(name), said]
+            source, target = (Image.open(emoji / file) for file in files)
+            np.testing.assert_array_equal(np.asarray(target), np.asarray(change(source)))
+    assert len((emoji / "edits_held_out.jsonl").read_text().splitlines()) == 2
+    several = {"google/a": "a", "3d/a": "b", "twitter/a": "c"}  # one other style of the two
+    assert len(list(tool.styles(several))) == 3
 
 
 def test_the_network_estimates_the_picture():
@@ -107,18 +116,18 @@ def test_the_family_trains_on_them(loaded, emoji, tmp_path, capsys, monkeypatch)
     ])
     assert int(train(run, str(tmp_path / "run"), progress=False).step) == 2
     judge = loaded("benchmarks/edits.py")
-    monkeypatch.setattr(judge, "ROWS", 7)
+    monkeypatch.setattr(judge, "ROWS", 8)
     sheet, shares = tmp_path / "sheet.png", tmp_path / "shares.json"
     given = f"{tmp_path / 'run'}:2,4", "--records", records, "--guidance", "2"
     monkeypatch.setattr(
         "sys.argv", ["edits.py", *given, "--sheet", str(sheet), "--json", str(shares)]
     )
     judge.main()
-    assert "7 edits of" in capsys.readouterr().out
+    assert "16 edits of" in capsys.readouterr().out
     assert [key.rpartition(":")[2] for key in json.loads(shares.read_text())] == ["2", "4"]
     with Image.open(sheet) as picture:  # sources, two numbers of evaluations, results
         said = picture.text["rows"].split("\n")
-        assert len(said) == 7 and picture.height >= 7 * 33 and picture.width >= 4 * 33
+        assert len(said) == 12 and picture.height >= 12 * 33 and picture.width >= 4 * 33
     first = [judge.spread(["a", "b", "a", "b", "a"] * 4)[place] for place in (0, 5, 6, 11)]
     assert first == [0, 9, 1, 13]  # six of each, those of one instruction together
     monkeypatch.setattr("sys.argv", ["edits.py", str(tmp_path / "run"), "--records", records])

@@ -4,13 +4,14 @@
     SET/edits_held_out.jsonl   of those in held_out_concepts.jsonl
     SET/changed/NAME/STYLE/CODE.png
 
-Written for twinflow encode. An edit draws an emoji in another style, gives it a skin tone, mirrors
-it or changes its colours. Which of these a picture gets depends on its name alone.
+Written for twinflow encode, about a quarter each: a picture is mirrored, has its colours changed in
+one of three ways, is drawn in one other style, and gets each skin tone from none and from one
+other, where the set has such pictures. Which way, style and other tone depends on names alone.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -25,8 +26,9 @@ TONES = {
     "1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark",
     "1f3ff": "dark",
 }
-CHANGES = {  # of colours, and the mirror: name, instruction, change
-    "mirrored": ("mirror it", ImageOps.mirror),
+Change = tuple[str, Callable[[Image.Image], Image.Image]]  # an instruction, what it does
+MIRROR: Change = ("mirror it", ImageOps.mirror)
+COLOURS: dict[str, Change] = {
     "inverted": ("invert its colours", ImageOps.invert),
     "grey": ("draw it in black and white", lambda picture: picture.convert("L").convert("RGB")),
     "turned": (
@@ -57,36 +59,44 @@ def main() -> None:
 Edits = Iterator[tuple[str, str, str]]  # instruction, source, target
 
 
+def one_of(choices: Sequence, name: str):
+    """The same one for a name, always."""
+    return choices[int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(choices)]
+
+
 def styles(known: dict[str, str]) -> Edits:
-    """Of each picture those of the same emoji in other styles. known: files of pictures by id."""
+    """Of each picture one of the same emoji in another style. known: files of pictures by id."""
     for name, source in known.items():
         style, _, code = name.partition("/")
-        for other, said in STYLES.items():
-            if other != style and (target := known.get(f"{other}/{code}")):
-                yield f"draw it in {said} style", source, target
+        there = [other for other in STYLES if other != style and f"{other}/{code}" in known]
+        if there:
+            other = one_of(there, name)
+            yield f"draw it in {STYLES[other]} style", source, known[f"{other}/{code}"]
 
 
 def tones(known: dict[str, str]) -> Edits:
-    """Of each picture without a skin tone those that have one."""
+    """Of each picture with one skin tone: from the one without, and from one with another tone."""
     for name, target in known.items():
-        style, _, code = name.partition("/")
-        parts = code.split("-")
-        found = [part for part in parts if part in TONES]
-        plain = "-".join(part for part in parts if part not in TONES)
-        if len(found) == 1 and (source := known.get(f"{style}/{plain}")):
-            yield f"give it {TONES[found[0]]} skin", source, target
+        found = [tone for tone in TONES if tone in name.split("/")[1].split("-")]
+        if len(found) != 1 or name.count(found[0]) != 1:
+            continue
+        said = f"give it {TONES[found[0]]} skin"
+        if source := known.get(name.replace(f"-{found[0]}", "")):
+            yield said, source, target
+        others = (name.replace(found[0], tone) for tone in TONES if tone != found[0])
+        if there := [known[other] for other in others if other in known]:
+            yield said, one_of(there, name), target
 
 
 def changed(folder: epath.Path, known: dict[str, str]) -> Edits:
-    """Of each picture one that is mirrored or coloured, which is written."""
+    """Of each picture its mirror image and one in other colours, which are written."""
     for name, source in known.items():
-        draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        kind = list(CHANGES)[draw % len(CHANGES)]
-        said, change = CHANGES[kind]
-        target = f"changed/{kind}/{name}.png"
         picture = images.opened((folder / source).read_bytes()).convert("RGB")
-        files.write(folder / target, images.png(change(picture)))
-        yield said, source, target
+        kind = one_of(list(COLOURS), name)
+        for into, (said, change) in (("mirrored", MIRROR), (kind, COLOURS[kind])):
+            target = f"changed/{into}/{name}.png"
+            files.write(folder / target, images.png(change(picture)))
+            yield said, source, target
 
 
 if __name__ == "__main__":

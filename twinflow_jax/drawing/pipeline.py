@@ -95,9 +95,14 @@ class Pipeline:
 
     @contextlib.contextmanager
     def loaded(self, name: str, stage: str) -> Iterator[tuple[Any, Any]]:
-        """`(config, params)` of a network, freed at the end unless they are kept."""
+        """`(config, params)` of a network, freed at the end unless they are kept.
+
+        Raises:
+          UserError: it is larger than the devices' memory.
+        """
         kept = {} if self._kept is None else self._kept
         if name not in kept:
+            self._check_room(name)
             with self.clock.measure(stage, "load"):
                 weights = store.load(
                     self.arrays(name), self.abstract(name), name, self.progress
@@ -118,6 +123,21 @@ class Pipeline:
         finally:
             _free(kept)
 
+    def _check_room(self, name: str) -> None:
+        """Raises UserError where a network's weights alone are more than a device holds."""
+        devices, gib = self.devices(), 2**30
+        need, room = parallel.on_device(self.abstract(name)), parallel.room(devices[0])
+        if room and need > room:
+            alone = len(devices) < jax.local_device_count()
+            raise UserError(
+                f"{name} of {self.checkpoint.folder} takes {need / gib:.1f} GiB on each of "
+                f"{len(devices)} devices, which have {room / gib:.1f}: " + (
+                    "several hosts share this slice, and each has one chip for what it computes "
+                    "alone (docs/pods.md); for training give sample.prompts=()" if alone
+                    else "take more of them, or --dtype bfloat16"
+                )
+            )
+
     def abstract(self, name: str):
         """The shapes, dtypes and layouts of a network's loaded weights."""
         config, network = self.config(name), self.checkpoint.network(name)
@@ -131,7 +151,7 @@ class Pipeline:
         )
 
     def devices(self) -> list:
-        return jax.local_devices()
+        return parallel.own_devices()
 
     def put(self, tree, layout: jax.sharding.Sharding):
         """Host arrays on this pipeline's devices."""

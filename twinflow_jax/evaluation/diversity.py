@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from twinflow_jax import images
+from twinflow_jax import images, parallel
 from twinflow_jax.checkpoints import store, tensors
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation.suites import results
@@ -59,7 +59,7 @@ def measure(
     if suite.samples == 1 or suite.grid:
         raise UserError(f"{suite.name} has no several files of one prompt: diversity is of geneval")
     params, found = load(file, network), []
-    devices = np.array(jax.local_devices())
+    devices = np.array(parallel.own_devices())
     mesh = jax.sharding.Mesh(devices, ("prompts",))
     over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("prompts"))
     params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))

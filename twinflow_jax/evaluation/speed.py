@@ -7,7 +7,6 @@ import statistics
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from twinflow_jax import drawing, files
@@ -43,7 +42,7 @@ def speed(args: argparse.Namespace) -> int:
 
 def device() -> str:
     """What computes, in words."""
-    found = jax.local_devices()
+    found = parallel.own_devices()
     return f"{len(found)} x {found[0].device_kind}"
 
 

@@ -4,8 +4,10 @@ from twinflow_jax.parallel.mesh import (
     BATCH,
     MeshConfig,
     make_mesh,
+    on_device,
     over_devices,
     over_rows,
+    own_devices,
     replicated,
     room,
     row_parts,
@@ -15,5 +17,6 @@ from twinflow_jax.parallel.strategies import STRATEGIES, Strategy, applied, crea
 
 __all__ = [
     "BATCH", "RULES", "STRATEGIES", "MeshConfig", "Strategy", "applied", "create", "make_mesh",
-    "over_devices", "over_rows", "replicated", "report", "room", "row_parts", "shardings",
+    "on_device", "over_devices", "over_rows", "own_devices", "replicated", "report", "room",
+    "row_parts", "shardings",
 ]

@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,6 +23,10 @@ BATCH = ("data", *FSDP)
 AXES = (*BATCH, "tensor", "context")
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of their shape alone
+
+# Kinds whose chips reach each other over their whole slice only: the compiler takes a program for
+# all of a slice or for one chip ("limited ICI routing").
+WHOLE_OR_ONE = ("TPU v5 lite", "TPU v6 lite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +108,28 @@ def make_mesh(
 def slice_of(device) -> int:
     """The slice of TPUs that a device belongs to; 0 where there is only one."""
     return getattr(device, "slice_index", 0) or 0
+
+
+def own_devices(devices: Sequence | None = None, process: int | None = None) -> list:
+    """Devices of a process that run programs of its own together: all that it has, or one of a
+    slice of WHOLE_OR_ONE that it shares with other processes.
+
+    devices: of all processes; process: which one. Default: as JAX knows them here.
+    """
+    devices = jax.devices() if devices is None else devices
+    process = jax.process_index() if process is None else process
+    own = [device for device in devices if device.process_index == process]
+    here = {slice_of(device) for device in own}
+    shared = any(slice_of(one) in here for one in devices if one.process_index != process)
+    return own[:1] if shared and own[0].device_kind in WHOLE_OR_ONE else own
+
+
+def on_device(tree) -> int:
+    """Bytes of abstract arrays on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _minor(fsdp: int, devices: list) -> int:

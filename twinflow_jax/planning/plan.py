@@ -15,7 +15,6 @@ from twinflow_jax.planning.collectives import collectives
 from twinflow_jax.planning.compiling import Compiled, compiled
 from twinflow_jax.planning.topology import GIB, Topology, devices, generation_of
 from twinflow_jax.training import flops, inputs, setup
-from twinflow_jax.training.setup import on_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +100,10 @@ def train(run: Run, topology: Topology, hlo_file=None, told: Told = lambda _: No
         f"step has {mean:.2f} of its FLOPs on average, which the run's hours assume of its seconds",
     )
     parts = {
-        "weights": on_device(state.params), "optimizer": on_device(state.opt_state),
-        "teacher": on_device(state.teacher), "average": on_device(state.average),
-        "auxiliary networks": on_device(state.auxiliary), "batch": on_device(batch),
+        name: parallel.on_device(part) for name, part in (
+            ("weights", state.params), ("optimizer", state.opt_state), ("teacher", state.teacher),
+            ("average", state.average), ("auxiliary networks", state.auxiliary), ("batch", batch),
+        )
     }
     one = flops.forward(prepared.model, run.shape)
     row_parts = parallel.row_parts(prepared.strategy.mesh)
@@ -147,7 +147,8 @@ def sample(
     work = flops.step(
         one, [flops.Call(rows, False)] * grid.nfe, "none", parallel.row_parts(mesh)
     )
-    parts = {"weights": on_device(params), "batch": on_device((batch["x"], batch["cond"]))}
+    given = batch["x"], batch["cond"]
+    parts = {"weights": parallel.on_device(params), "batch": parallel.on_device(given)}
     base = _base(run, topology, "none")
     return _compiled(base, lower, mesh, parts, one, work, hlo_file, told)
 

@@ -34,11 +34,11 @@ from twinflow_jax.planning.topology import GIB
 from twinflow_jax.sampling import any_step, batched, few_step, schedules
 from twinflow_jax.training import inputs, records, setup, state
 from twinflow_jax.training.preview import Preview
-from twinflow_jax.training.setup import on_device
 
 Shapes = Sequence[models.Shape]
 LEVERS = {  # of the stages of a pipeline
-    text.STAGE: "--dtype bfloat16, or a host with more chips", "denoising": "a smaller --batch",
+    text.STAGE: "--dtype bfloat16, a host with more chips, sample.prompts=() in training",
+    "denoising": "a smaller --batch",
     "encoding": "a smaller --batch", "decoding": "a smaller --tile",
 }
 
@@ -113,7 +113,7 @@ class Rehearsal(Pipeline):
     @contextlib.contextmanager
     def loaded(self, name: str, stage: str) -> Iterator[tuple[Any, Any]]:
         before, params = dict(self._loaded), self.abstract(name)
-        self._loaded[name] = on_device(params)
+        self._loaded[name] = parallel.on_device(params)
         try:
             yield self.config(name), params
         finally:
@@ -132,7 +132,7 @@ class Rehearsal(Pipeline):
             with parallel.applied(self.mesh()):
                 self._programs[known] = traced = jax.jit(function).trace(*arguments)
             shape = jax.tree.leaves(arguments[1])[0].shape
-            beside = self.held + sum(self._loaded.values()) - on_device(arguments[0])
+            beside = self.held + sum(self._loaded.values()) - parallel.on_device(arguments[0])
             self.programs.append(Program(
                 self.verb, f"{stage}{_told(key)}, {_by(shape)}", functools.partial(
                     self._lower, traced
@@ -168,7 +168,7 @@ def programs(
         blank = _blank(run, epath.Path(folder)) if run.family.text_to_image else None
         model = models.build(run.model, adapter=run.adapter)
         ranks = ranks_of(names.flatten(model.abstract_params())) if run.adapter.rank else {}
-        host = tuple(one for one in devices if one.process_index == devices[0].process_index)
+        host = tuple(parallel.own_devices(devices, devices[0].process_index))
         # Only training pads texts to several lengths.
         pictures = list({(one.sample, one.references): one for one in shapes}.values())
         for verb in verbs:
@@ -225,7 +225,7 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
     prepared, kind = setup.prepare(run, devices), devices[0].device_kind
     where = {"lowering_platforms": (devices[0].platform,)}
     whole = prepared.abstract_state()
-    size, weights = on_device(whole), state.sampling_params(whole)
+    size, weights = parallel.on_device(whole), state.sampling_params(whole)
     helps = plan.levers(run.mesh.strategy, run.model.remat, 1.0)
     several = len(run.data.text_lengths) > 1
     of_text = lambda shape: f", {shape.text} tokens" if several else ""
@@ -233,7 +233,7 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
         Program(
             "train", f"{phase} step, {_by(shape.sample)}{of_text(shape)}", functools.partial(
                 prepared.lower, phase, shape, **where
-            ), on_device(prepared.abstract_batch(shape)), helps, flags.options(kind),
+            ), parallel.on_device(prepared.abstract_batch(shape)), helps, flags.options(kind),
         )  # beside the next batch
         for phase, shape in prepared.ahead(shapes)
     ]
@@ -251,7 +251,7 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
         Program(
             "train", f"pictures {grid.nfe} NFE, {_by(preview.shape)}", functools.partial(
                 preview.lower, grid, weights, **where
-            ), size - on_device(weights), "smaller sample.columns, or more chips",
+            ), size - parallel.on_device(weights), "smaller sample.columns, or more chips",
         )
         for grid in preview.grids
     ]

@@ -305,8 +305,9 @@ class ByEdit(ByPrompt):
 
 def memory() -> int | None:
     """Bytes that this process's devices have together; None if unknown."""
-    each = parallel.room(jax.local_devices()[0])
-    return each and each * jax.local_device_count()
+    own = parallel.own_devices()
+    each = parallel.room(own[0])
+    return each and each * len(own)
 
 
 def open_networks(folders: Sequence[str]) -> list[Network]:

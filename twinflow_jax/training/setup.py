@@ -211,13 +211,5 @@ def check_tokens(mesh: jax.sharding.Mesh, shape: models.Shape, settings: Setting
         )
 
 
-def on_device(tree) -> int:
-    """Bytes of abstract arrays on each device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
 def _placed(leaf, layout):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
