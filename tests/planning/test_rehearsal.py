@@ -124,9 +124,10 @@ def test_what_lies_beside_a_program_counts():
 
 
 @pytest.mark.tpu
-def test_a_rehearsal_of_the_small_networks():
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:4x8"])  # one host, several
+def test_a_rehearsal_of_the_small_networks(topology):
     command = [
-        sys.executable, "-m", "twinflow_jax.rehearse", "--config", TINY, "--topology", "v5e:2x4",
+        sys.executable, "-m", "twinflow_jax.rehearse", "--config", TINY, "--topology", topology,
         "--verbs", "train",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
