@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twinflow_jax import drawing, files
+from twinflow_jax import drawing, files, parallel
 from twinflow_jax.drawing import Pipeline, Sampler, by_prompt, text
 from twinflow_jax.drawing.pipeline import run_of
 from twinflow_jax.errors import UserError

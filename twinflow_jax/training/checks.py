@@ -15,7 +15,7 @@ from twinflow_jax.models.adapters import ranks_of
 from twinflow_jax.models.family import TextToImage
 from twinflow_jax.models.settings import Settings
 from twinflow_jax.training import inputs, records
-from twinflow_jax.training.setup import Setup, on_device
+from twinflow_jax.training.setup import Setup
 
 
 def check_fit(run: Run, source: data.Dataset | list[Records]) -> None:
@@ -82,7 +82,7 @@ def check_memory(prepared: Setup) -> None:
     Raises:
       UserError: says what there is and what it takes.
     """
-    needed = on_device((prepared.abstract_state(), prepared.abstract_batch()))
+    needed = parallel.on_device((prepared.abstract_state(), prepared.abstract_batch()))
     device = jax.local_devices()[0]
     room = parallel.room(device)
     if room and needed > room:
