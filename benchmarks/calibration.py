@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from published import decoder, flux
 
+from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.planning import compiling, cost, hlo, topology
 from twinflow_jax.planning.topology import GIB
 
@@ -51,7 +52,7 @@ def predicted(workload, name: str, slice_name: str):
     )
     made = compiling.compiled(lower, workload.options, devices, name)
     if made.refused:
-        raise SystemExit(f"{name}: {made.refused}")
+        raise UserError(f"{name}: {made.refused}")
     return made, cost.predict(hlo.parse(made.text), devices)
 
 
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)
