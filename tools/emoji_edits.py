@@ -77,13 +77,14 @@ def styles(known: dict[str, str]) -> Edits:
 def tones(known: dict[str, str]) -> Edits:
     """Of each picture with one skin tone: from the one without, and from one with another tone."""
     for name, target in known.items():
-        found = [tone for tone in TONES if tone in name.split("/")[1].split("-")]
-        if len(found) != 1 or name.count(found[0]) != 1:
+        found = [part for part in name.partition("/")[2].split("-") if part in TONES]
+        if len(found) != 1:
             continue
-        said = f"give it {TONES[found[0]]} skin"
-        if source := known.get(name.replace(f"-{found[0]}", "")):
+        [tone] = found
+        said = f"give it {TONES[tone]} skin"
+        if source := known.get(name.replace(f"-{tone}", "")):
             yield said, source, target
-        others = (name.replace(found[0], tone) for tone in TONES if tone != found[0])
+        others = (name.replace(tone, other) for other in TONES if other != tone)
         if there := [known[other] for other in others if other in known]:
             yield said, one_of(there, name), target
 

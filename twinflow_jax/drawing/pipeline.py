@@ -102,11 +102,10 @@ class Pipeline:
         """
         kept = {} if self._kept is None else self._kept
         if name not in kept:
-            self._check_room(name)
             with self.clock.measure(stage, "load"):
-                weights = store.load(
-                    self.arrays(name), self.abstract(name), name, self.progress
-                )
+                abstract = self.abstract(name)
+                self._check_room(name, abstract)
+                weights = store.load(self.arrays(name), abstract, name, self.progress)
                 kept[name] = jax.block_until_ready(weights)
         try:
             yield self.config(name), kept[name]
@@ -123,10 +122,10 @@ class Pipeline:
         finally:
             _free(kept)
 
-    def _check_room(self, name: str) -> None:
+    def _check_room(self, name: str, abstract) -> None:
         """Raises UserError where a network's weights alone are more than a device holds."""
         devices, gib = self.devices(), 2**30
-        need, room = parallel.on_device(self.abstract(name)), parallel.room(devices[0])
+        need, room = parallel.on_device(abstract), parallel.room(devices[0])
         if room and need > room:
             alone = len(devices) < jax.local_device_count()
             raise UserError(

@@ -39,7 +39,6 @@ FAKE = "fake"
 class Config(Shared):
     """Hyperparameters; the defaults are the `dmd2` preset."""
 
-
     form: str = "matching"
     teacher_decay: float = 1.0
     rule: str = option("dmd", "how samples are moved", choices=("vsd", "dmd", "sid"))
