@@ -1,11 +1,15 @@
 """What saving costs the training loop, and what restoring costs memory.
 
     python benchmarks/checkpoints.py            # a state of 4.3 GB; takes 9 GB of memory and disk
+    python benchmarks/checkpoints.py --arrays 2 --folder gs://BUCKET/saved
+    python -m tests.bucket python benchmarks/checkpoints.py --arrays 2 --folder gs://bucket/saved
 
-Saves through the run's own Saver: `save` returns when the buffers may be donated, the writing goes
-on behind. Compared with copying the same state to the host's memory, which saving has to do.
+The last in a bucket that this machine plays. Saves through the run's own Saver: `save` returns
+when the buffers may be donated, the writing goes on behind. Compared with copying the same state to
+the host's memory, which saving has to do.
 """
 
+import argparse
 import json
 import resource
 import statistics
@@ -19,20 +23,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from twinflow_jax import checkpoints
-from twinflow_jax.checkpoints.saver import abstract
 
-LEAVES, SIZE = 16, 67_108_864  # float32: 268 MB each
+SIZE = 67_108_864  # of an array in float32: 268 MB
 TURNS = 3
 
 
 def main() -> None:
-    keys = jax.random.split(jax.random.key(0), LEAVES)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arrays", type=int, default=16, help="of 268 MB each")
+    parser.add_argument("--folder", help="that is empty or not there; default: a temporary one")
+    args = parser.parse_args()
+    keys = jax.random.split(jax.random.key(0), args.arrays)
     make = jax.jit(lambda key: jax.random.normal(key, (SIZE // 4096, 4096), jnp.float32))
     parts = {"params": {f"leaf_{i}": make(key) for i, key in enumerate(keys)}}
     jax.block_until_ready(parts)
     copies, blocked, written = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        saver = checkpoints.Saver(folder, keep=1)
+        saver = checkpoints.Saver(args.folder or folder, keep=1)
         for turn in range(TURNS):
             begin = time.perf_counter()
             for leaf in jax.tree.leaves(parts):
@@ -44,7 +53,9 @@ def main() -> None:
             saver.wait()
             written.append(time.perf_counter() - begin)
             print(f"turn {turn + 1} of {TURNS}", file=sys.stderr)
-        wanted = abstract(parts)
+        wanted = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), parts
+        )
         del parts
         before = resident()
         peak = Peak()

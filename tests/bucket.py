@@ -2,7 +2,8 @@
 google-cloud-storage use, over HTTP, with conditions on generations and resumable uploads.
 
 No package offers one with both. `Bucket.environment` makes processes take it for Cloud Storage;
-`Bucket.refuse` makes it answer 503, 403 or 401.
+`Bucket.refuse` makes it answer 503, 403 or 401. `python -m tests.bucket COMMAND` runs a command
+that sees it as gs://bucket.
 """
 
 import base64
@@ -11,7 +12,10 @@ import email
 import hashlib
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -290,3 +294,8 @@ class Handler(BaseHTTPRequestHandler):
             answers += f"HTTP/1.1 {status} X\n\n{text}"
         kind = {"Content-Type": f"multipart/mixed; boundary={edge}"}
         return 200, kind, f"{answers}\n--{edge}--".encode()
+
+
+if __name__ == "__main__":
+    alone = Bucket()
+    sys.exit(subprocess.run(sys.argv[1:], env=os.environ | alone.environment).returncode)

@@ -57,6 +57,18 @@ def test_imports_point_one_way():
     assert wrong == []
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "configs", "tools"])
+def test_what_scripts_import_is_there(folder):
+    """No test runs most of them."""
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("twinflow_jax"):
+                module = importlib.import_module(node.module)
+                for name in node.names:
+                    if not hasattr(module, name.name):
+                        importlib.import_module(f"{node.module}.{name.name}")
+
+
 @pytest.mark.parametrize("room", ["objectives", "sampling"])
 def test_objectives_and_samplers_know_no_network(room):
     for file in (PACKAGE / room).rglob("*.py"):
