@@ -10,9 +10,10 @@ forward-equivalents as the study's first makes in its steps (a pass with gradien
 derivative one). With --trials N each method gets N random settings, all with the first seed: the
 same multiples of the rate and the guidance, and keys of its own; trial 0 is its preset with the
 study's rate and guidance. The --finalists best by Frechet distance at one evaluation, and
-trial 0, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png. Scores
-are those of `twinflow evaluate`; the start's own stand beside. What is done stays in --out: the
-same command goes on. On one GPU give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a
+trial 0, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png; with
+--share .25 the search itself trains a quarter of the steps only, and finalists all with all seeds.
+Scores are those of `twinflow evaluate`; the start's own stand beside. What is done stays in --out:
+the same command goes on. On one GPU give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a
 JAX_COMPILATION_CACHE_DIR.
 """
 
@@ -93,12 +94,12 @@ def rivals(guidance: float) -> dict[str, Method]:
     return {
         "twinflow": method(
             twinflow, **released, rectify_weight=(1.0, 2.0, 3.0),
-            ratios=((1.0, 1.0, 1.0, 1.0), (0.2, 0.3, 0.3, 0.2)),
+            ratios=((1.0, 1.0, 1.0, 1.0), (0.2, 0.3, 0.3, 0.2), (0.05, 0.45, 0.45, 0.05)),
         ),
         "rcgm": method(
             twinflow | {"ratios": (1.0, 1.0, 1.0, 0.0), "rectify_weight": 0.0}, **released,
             dt=(0.01, 0.03, 0.1),
-            ratios=((1.0, 1.0, 1.0, 0.0), (0.2, 0.4, 0.4, 0.0)),
+            ratios=((1.0, 1.0, 1.0, 0.0), (0.2, 0.4, 0.4, 0.0), (0.05, 0.475, 0.475, 0.0)),
         ),
         "flow_matching": method(
             preset("flow_matching", teacher_decay=0.99), sample_weight=(True, False)
@@ -232,14 +233,17 @@ def spanning(chosen: Settings, steps: int) -> Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training. method: "start" for the velocities that the others start from."""
+    """One training. method: "start" for the velocities that the others start from. share: of the
+    study's steps."""
 
     method: str
     trial: int
     seed: int
+    share: float = 1.0
 
     def folder(self, out: pathlib.Path) -> pathlib.Path:
-        return (out / self.method / f"{self.trial:02d}" / str(self.seed)).resolve()
+        name = str(self.seed) if self.share == 1 else f"{self.seed}_{self.share:g}"
+        return (out / self.method / f"{self.trial:02d}" / name).resolve()
 
     def scores(self, out: pathlib.Path) -> dict[str, dict[str, float]] | None:
         """By evaluations; None where it did not come to its end."""
@@ -254,7 +258,7 @@ class Run:
         start = study.start
         if isinstance(start, int):
             start = str(Run("start", 0, self.seed).folder(out) / "run")
-        budget = study.steps * cost(study, next(iter(study.methods)))
+        budget = self.share * study.steps * cost(study, next(iter(study.methods)))
         steps = round(budget / cost(study, self.method))
         chosen = spanning(settings(study, self.method, self.trial), steps)
         return study.shared | chosen | {
@@ -291,9 +295,10 @@ def do(run: Run, study: Study, out: pathlib.Path) -> None:
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
 
 
-def ranking(out: pathlib.Path, method: str, trials: int, seed: int) -> dict[int, float]:
-    """Frechet distances at one evaluation of the trials that are done, the lowest first."""
-    found = {trial: Run(method, trial, seed).scores(out) for trial in range(trials)}
+def ranking(out: pathlib.Path, runs: list[Run]) -> dict[int, float]:
+    """Frechet distances at one evaluation of a method's runs that are done, by trial, the lowest
+    first."""
+    found = {run.trial: run.scores(out) for run in runs}
     distances = {trial: scores["1"]["frechet"] for trial, scores in found.items() if scores}
     return dict(sorted(distances.items(), key=lambda item: item[1]))
 
@@ -393,6 +398,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--methods", help="some of the study's, with commas between")
     parser.add_argument("--trials", type=int, default=1)
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, in the search")
     parser.add_argument("--finalists", type=int, default=1)
     parser.add_argument("--seeds", default="42,43,44")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
@@ -414,9 +420,12 @@ def main() -> None:
 
     if isinstance(study.start, int):
         finish([Run("start", 0, seed) for seed in seeds], "start")
-    trials = range(args.trials)
-    finish([Run(method, trial, seeds[0]) for trial in trials for method in methods], "search")
-    ranked = {method: ranking(args.out, method, args.trials, seeds[0]) for method in methods}
+    searched = {
+        method: [Run(method, trial, seeds[0], args.share) for trial in range(args.trials)]
+        for method in methods
+    }
+    finish([run for turn in zip(*searched.values(), strict=True) for run in turn], "search")
+    ranked = {method: ranking(args.out, runs) for method, runs in searched.items()}
     if missing := [method for method in methods if not ranked[method]]:
         raise SystemExit(
             f"no run of {', '.join(missing)} came to its end: see {args.out}/*/*/*/log"
@@ -425,7 +434,7 @@ def main() -> None:
         (method, trial) for method in methods
         for trial in dict.fromkeys([*list(ranked[method])[: args.finalists], 0])
     ]
-    finish([Run(*pair, seed) for seed in seeds[1:] for pair in chosen], "seeds")
+    finish([Run(*pair, seed) for seed in seeds for pair in chosen], "seeds")
     rows = collect(study, args.out, [("start", 0), *chosen], seeds)
     (args.out / "rows.json").write_text(json.dumps(rows, indent=1))
     (args.out / "table.md").write_text(table(study, rows))
