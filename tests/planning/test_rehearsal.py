@@ -17,7 +17,7 @@ from twinflow_jax import encode, models, sample
 from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.models import names
 from twinflow_jax.models.adapters import Adapter, is_adapter
-from twinflow_jax.planning import rehearsal
+from twinflow_jax.planning import recorder, rehearsal
 from twinflow_jax.planning.topology import GIB
 from twinflow_jax.training import inputs
 from twinflow_jax.training.loop import train
@@ -110,7 +110,7 @@ def test_samples_of_classes_are_rehearsed(lowered, tmp_path):
 
 def test_what_lies_beside_a_program_counts():
     def row(peak: float, beside: float, refused: str = "") -> rehearsal.Row:
-        program = rehearsal.Program("train", "a step", lambda: None, int(beside * GIB), "a lever")
+        program = recorder.Program("train", "a step", lambda: None, int(beside * GIB), "a lever")
         return rehearsal.Row(program, int(peak * GIB), GIB // 4, 0.5, 60, refused)
 
     assert rehearsal.line(row(10, 5)).split()[-4:] == ["10.00", "5.00", "0.500", "60"]

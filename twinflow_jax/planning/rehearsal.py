@@ -1,7 +1,7 @@
 """Every program that a run's verbs would compile on devices that nobody has yet.
 
-The verbs' own code is run, with a pipeline that computes nothing: what it should run is noted down
-to be compiled, and zeros come back. So there is no second list of programs.
+The verbs' own code is run, with a pipeline that notes down what it should compute
+(`planning/recorder.py`). So there is no second list of programs.
 """
 
 import contextlib
@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import tempfile
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -20,40 +19,23 @@ from PIL import Image
 from twinflow_jax import data, models, parallel
 from twinflow_jax.checkpoints import imported
 from twinflow_jax.config import RANDOM, Run
-from twinflow_jax.drawing import Embeddings, Pipeline, by_class, codec, denoising, editing, text
+from twinflow_jax.drawing import Embeddings, by_class, codec, denoising, editing, text
 from twinflow_jax.encoding.encode import batch_of
 from twinflow_jax.errors import UserError
 from twinflow_jax.evaluation import captioned, features, held_out
 from twinflow_jax.models import attention, efficientnet, names
 from twinflow_jax.models.adapters import ranks_of
-from twinflow_jax.models.family import Prompts, TextToImage
+from twinflow_jax.models.family import Prompts
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo, plan
 from twinflow_jax.planning.compiling import compiled
+from twinflow_jax.planning.recorder import Blank, Program, Recorder, by
 from twinflow_jax.planning.topology import GIB
 from twinflow_jax.sampling import any_step, batched, few_step, schedules
 from twinflow_jax.training import inputs, records, setup, state
 from twinflow_jax.training.preview import Preview
 
 Shapes = Sequence[models.Shape]
-LEVERS = {  # of the stages of a pipeline
-    text.STAGE: "--dtype bfloat16, a host with more chips, sample.prompts=() in training",
-    "denoising": "a smaller --batch",
-    "encoding": "a smaller --batch", "decoding": "a smaller --tile",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One that a verb compiles. beside: bytes that a device holds meanwhile which are none of its
-    arguments. lever: what helps where it does not fit."""
-
-    verb: str
-    name: str
-    lower: Callable[[], jax.stages.Lowered]
-    beside: int
-    lever: str
-    options: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,94 +49,6 @@ class Row:
     seconds: float
     compile_seconds: float
     refused: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Blank(imported.Imported):
-    """An imported checkpoint's configs; its weights are not read, and nothing is written to it."""
-
-    configs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    real: imported.Imported | None = None
-
-    @property
-    def text_to_image(self) -> TextToImage:
-        return self.real.text_to_image if self.real else super().text_to_image
-
-    def network(self, name: str):
-        return self.text_to_image.networks[name]
-
-    def config(self, name: str):
-        return self.configs[name]
-
-    def tokenizer(self, encoder: str) -> epath.Path:
-        return self.real.tokenizer(encoder) if self.real else super().tokenizer(encoder)
-
-    @property
-    def processor(self) -> dict[str, Any]:
-        return self.real.processor if self.real else super().processor
-
-
-@dataclasses.dataclass(frozen=True)
-class Rehearsal(Pipeline):
-    """A pipeline on one host's devices that notes down what it should run, in `programs`.
-
-    verb: that it plays. held: bytes on a device which are none of this pipeline's.
-    """
-
-    of_host: tuple = ()
-    verb: str = ""
-    held: int = 0
-    programs: list[Program] = dataclasses.field(default_factory=list)
-    _loaded: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    def devices(self) -> list:
-        return list(self.of_host)
-
-    @contextlib.contextmanager
-    def loaded(self, name: str, stage: str) -> Iterator[tuple[Any, Any]]:
-        before, params = dict(self._loaded), self.abstract(name)
-        self._loaded[name] = parallel.on_device(params)
-        try:
-            yield self.config(name), params
-        finally:
-            self._loaded.clear()
-            self._loaded.update(before)
-
-    def put(self, tree, layout: jax.sharding.Sharding):
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout), tree
-        )
-
-    def run(self, stage: str, key: Hashable, function: Callable, *arguments):
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(arguments))
-        known = stage, key, shapes
-        if known not in self._programs:
-            with parallel.applied(self.mesh()):
-                self._programs[known] = traced = jax.jit(function).trace(*arguments)
-            shape = jax.tree.leaves(arguments[1])[0].shape
-            beside = self.held + sum(self._loaded.values()) - parallel.on_device(arguments[0])
-            self.programs.append(Program(
-                self.verb, f"{stage}{_told(key)}, {_by(shape)}", functools.partial(
-                    self._lower, traced
-                ), beside, LEVERS[stage],
-            ))
-        out = self._programs[known].out_info
-        return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), out)
-
-    def _lower(self, traced) -> jax.stages.Lowered:
-        with parallel.applied(self.mesh()):
-            return traced.lower(lowering_platforms=(self.of_host[0].platform,))
-
-
-def _told(key: Hashable) -> str:
-    """How a sampler that is a program's key draws."""
-    if isinstance(key, denoising.FewStep):
-        return f" {key.grid.nfe} NFE"
-    return f" base, {len(key.schedule.told)} steps" if isinstance(key, denoising.Base) else ""
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 def programs(
@@ -176,7 +70,7 @@ def programs(
                 dtype = run.model.dtype
             else:
                 dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
-            pipeline = None if blank is None else Rehearsal(
+            pipeline = None if blank is None else Recorder(
                 blank, dtype, settings=run.model, ranks=ranks, progress=False, few=True,
                 of_host=host, verb=verb,
             )
@@ -221,7 +115,7 @@ def _blank(run: Run, folder: epath.Path) -> Blank:
     return Blank(folder, {"family": run.model.name}, configs, real)
 
 
-def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | None) -> list[Program]:
+def _training(run: Run, devices: list, shapes: Shapes, pipeline: Recorder | None) -> list[Program]:
     prepared, kind = setup.prepare(run, devices), devices[0].device_kind
     where = {"lowering_platforms": (devices[0].platform,)}
     whole = prepared.abstract_state()
@@ -231,7 +125,7 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
     of_text = lambda shape: f", {shape.text} tokens" if several else ""
     found = [
         Program(
-            "train", f"{phase} step, {_by(shape.sample)}{of_text(shape)}", functools.partial(
+            "train", f"{phase} step, {by(shape.sample)}{of_text(shape)}", functools.partial(
                 prepared.lower, phase, shape, **where
             ), parallel.on_device(prepared.abstract_batch(shape)), helps, flags.options(kind),
         )  # beside the next batch
@@ -249,7 +143,7 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
     preview = Preview(prepared, known, "")
     then += [
         Program(
-            "train", f"pictures {grid.nfe} NFE, {_by(preview.shape)}", functools.partial(
+            "train", f"pictures {grid.nfe} NFE, {by(preview.shape)}", functools.partial(
                 preview.lower, grid, weights, **where
             ), size - parallel.on_device(weights), "smaller sample.columns, or more chips",
         )
@@ -263,7 +157,7 @@ def _training(run: Run, devices: list, shapes: Shapes, pipeline: Rehearsal | Non
     return found + pipeline.programs[:before] + then + pipeline.programs[before:]
 
 
-def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
+def _inputs(run: Run, pipeline: Recorder | None) -> inputs.Inputs:
     """What training prepares; of records, which need not be here, without rows."""
     prompts, tokens = run.sample.prompts, run.shape.text
     source = None if run.data.records else data.load(run.data.name)
@@ -283,7 +177,7 @@ def _inputs(run: Run, pipeline: Rehearsal | None) -> inputs.Inputs:
     return inputs.Inputs(model, (), lambda _: null, shown, names, inputs.decoder(pipeline), None)
 
 
-def _sampling(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
+def _sampling(run: Run, shapes: Shapes, pipeline: Recorder) -> None:
     """In the run's few steps, and as the base model does. With edits, of which each shape has its
     programs, the networks that draw stay."""
     rows = parallel.row_parts(pipeline.mesh())
@@ -299,7 +193,7 @@ def _sampling(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
 
 
 def _conditions(
-    run: Run, shape: models.Shape, pipeline: Rehearsal
+    run: Run, shape: models.Shape, pipeline: Recorder
 ) -> tuple[Embeddings, Embeddings, Embeddings]:
     """What is drawn in few steps, and as the base model does: with and without the condition."""
     family, prompts = pipeline.family, run.sample.prompts or ("a picture",)
@@ -311,14 +205,14 @@ def _conditions(
     return text.embed(pipeline, prompts), both[:-1], both[-1:]
 
 
-def _pictures(pipeline: Rehearsal, shape: models.Shape) -> tuple[Image.Image, ...]:
+def _pictures(pipeline: Recorder, shape: models.Shape) -> tuple[Image.Image, ...]:
     """Blank sources of edits of a shape."""
     scale = pipeline.config("vae").downscale
     sizes = ((width * scale, height * scale) for height, width, _ in shape.references)
     return tuple(Image.new("RGB", size) for size in sizes)
 
 
-def _encoding(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
+def _encoding(run: Run, shapes: Shapes, pipeline: Recorder) -> None:
     """Captions of every length that the family pads to, and pictures of every size."""
     downscale = pipeline.config("vae").downscale
     with text.encoder(pipeline, text.BATCH) as embed, codec.encoder(pipeline) as encode:
@@ -337,7 +231,7 @@ def _encoding(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
     _draw_as_base(pipeline, cond[:1], run.model.sample_shape, rows, cond[1:])
 
 
-def _texts(pipeline: Rehearsal, shapes: Shapes) -> Iterator[Prompts]:
+def _texts(pipeline: Recorder, shapes: Shapes) -> Iterator[Prompts]:
     """Captions, or instructions about the sources of each shape, from short to long."""
     family, tokenizers = pipeline.family, text.tokenizers(pipeline)
     for said in ("word " * words for words in (1, 50, 100, 200, 400, 1000)):
@@ -352,7 +246,7 @@ def _texts(pipeline: Rehearsal, shapes: Shapes) -> Iterator[Prompts]:
                 yield {name: form.tokenize(tokenizer, config, [said], seen)}
 
 
-def _evaluating(run: Run, shapes: Shapes, pipeline: Rehearsal) -> None:
+def _evaluating(run: Run, shapes: Shapes, pipeline: Recorder) -> None:
     """Drawing while the transformer stays, decoding beside it, and what looks at the pictures."""
     tokens, downscale = run.shape.text, pipeline.config("vae").downscale
     width = pipeline.config("transformer").text_width
@@ -417,7 +311,7 @@ def _of_classes(run: Run, verb: str, device) -> list[Program]:
             return traced.lower(lowering_platforms=where)
 
     return [
-        Program(verb, f"samples {n} NFE, {_by(noise.shape)}", functools.partial(
+        Program(verb, f"samples {n} NFE, {by(noise.shape)}", functools.partial(
             lower, few_step(n)
         ), 0, "fewer samples")
         for n in run.sample.steps
