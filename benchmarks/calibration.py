@@ -4,13 +4,18 @@
     python benchmarks/calibration.py --out runs/calibration
 
 Each workload is a program of the same shape, written in benchmarks/published, compiled for its
-slice by the TPU's compiler and predicted by the model behind `plan`.
+slice by the TPU's compiler and predicted by the model behind `plan`. At the end the two constants
+that are fitted are fitted anew without each workload in turn, whose error is then the model's.
 """
 
 import argparse
+import collections
+import itertools
 import json
+import math
 import pathlib
 import sys
+from unittest import mock
 
 import jax
 import optax
@@ -23,10 +28,13 @@ from twinflow_jax.planning import compiling, cost, hlo, topology
 from twinflow_jax.planning.topology import GIB
 
 WORKLOADS = decoder.WORKLOADS | flux.WORKLOADS
+LEAST = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # cost.MATMUL_LEAST
+SHARES = (0.55, 0.65, 0.75)  # cost.ATTENTION_SHARE; no kernel of others comes above the last
+Constants = tuple[float, float]
 
 
-def predicted(workload, name: str, slice_name: str):
-    """What the compiler makes of a step, and the model's prediction of it."""
+def compiled(workload, name: str, slice_name: str):
+    """What the compiler makes of a step, as a program and its bytes, and the step's devices."""
     mesh = workload.mesh(topology.devices(topology.resolve(slice_name)))
     devices = list(mesh.devices.flat)
     optimizer, loss = workload.optimizer, workload.loss(mesh)
@@ -53,7 +61,28 @@ def predicted(workload, name: str, slice_name: str):
     made = compiling.compiled(lower, workload.options, devices, name)
     if made.refused:
         raise UserError(f"{name}: {made.refused}")
-    return made, cost.predict(hlo.parse(made.text), devices)
+    return hlo.parse(made.text), made.peak, devices
+
+
+def attention(found: cost.Prediction) -> float:
+    """Seconds of attention's kernels, every block of them."""
+    return sum(part.seconds for part in found.components if part.name == "attention kernels")
+
+
+def seconds_of(found: cost.Prediction, workload) -> float:
+    """Of a step. The model of the kernel does not know which blocks a mask skips."""
+    return found.overlapped - attention(found) * (1 - workload.attended)
+
+
+def held_out(errors: dict[str, dict[Constants, float]]) -> str:
+    """Each workload's error with the constants that the others' are least with. errors: by workload
+    and constants."""
+    lines = ["| held out | fitted to the others | error |", "|---|---|---|"]
+    for name, mine in errors.items():
+        others = [theirs for other, theirs in errors.items() if other != name]
+        least = min(mine, key=lambda at: sum(math.log1p(one[at]) ** 2 for one in others))  # noqa: B023
+        lines.append(f"| {name} | {least[0]}, {least[1]} | {mine[least]:+.0%} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -64,15 +93,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     print("| workload | published s | predicted s | error | GiB | matmul | attention | "
           "collectives, of them hidden | rest |\n|---|---|---|---|---|---|---|---|---|")
+    errors: dict[str, dict[Constants, float]] = collections.defaultdict(dict)
     for name, (slice_name, workload) in WORKLOADS.items():
         if args.only and args.only not in name:
             continue
-        made, found = predicted(workload, name, slice_name)
+        program, peak, devices = compiled(workload, name, slice_name)
+        found = cost.predict(program, devices)
         by_name = {part.name: part for part in found.components}
         take = lambda key: by_name[key].seconds if key in by_name else 0.0  # noqa: B023
-        # The model of the kernel does not know which blocks a mask skips.
-        attended = take("attention kernels") * workload.attended
-        seconds = found.overlapped - take("attention kernels") + attended
+        attended, seconds = attention(found) * workload.attended, seconds_of(found, workload)
         moved = [part for part in found.components if "(" in part.name]
         all_moved, hidden = (sum(get(p) for p in moved) for get in (
             lambda p: p.seconds, lambda p: p.hidden,
@@ -80,7 +109,7 @@ def main() -> None:
         rest = seconds - take("matmul") - attended - all_moved + hidden
         error = seconds / workload.published - 1
         print(f"| {name} | {workload.published:.2f} | {seconds:.2f} | {error:+.0%} | "
-              f"{made.peak / GIB:.1f} | {take('matmul'):.2f} | {attended:.2f} | {all_moved:.2f}, "
+              f"{peak / GIB:.1f} | {take('matmul'):.2f} | {attended:.2f} | {all_moved:.2f}, "
               f"{hidden:.2f} | {rest:.2f} |", flush=True)
         record = {"published": workload.published, "predicted": seconds, "components": {
             part.name: [part.seconds, part.hidden, part.amount] for part in found.components
@@ -89,6 +118,12 @@ def main() -> None:
         file.write_text(json.dumps(record, indent=1))
         for note in found.notes:
             print(note, file=sys.stderr)
+        for least, share in itertools.product(LEAST, SHARES):
+            with mock.patch.multiple(cost, MATMUL_LEAST=least, ATTENTION_SHARE=share):
+                seconds = seconds_of(cost.predict(program, devices), workload)
+            errors[name][least, share] = seconds / workload.published - 1
+    if len(errors) > 1:
+        print(f"\n{held_out(errors)}")
 
 
 if __name__ == "__main__":

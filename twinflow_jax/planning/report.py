@@ -47,7 +47,7 @@ def details(plan: Plan) -> str:
     """Everything about one plan."""
     if plan.refused:
         return f"{plan.topology}: {plan.refused} (known after {plan.compile_seconds:.0f} s)"
-    low, high = (round(100 * share) for share in OFF)
+    fast, slow = (round(100 * share) for share in OFF)
     lines = [
         f"{plan.topology}: fits, {plan.peak_bytes / GIB:.2f} of {plan.hbm_bytes / GIB:.2f} GiB "
         f"per device (compiler's word; compiled in {plan.compile_seconds:.0f} s)",
@@ -75,9 +75,9 @@ def details(plan: Plan) -> str:
         f"about {plan.overlapped:.3g} s per step, {plan.images_per_second:.1f} images/s, "
         f"{plan.utilisation:.0%} of peak; {plan.steps:,} steps: {plan.run_seconds / 3600:.1f} h, "
         f"{plan.chip_hours:,.0f} chip-hours",
-        f"The seconds are a model: published steps of others came out {low} to {high} % too slow "
-        "by it. It charges each collective to the torus axes that it spans and cannot see "
-        "links that are shared, hosts, or data that comes late.",
+        f"The seconds are a model: published steps of others that it was not fitted to came out up "
+        f"to {fast} % too fast and {slow} % too slow. It charges each collective to the torus axes "
+        "that it spans and cannot see links that are shared, hosts, or data that comes late.",
     ]
     if plan.options:
         lines.append(
