@@ -144,9 +144,8 @@ def charge(program: Program, step: Step, generation: Generation) -> Component | 
     work = step_flops(program, step)
     cycles = step.op.cycles
     if work and step.op.opcode in ("fusion", "dot", "convolution"):
-        ideal, moving = work / generation.peak, traffic_seconds(
-            step_traffic(program, step), generation
-        )
+        ideal = work / generation.peak
+        moving = traffic_seconds(step_traffic(program, step), generation)
         if cycles and generation.name in TRUSTED_CYCLES:
             # The compiler's word, but never faster than the chip.
             slowest = max(ideal / MATMUL_LEAST, moving)
