@@ -29,7 +29,7 @@ from twinflow_jax.planning.topology import GIB
 
 WORKLOADS = decoder.WORKLOADS | flux.WORKLOADS
 LEAST = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # cost.MATMUL_LEAST
-SHARES = (0.55, 0.65, 0.75)  # cost.ATTENTION_SHARE; no kernel of others comes above the last
+SHARES = (0.55, 0.65, 0.75)  # cost.ATTENTION_SHARE; the last is our bound
 Constants = tuple[float, float]
 
 
