@@ -31,6 +31,7 @@ class Device:
     """As a TPU's, whose repr does not tell its generation."""
 
     id: int
+    process_index: int = 0
     device_kind: str = dataclasses.field(default="TPU v5 lite", repr=False)
 
 
@@ -42,8 +43,9 @@ def test_a_program_is_compiled_once_for_its_devices_and_options(compiler, tmp_pa
     first = asked(jnp.sin)
     assert "sine" in first.text and first.peak > 0 and first.seconds > 0
     assert asked(jnp.sin) == first and compiler["times"] == 1
-    asked(jnp.sin, devices=(Device(0), Device(1)))
-    asked(jnp.sin, devices=(Device(0, "TPU v6 lite"),))
+    for order in ((0, 1), (1, 0)):  # of a mesh, or of the topology
+        asked(jnp.sin, devices=[Device(number) for number in order])
+    asked(jnp.sin, devices=(Device(0, 0, "TPU v6 lite"),))
     asked(jnp.sin, options={"xla_flag": "true"})
     assert compiler["times"] == 4
     assert "cosine" in asked(jnp.cos).text

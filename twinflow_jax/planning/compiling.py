@@ -40,7 +40,9 @@ def compiled(
       UserError: the compiler refuses it for another reason than memory.
     """
     lowered = lower()
-    targets = [f"{device.device_kind} {device!r}" for device in devices]
+    # In one order, whoever asks: where each stands in a mesh follows from them.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    targets = [f"{device.device_kind} {device!r}" for device in ordered]
     said = [jax.__version__, _compiler(), json.dumps(options, sort_keys=True), *targets]
     key = [lowered.as_text().encode(), *(part.encode() for part in said)]
     found = cache.kept("program", key, lambda: _packed(_compile(lowered, options, where)))
