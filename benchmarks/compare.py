@@ -390,6 +390,13 @@ def plot(study: Study, rows: list[dict]):
     return report.to_image(figure)
 
 
+def share(text: str) -> float:
+    """Above 0 and at most 1."""
+    if not 0 < (number := float(text)) <= 1:
+        raise ValueError
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -398,7 +405,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--methods", help="some of the study's, with commas between")
     parser.add_argument("--trials", type=int, default=1)
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps, in the search")
+    parser.add_argument("--share", type=share, default=1.0, help="of the steps, in the search")
     parser.add_argument("--finalists", type=int, default=1)
     parser.add_argument("--seeds", default="42,43,44")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")

@@ -120,7 +120,8 @@ def test_what_lies_beside_a_program_counts():
     assert not fit and "16.25 of 16.00 GiB" in said and said.endswith("what would help: a lever")
     refused = row(0, 0, "needs 20G of 16G")
     assert rehearsal.line(refused).endswith("needs 20G of 16G; what would help: a lever")
-    assert not rehearsal.peak([refused, row(1, 1)], 16 * GIB)[1]
+    said, fit = rehearsal.peak([refused, row(1, 1)], 16 * GIB)
+    assert not fit and said.endswith("does not fit: a step")
 
 
 @pytest.mark.tpu

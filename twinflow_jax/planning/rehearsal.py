@@ -361,4 +361,7 @@ def peak(rows: Sequence[Row], room: int) -> tuple[str, bool]:
     )
     if taken > room:
         said += f"; what would help: {one.lever}"
-    return said, taken <= room and not any(row.refused for row in rows)
+    refused = ", ".join(row.program.name for row in rows if row.refused)
+    if refused:
+        said += f"; not counted, since it does not fit: {refused}"
+    return said, taken <= room and not refused
