@@ -8,7 +8,7 @@ import pytest
 
 from twinflow_jax.errors import UserError
 from twinflow_jax.planning import cost, hlo
-from twinflow_jax.planning.collectives import Collective
+from twinflow_jax.planning.collectives import Collective, axes_at_once
 from twinflow_jax.planning.topology import GENERATIONS
 
 HERE = pathlib.Path(__file__).parent
@@ -30,8 +30,8 @@ def part(prediction, name):
     return next(row for row in prediction.components if row.name == name)
 
 
-def one(kind, size, groups, network="ici"):
-    return Collective(kind, 1, size, len(groups[0]), groups, network, False, False, (), 0)
+def one(kind, size, groups, network="ici", axes=0):
+    return Collective(kind, 1, size, len(groups[0]), groups, axes, network, False, False, (), 0)
 
 
 def seconds(generation, devices, collective):
@@ -52,6 +52,25 @@ def test_collectives_are_charged_per_axis_spanned():
     assert seconds("v5p", cube, one("all-gather", gigabyte, mixed)) == pytest.approx(.75 / 180)
     assert seconds("v5p", cube, one("collective-permute", gigabyte, ((0, 1),))) == pytest.approx(
         1 / 180)
+
+
+@pytest.mark.parametrize("says, axes", [
+    ('{"emitter":"1DAllGatherNonMajorDimImbalanced"}', 1),
+    ('{"emitter":"2DAllGatherOnMajorDim"}', 2),
+    ('{"emitter":"AllGatherWithNetRouterEmitter"}', 0), ("", 0),
+    ('{"strategy":"StrategyRing","debug":"\\nStrategyRing{colors:1 phases:1 cores:{16}"}', 1),
+    ('{"strategy":"StrategyND","debug":"\\nStrategyND{colors:2 phases:2 cores:{16 16}"}', 2),
+    ('{"strategy":"UniDirectionNDRingStrategy","debug":"\\nUniD{colors:6 phases:3 cores:{4}"}', 3),
+    ('{"strategy":"UniDirection1DRingStrategy","debug":"\\nUniD{colors:2 phases:1 cores:{4}"}', 1),
+])
+def test_a_collective_uses_as_many_axes_at_once_as_its_algorithm(says, axes):
+    assert axes_at_once(says) == axes
+    # A ring through a plane, or through one whose sides are lines, has the links of one axis.
+    cube, plane = grid("TPU v5", 4, 4, 4), (tuple(range(16)),)
+    gather = one("all-gather", 10**9, plane, axes=axes)
+    assert seconds("v5p", cube, gather) == pytest.approx(15 / 16 / (180 if axes == 1 else 360))
+    flat = grid("TPU v5 lite", 4, 4, 1)
+    assert seconds("v5e", flat, gather) == pytest.approx(15 / 16 / 90)
 
 
 def test_axes_without_a_ring_have_half_the_rate():

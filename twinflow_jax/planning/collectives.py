@@ -22,6 +22,7 @@ class Collective:
         the whole operand of everything else (before the scatter of a reduce-scatter). A device
         sends and receives (group - 1) / group of them, twice for an all-reduce.
     groups: device numbers in the order of the mesh's devices; empty where the text has none.
+    axes: of the torus, whose links it uses at once; 0 where the compiler does not say.
     network: "ici" inside a slice, "dcn" between slices.
     overlapped: whether it runs beside other work: the instructions `covers` of the computation, in
         the walk's visit number `visit`.
@@ -32,6 +33,7 @@ class Collective:
     bytes: int
     group: int
     groups: tuple[tuple[int, ...], ...]
+    axes: int
     network: str
     in_loop: bool
     overlapped: bool
@@ -71,8 +73,26 @@ def collective(program: Program, step: Step, computation: Computation, op: Instr
         size = sum(array.bytes for array in computation.operand_arrays(op))
     groups = replica_groups(op.attributes)
     group = len(groups[0]) if groups else program.devices
-    return Collective(kind, step.times, size, group, groups, "ici", step.in_loop,
+    axes = axes_at_once(op.attributes) or axes_at_once(step.op.attributes)
+    return Collective(kind, step.times, size, group, groups, axes, "ici", step.in_loop,
                       beside is not None, beside or (), step.visit)
+
+
+def axes_at_once(attributes: str) -> int:
+    """Torus axes whose links the compiler's algorithm uses at once; 0 where it names none.
+
+    A gather is a ring ("1DAllGather...", through all chips of its group), or one of more axes. A
+    sum has colors, which go along different axes at a time: both ways, or one way in each of two
+    ("UniDirection..."); a ring has one.
+    """
+    gather = re.search(r'"emitter":"(\d)DAllGather', attributes)
+    if gather:
+        return int(gather[1])
+    sums = re.search(r'"strategy":"(\w+)","debug":"[^"]*?colors:(\d+)', attributes)
+    if not sums:
+        return 0
+    colors = int(sums[2])
+    return max(colors // 2, 1) if sums[1].startswith("UniDirection") else colors
 
 
 def fused_collectives(program: Program, step: Step) -> list[Collective]:
@@ -142,7 +162,7 @@ def between_slices(send: Step) -> Collective:
     slices = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', send.op.attributes)
     count = len(numbers(slices[1])) if slices else 2
     return Collective(
-        kind, send.times, sum(array.bytes for array in data[:-2]), count, (), "dcn",
+        kind, send.times, sum(array.bytes for array in data[:-2]), count, (), 0, "dcn",
         send.in_loop, True, covers(send) or (), send.visit)
 
 
