@@ -1,7 +1,7 @@
 """Seconds and bytes that a compiled program is expected to take: a model, not a measurement.
 
 `predict` charges every scheduled instruction of a Program once: matrix products by the compiler's
-cycles or by FLOPs, kernels by FLOPs, collectives by bytes over the torus axes that they span, the
+cycles or by FLOPs, kernels by FLOPs, collectives by bytes over the torus axes that they use, the
 rest by memory traffic. The constants below are all that is assumed beyond the program and the
 chip's published figures, and this: a collective takes bytes * (n - 1) / n over the summed rates of
 the torus axes that the compiler's algorithm for its group of n uses at once, twice that for an
