@@ -1,6 +1,6 @@
-"""The plans of docs/benchmarks.md: Qwen-Image-20B and SANA on TPU pods, by their compiler.
+"""The plans of docs/benchmarks.md: steps and pictures on TPU slices, by their compiler.
 
-    python benchmarks/pods.py --out plans            # all of them: one to five minutes each
+    python benchmarks/pods.py --out plans            # all of them: two to ten minutes each
     python benchmarks/pods.py --out plans fits       # one group
 
 Needs `pip install -e ".[pod]"`, and no TPU. A plan that is in the folder already is not made again;
@@ -19,48 +19,89 @@ WIDE = (  # 1024x1024 pixels
     "--config.model.sample_shape=(128,128,16)", "--config.data.batch_size=64",
 )
 ONCE = ("--strategy", "gather_once")
+DOTS = (*ONCE, "--remat", "dots")
 APART = "--config.objective.merge_passes=False"
+FEW_ROWS = (  # of adapters, all in one pass, without an average beside the teacher's
+    "--config.train.micro_steps=1", "--config.train.ema_decay=0", APART,
+)
+INT8 = "--config.train.weights=int8"
+SHORT_MOMENTS = "--config.optimizer.moments=bfloat16"
+LORA, EDIT = "configs/qwen20b_lora_tpu.py:order2", "configs/qwen_edit_lora_tpu.py"
+OPENUNI_LORA = (
+    "--config.adapter.rank=64", "--config.adapter.targets=('released',)",
+    "--config.model.time_conditioning=half_r", "--config.train.weights=bfloat16",
+)
+
+
+def rows(number: int) -> str:
+    return f"--config.data.batch_size={number}"
+
+
+def on(topologies: str, name: str, config: str, *more: str) -> list[tuple]:
+    """A plan on each of these slices, with blanks between."""
+    return [(name, config, topology, more) for topology in topologies.split()]
+
 
 # group: name, config, topology, further arguments
 GROUPS = {
     "strategies": [
-        ("partitioner, passes apart", BENCH, "v5p:4x4x4", ("--strategy", "partitioner", APART)),
-        ("gather_layers, passes apart", BENCH, "v5p:4x4x4", (APART,)),
+        ("partitioner", BENCH, "v5p:4x4x4", ("--strategy", "partitioner")),
         ("gather_layers", BENCH, "v5p:4x4x4", ()),
+        ("gather_layers, dots saved", BENCH, "v5p:4x4x4", ("--remat", "dots")),
         ("gather_once", BENCH, "v5p:4x4x4", ONCE),
-        ("gather_once, dots saved", BENCH, "v5p:4x4x4", (*ONCE, "--remat", "dots")),
-        ("gather_once, dots saved, batch 256", BENCH, "v5p:4x4x4",
-         (*ONCE, "--remat", "dots", "--scale", "2")),
+        ("gather_once, dots saved", BENCH, "v5p:4x4x4", DOTS),
+        ("gather_once, dots saved, batch 256", BENCH, "v5p:4x4x4", (*DOTS, "--scale", "2")),
         ("gather_layers, inputs offloaded", BENCH, "v5p:4x4x4", ("--remat", "offload")),
+    ],
+    "texts": [
+        (f"{tokens} text tokens, gather_once, dots saved", BENCH, "v5p:4x4x4",
+         (*DOTS, f"--config.data.text_tokens={tokens}"))
+        for tokens in (128, 256)
     ],
     "shapes": [
         ("a teacher of its own (EMA .99)", BENCH, "v5p:4x4x4",
          ("--config.objective.teacher_decay=0.99", "--config.train.ema_decay=0.99")),
         ("1024x1024, batch 64", BENCH, "v5p:4x4x4", WIDE),
-        ("1024x1024, batch 64, gather_once", BENCH, "v5p:4x4x4", (*WIDE, *ONCE)),
-        ("batch 256 on 256 chips", BENCH, "v5e:16x16", ("--scale", "2")),
-        ("batch 256 on 256 chips", BENCH, "v6e:16x16", ("--scale", "2")),
+        *on("v5e:16x16 v6e:16x16", "batch 256 on 256 chips", BENCH, "--scale", "2"),
         ("batch 128 on 64 chips (128 devices)", BENCH, "tpu7x:4x4x4", ()),
         ("batch 128 on 2 slices", BENCH, "2*v5p:4x4x4", ()),
         ("batch 128 on 2 slices, gather_once", BENCH, "2*v5p:4x4x4", ONCE),
     ],
     "fits": [
-        (f"{name}, batch {rows}", config, topology, (f"--config.data.batch_size={rows}",))
-        for name, config, rows, topologies in (
-            ("Qwen-Image-20B", RELEASED, 32, (
-                "v4:2x2x4", "v5e:4x8", "v5p:2x2x1", "v6e:2x4", "v6e:4x4", "tpu7x:2x2x1",
-            )),
-            ("SANA-1.6B", "configs/sana16b_tpu.py", 128, (
-                "v4:2x2x1", "v5e:2x2", "v5e:2x4", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1",
-            )),
-        )
-        for topology in topologies
+        *on("v4:2x2x4 v5e:4x8 v5p:2x2x1 v6e:2x4 v6e:4x4 tpu7x:2x2x1",
+            "Qwen-Image-20B, batch 32", RELEASED),
+        *on("v4:2x2x1 v5e:2x2 v5e:2x4 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1",
+            "SANA-1.6B, batch 128", "configs/sana16b_tpu.py"),
+        *on("v5e:2x4", "SANA-0.6B, batch 128, 512x512, gather_once", "configs/sana06b_kaggle.py"),
+        *on("v5e:4x4 v5p:2x2x1 v6e:2x4", "Z-Image, batch 32", "configs/zimage6b_tpu.py"),
+        *on("v5e:2x4 v5p:2x2x1 v6e:2x2", "SD3.5-Medium, batch 128", "configs/sd35m_tpu.py"),
+        *on("v5e:2x2 v5p:2x2x1 v6e:2x2", "OpenUni-L-512, batch 128",
+            "configs/openuni512_tpu.py"),
+    ],
+    "adapters": [
+        *on("v5e:2x2 v6e:2x2", "Qwen-Image-20B, 4 rows", LORA, rows(4), *FEW_ROWS),
+        *on("v5e:2x2", "4 rows, inputs offloaded, moments in bfloat16", LORA, rows(4), *FEW_ROWS,
+            "--remat", "offload", SHORT_MOMENTS),
+        *on("v5e:2x2", "4 rows, int8", LORA, rows(4), *FEW_ROWS, INT8),
+        *on("v5e:2x4", "8 rows", LORA, rows(8), *FEW_ROWS),
+        *on("v5e:4x4", "16 rows", LORA, rows(16), *FEW_ROWS),
+        *on("v6e:1x1", "4 rows one by one, int8, moments in bfloat16, no average", LORA, rows(4),
+            "--config.train.micro_steps=4", "--config.train.ema_decay=0",
+            "--config.objective.teacher_decay=0", INT8, SHORT_MOMENTS),
+        *on("v5e:2x2", "Qwen-Image-Edit, 4 rows, int8", EDIT, rows(4), *FEW_ROWS, INT8),
+        *on("v5e:2x4", "Qwen-Image-Edit, 8 rows", EDIT, rows(8), *FEW_ROWS),
+        *on("v6e:2x2", "Qwen-Image-Edit, 4 rows", EDIT, rows(4), *FEW_ROWS),
+        *on("v5e:1x1", "Z-Image, 4 rows, int8", "configs/zimage6b_lora_tpu.py", rows(4), INT8),
+        *on("v6e:1x1", "Z-Image, 4 rows", "configs/zimage6b_lora_tpu.py", rows(4)),
+        *on("v5e:1x1", "SD3.5-Medium, 4 rows", "configs/sd35m_lora_tpu.py", rows(4)),
+        *on("v5e:1x1", "OpenUni-L-512, 4 rows", "configs/openuni512_tpu.py", rows(4),
+            *OPENUNI_LORA),
     ],
     "sampling": [
-        (f"{rows} images, {steps} NFE", RELEASED, "v6e:2x4",
-         ("--mode", "sample", "--steps", str(steps), f"--config.data.batch_size={rows}",
+        (f"8 images, {steps} NFE", RELEASED, "v6e:2x4",
+         ("--mode", "sample", "--steps", str(steps), rows(8),
           "--config.model.sample_shape=(128,128,16)"))
-        for rows, steps in ((8, 1), (8, 4))
+        for steps in (1, 4)
     ],
 }
 
@@ -75,14 +116,14 @@ def main() -> None:
         parser.error(f"no group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     for group in args.groups or GROUPS:
-        rows = []
+        lines = []
         for number, (name, config, topology, more) in enumerate(GROUPS[group]):
             file = args.out / f"{group}_{number}.json"
             if not file.exists():
                 print(f"{group}: {name}, {topology}", file=sys.stderr, flush=True)
                 make(config, topology, more, file)
-            rows.append(row(name, json.loads(file.read_text())[0]))
-        print(f"\n{group}\n\n" + "\n".join([HEADER, *rows]), flush=True)
+            lines.append(row(name, json.loads(file.read_text())[0]))
+        print(f"\n{group}\n\n" + "\n".join([HEADER, *lines]), flush=True)
 
 
 def make(config: str, topology: str, more: tuple, file: pathlib.Path) -> None:
@@ -103,7 +144,7 @@ gathered GB | scattered GB | all-reduced GB |
 
 def row(name: str, plan: dict) -> str:
     if plan["refused"]:
-        return f"| {name} | {plan['topology']} | {plan['refused']} |" + " |" * 9
+        return f"| {name} | {plan['topology']} | does not fit |" + " |" * 9
     moved = lambda kind: sum(
         row["bytes"] for name, row in plan["collectives"].items() if name.startswith(kind)
     ) / 1e9

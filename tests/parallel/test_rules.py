@@ -10,9 +10,8 @@ from twinflow_jax.errors import UserError
 from twinflow_jax.parallel import MeshConfig
 
 
-def mesh_of(fsdp: int = 4, tensor: int = 2, minor: int = 1) -> AbstractMesh:
-    names = ("data", "fsdp", "fsdp_minor", "tensor", "context")
-    return AbstractMesh((1, fsdp, minor, tensor, 1), names)
+def mesh_of(fsdp: int = 4, tensor: int = 2) -> AbstractMesh:
+    return AbstractMesh((1, fsdp, tensor, 1), ("data", "fsdp", "tensor", "context"))
 
 
 def specs(shapes: dict, axes: dict, mesh: AbstractMesh) -> dict:
@@ -36,8 +35,6 @@ def test_rules():
     assert specs({"a": (6, 8)}, {"a": ("embed", "text")}, mesh_of())["a"] == PartitionSpec(
         None, "fsdp"
     )
-    two = specs(shapes, axes, mesh_of(fsdp=2, minor=4, tensor=1))
-    assert two["whole"] == PartitionSpec(None, ("fsdp", "fsdp_minor"), None)
 
 
 def test_report_says_what_lies_where_and_why_not():
@@ -51,7 +48,7 @@ def test_report_says_what_lies_where_and_why_not():
 
 
 def test_meshes():
-    rows = PartitionSpec(("data", "fsdp", "fsdp_minor"))
+    rows = PartitionSpec(("data", "fsdp"))
     assert parallel.over_rows(mesh_of(), 8).spec == rows
     assert parallel.over_rows(mesh_of(), 6).spec == PartitionSpec(None)
     assert parallel.make_mesh().shape["fsdp"] == len(jax.devices())

@@ -20,7 +20,7 @@ from twinflow_jax.training import flops, setup
 
 BENCH = "configs/qwen20b_tpu.py:bench"
 EXAMPLE = plan.Plan(
-    topology="v5p:4x4x4", mesh={"fsdp": 16, "fsdp_minor": 4}, strategy="gather_once",
+    topology="v5p:4x4x4", mesh={"fsdp": 64}, strategy="gather_once",
     remat="full", rows=128, text=512, chips=64, parts={"weights": 2**30, "activations": 2**31},
     peak_bytes=3 * 2**30, hbm_bytes=95 * 2**30, analytic={"matmul": 2e12},
     compiled={"matmul": 2.02e12}, forwards=7.5,
@@ -107,7 +107,7 @@ def test_several_lengths_of_text_make_a_plan_each_and_a_mean(monkeypatch, capsys
     ]
     assert call(verb, *command) == 0
     told = capsys.readouterr().out
-    assert told.count("v5p:4x4x4     fsdp 16") == 6
+    assert told.count("v5p:4x4x4     fsdp 64") == 6
     assert told.count("0.875 s in the mean of the records' rows, 0.8 s with 128 text") == 2
     assert "fastest per image" in told and "about 1.1 s per step" in told
 

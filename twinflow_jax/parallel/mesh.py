@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -16,10 +15,7 @@ from twinflow_jax import keys
 from twinflow_jax.errors import UserError
 from twinflow_jax.keys import option
 
-# Gathering weights in two steps, over `fsdp_minor` and then over `fsdp`, keeps a TPU's compiler
-# from replacing the gather by sums over a whole three-dimensional torus.
-FSDP = ("fsdp", "fsdp_minor")
-BATCH = ("data", *FSDP)
+BATCH = ("data", "fsdp")
 AXES = (*BATCH, "tensor", "context")
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of their shape alone
@@ -90,13 +86,12 @@ def make_mesh(
     devices = devices or jax.devices()
     slices = len({slice_of(device) for device in devices})
     config = config.filled(len(devices), rows, slices)
-    minor = _minor(config.fsdp, devices)
-    shape = (config.data, config.fsdp // minor, minor, config.tensor, config.context)
+    shape = (config.data, config.fsdp, config.tensor, config.context)
     try:
         if slices > 1:
             inner = (config.data // slices, *shape[1:])
             grid = mesh_utils.create_hybrid_device_mesh(
-                inner, (slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+                inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
             )
         else:
             grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -130,16 +125,6 @@ def on_device(tree) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _minor(fsdp: int, devices: list) -> int:
-    """Devices of the gather's first step: the last side of a 3-D torus that fsdp covers whole."""
-    first = slice_of(devices[0])
-    coords = [getattr(one, "coords", None) for one in devices if slice_of(one) == first]
-    if None in coords or fsdp < len(coords):
-        return 1
-    sides = [int(side) for side in np.ptp(np.array(coords), axis=0) + 1 if side > 1]
-    return sides[-1] if len(sides) == 3 else 1
 
 
 def room(device: jax.Device) -> int | None:

@@ -9,21 +9,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from twinflow_jax.models import names
 from twinflow_jax.models.int8 import Quantised, is_quantised
-from twinflow_jax.parallel.mesh import BATCH, FSDP, AnyMesh
+from twinflow_jax.parallel.mesh import BATCH, AnyMesh
 
 RULES = {
     # Of activations.
     "rows": BATCH,
     "tokens": ("context",),
     # Of weights: their input side, since splitting the output side costs copies on a TPU.
-    "embed": FSDP,
-    "text": FSDP,
+    "embed": ("fsdp",),
+    "text": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "modulation": ("tensor",),
     "vocab": ("tensor",),
-    "adapter": FSDP,  # the side of an adapter's halves that is not its rank
+    "adapter": ("fsdp",),  # the side of an adapter's halves that is not its rank
 }
 
 

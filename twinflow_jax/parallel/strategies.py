@@ -27,7 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import attention, stack
 from twinflow_jax.models.stack import Placement
-from twinflow_jax.parallel.mesh import BATCH, FSDP, row_parts
+from twinflow_jax.parallel.mesh import BATCH, row_parts
 from twinflow_jax.parallel.rules import RULES, shardings
 
 
@@ -97,20 +97,16 @@ class Strategy(abc.ABC):
 
 
 class Partitioner(Strategy):
-    """The partitioner gathers a layer's weights, in as many steps as `fsdp` has axes."""
+    """The partitioner gathers a layer's weights."""
 
     def placement(self, name: str) -> Placement:
         def gather(part, spec):
-            spec, at = _without_layers(spec), _split_at(_without_layers(spec))
+            spec = _without_layers(spec)
+            at = _split_at(spec)
             if at is None:
                 return part
-            part, left = self._sent(part), _axes_at(spec, at)
-            for i in reversed(range(len(left))):
-                entry = left[:i] or None
-                part = jax.lax.with_sharding_constraint(
-                    part, PartitionSpec(*spec[:at], entry, *spec[at + 1 :])
-                )
-            return part
+            whole = PartitionSpec(*spec[:at], None, *spec[at + 1 :])
+            return jax.lax.with_sharding_constraint(self._sent(part), whole)
 
         return Placement(
             fetch=lambda weights: jax.tree.map(gather, weights, self._specs(name)),
@@ -127,10 +123,9 @@ class GatherLayers(Strategy):
 
         def fetch(weights):
             def one(part, spec):
-                spec = _without_layers(spec)
                 if _held(part):
-                    return _use(part.part, part.whole, spec)
-                return self._gather(part, spec)
+                    return _use(part.part, part.whole, _without_layers(spec))
+                return self._gather(part, _without_layers(spec))
 
             return jax.tree.map(one, weights, over_fsdp, is_leaf=_held)
 
@@ -161,8 +156,8 @@ class GatherLayers(Strategy):
     def _specs_over_fsdp(self, name: str):
         """What a map over the rows' axes has to know of them; the rest is the partitioner's."""
         def kept(spec):
-            entries = ([a for a in _axes_at(spec, i) if a in FSDP] for i in range(len(spec)))
-            return PartitionSpec(*(tuple(entry) or None for entry in entries))
+            at = _split_at(spec)
+            return PartitionSpec(*("fsdp" if i == at else None for i in range(len(spec))))
 
         return jax.tree.map(kept, self._specs(name))
 
@@ -171,10 +166,7 @@ class GatherLayers(Strategy):
         at = _split_at(spec)
         if at is None:
             return part
-        part = self._sent(part)
-        for axis in reversed(_axes_at(spec, at)):
-            part = jax.lax.all_gather(part, axis, axis=at, tiled=True)
-        return part
+        return jax.lax.all_gather(self._sent(part), "fsdp", axis=at, tiled=True)
 
 
 class GatherOnce(GatherLayers):
@@ -239,15 +231,9 @@ def _held(weight) -> bool:
 
 
 def _split_at(spec: PartitionSpec) -> int | None:
-    """The dimension that is split over FSDP."""
-    found = [i for i in range(len(spec)) if set(_axes_at(spec, i)) & set(FSDP)]
-    return found[0] if found else None
-
-
-def _axes_at(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
-    """A dimension's mesh axes; JAX writes one of them without a tuple."""
-    entry = spec[dimension] or ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
+    """The dimension that is split over fsdp."""
+    entries = list(spec)
+    return entries.index("fsdp") if "fsdp" in entries else None
 
 
 def _without_layers(spec: PartitionSpec) -> PartitionSpec:
@@ -274,9 +260,8 @@ def _use_forward(part, whole, spec):
 
 
 def _use_backward(spec, of_part, gradient):
-    at, scattered = _split_at(spec), gradient
-    for axis in _axes_at(spec, at):
-        scattered = jax.lax.psum_scatter(scattered, axis, scatter_dimension=at, tiled=True)
+    at = _split_at(spec)
+    scattered = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=at, tiled=True)
     return scattered.astype(of_part.dtype), None
 
 
