@@ -62,6 +62,8 @@ def test_collectives_are_charged_per_axis_spanned():
     ('{"strategy":"StrategyND","debug":"\\nStrategyND{colors:2 phases:2 cores:{16 16}"}', 2),
     ('{"strategy":"UniDirectionNDRingStrategy","debug":"\\nUniD{colors:6 phases:3 cores:{4}"}', 3),
     ('{"strategy":"UniDirection1DRingStrategy","debug":"\\nUniD{colors:2 phases:1 cores:{4}"}', 1),
+    ('{"color_strategies":[{"phase_rings":[{}]},{"phase_rings":[{}]}]}', 1),  # both ways round
+    ('{"color_strategies":[' + 4 * '{"phase_rings":[{},{}]},' + "]}", 2),
 ])
 def test_a_collective_uses_as_many_axes_at_once_as_its_algorithm(says, axes):
     assert axes_at_once(says) == axes

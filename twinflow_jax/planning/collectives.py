@@ -81,10 +81,14 @@ def collective(program: Program, step: Step, computation: Computation, op: Instr
 def axes_at_once(attributes: str) -> int:
     """Torus axes whose links the compiler's algorithm uses at once; 0 where it names none.
 
-    A gather is a ring ("1DAllGather...", through all chips of its group), or one of more axes. A
-    sum has colors, which go along different axes at a time: both ways, or one way in each of two
-    ("UniDirection..."); a ring has one.
+    On a SparseCore the data goes in colors, each of which takes the axes in another order, one way
+    round: two for each axis. Otherwise a gather is a ring ("1DAllGather...", through all chips of
+    its group), or one of more axes. A sum has colors, which go along different axes at a time: both
+    ways, or one way in each of two ("UniDirection..."); a ring has one.
     """
+    offloaded = attributes.count('"phase_rings"')
+    if offloaded:
+        return max(offloaded // 2, 1)
     gather = re.search(r'"emitter":"(\d)DAllGather', attributes)
     if gather:
         return int(gather[1])
