@@ -19,7 +19,7 @@ WIDE = (  # 1024x1024 pixels
     "--config.model.sample_shape=(128,128,16)", "--config.data.batch_size=64",
 )
 ONCE = ("--strategy", "gather_once")
-DOTS = (*ONCE, "--remat", "dots")
+DOTS = ("--remat", "dots")
 APART = "--config.objective.merge_passes=False"
 FEW_ROWS = (  # of adapters, all in one pass, without an average beside the teacher's
     "--config.train.micro_steps=1", "--config.train.ema_decay=0", APART,
@@ -47,14 +47,14 @@ GROUPS = {
     "strategies": [
         ("partitioner", BENCH, "v5p:4x4x4", ("--strategy", "partitioner")),
         ("gather_layers", BENCH, "v5p:4x4x4", ()),
-        ("gather_layers, dots saved", BENCH, "v5p:4x4x4", ("--remat", "dots")),
+        ("gather_layers, dots saved", BENCH, "v5p:4x4x4", DOTS),
         ("gather_once", BENCH, "v5p:4x4x4", ONCE),
-        ("gather_once, dots saved", BENCH, "v5p:4x4x4", DOTS),
-        ("gather_once, dots saved, batch 256", BENCH, "v5p:4x4x4", (*DOTS, "--scale", "2")),
+        ("gather_once, dots saved", BENCH, "v5p:4x4x4", (*ONCE, *DOTS)),
+        ("gather_layers, dots saved, batch 256", BENCH, "v5p:4x4x4", (*DOTS, "--scale", "2")),
         ("gather_layers, inputs offloaded", BENCH, "v5p:4x4x4", ("--remat", "offload")),
     ],
     "texts": [
-        (f"{tokens} text tokens, gather_once, dots saved", BENCH, "v5p:4x4x4",
+        (f"{tokens} text tokens, gather_layers, dots saved", BENCH, "v5p:4x4x4",
          (*DOTS, f"--config.data.text_tokens={tokens}"))
         for tokens in (128, 256)
     ],

@@ -16,6 +16,7 @@ from PIL import Image
 from twinflow_jax import checkpoints, evaluation, files, models, objectives
 from twinflow_jax import config as configs
 from twinflow_jax.errors import UserError
+from twinflow_jax.parallel import flags
 from twinflow_jax.training import checks, loop, state
 from twinflow_jax.training.loop import keep_compiled, train
 
@@ -163,6 +164,12 @@ def test_a_rate_that_ends_somewhere_fixes_the_number_of_steps(small_config, tmp_
         said = f"decay_to=0.1: for {steps},.* Give train.steps=2, or start from"
         with pytest.raises(UserError, match=said):
             trained(small_config(falls, f"train.steps={steps}"), tmp_path / "run")
+
+
+def test_an_option_that_this_compiler_has_not_is_said(small_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(flags, "options", lambda kind: {"xla_no_such_thing": "true"})
+    with pytest.raises(UserError, match="does not know the option xla_no_such_thing.*libtpu"):
+        train(small_config(), str(tmp_path), progress=False)
 
 
 def test_what_does_not_fit_in_memory_says_what_helps(small_config, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -224,7 +225,7 @@ def compile_phases(
     begin = time.perf_counter()
     options = flags.options(jax.devices()[0].device_kind) or None
     compiled = {
-        kind: interruptible(prepared.lower(*kind).compile, options)
+        kind: interruptible(compile_step, prepared.lower(*kind), options)
         for kind in prepared.ahead(shapes, first) if kind not in done
     }
     if not compiled:
@@ -240,6 +241,24 @@ def compile_phases(
             flush=True,
         )
     return done | compiled
+
+
+def compile_step(lowered: jax.stages.Lowered, options: dict[str, str] | None):
+    """The program, compiled with XLA's options.
+
+    Raises:
+      UserError: the compiler is of another version, and does not know one of them.
+    """
+    try:
+        return lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+        if not unknown:
+            raise
+        raise UserError(
+            f"this compiler does not know the option {unknown[1]}, which parallel/flags.py gives "
+            "for libtpu 0.0.42: pip install 'libtpu==0.0.42.*', or take it out there"
+        ) from error
 
 
 def interruptible(function: Callable, *arguments):
