@@ -28,7 +28,7 @@ from twinflow_jax.planning import compiling, cost, hlo, topology
 from twinflow_jax.planning.topology import GIB
 
 WORKLOADS = decoder.WORKLOADS | flux.WORKLOADS
-LEAST = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # cost.MATMUL_LEAST
+LEAST = tuple(percent / 100 for percent in range(75, 96))  # cost.MATMUL_LEAST
 SHARES = (0.55, 0.65, 0.75)  # cost.ATTENTION_SHARE; the last is our bound
 Constants = tuple[float, float]
 
@@ -77,12 +77,15 @@ def seconds_of(found: cost.Prediction, workload) -> float:
 def held_out(errors: dict[str, dict[Constants, float]]) -> str:
     """Each workload's error with the constants that the others' are least with. errors: by workload
     and constants."""
+    def fitted(to: list[dict[Constants, float]]) -> Constants:
+        return min(to[0], key=lambda at: sum(math.log1p(one[at]) ** 2 for one in to))
+
     lines = ["| held out | fitted to the others | error |", "|---|---|---|"]
     for name, mine in errors.items():
-        others = [theirs for other, theirs in errors.items() if other != name]
-        least = min(mine, key=lambda at: sum(math.log1p(one[at]) ** 2 for one in others))  # noqa: B023
-        lines.append(f"| {name} | {least[0]}, {least[1]} | {mine[least]:+.0%} |")
-    return "\n".join(lines)
+        least = fitted([theirs for other, theirs in errors.items() if other != name])
+        lines.append(f"| {name} | {least[0]}, {least[1]} | {mine[least]:+.1%} |")
+    least = fitted(list(errors.values()))
+    return "\n".join([*lines, f"| none | {least[0]}, {least[1]} | |"])
 
 
 def main() -> None:
