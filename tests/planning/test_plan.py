@@ -115,7 +115,7 @@ def test_several_lengths_of_text_make_a_plan_each_and_a_mean(monkeypatch, capsys
 def test_where_each_weight_lies():
     """The bytes of a row by hand, and a rule that does not apply."""
     model = models.create({"name": "sana", "layers": 2, "heads": 3})
-    mesh = jax.sharding.AbstractMesh((1, 4, 1, 2, 1), AXES)
+    mesh = jax.sharding.AbstractMesh((1, 4, 2, 1), AXES)
     first, _, *lines = report.parameters("here", model, mesh).splitlines()
     assert first.startswith("here, mesh fsdp 4 x tensor 2: ")
     rows = {line.split()[0]: line for line in lines}
@@ -123,7 +123,7 @@ def test_where_each_weight_lies():
     hidden = rows["layers/mlp/hidden/kernel"]  # 96 x 480, split in 4 and in 2
     assert "(2, 96, 480)" in hidden
     assert float(hidden.split()[-1]) == pytest.approx(2 * 96 * 480 * 4 / 8 / 2**20, abs=0.01)
-    three = jax.sharding.AbstractMesh((1, 1, 1, 5, 1), AXES)
+    three = jax.sharding.AbstractMesh((1, 1, 5, 1), AXES)
     assert "heads: 96 does not divide by 5" in report.parameters("here", model, three)
 
 
