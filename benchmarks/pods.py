@@ -15,14 +15,12 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BENCH, RELEASED = "configs/qwen20b_tpu.py:bench", "configs/qwen20b_tpu.py:released"
-WIDE = (  # 1024x1024 pixels
-    "--config.model.sample_shape=(128,128,16)", "--config.data.batch_size=64",
-)
+WIDE = "--config.model.sample_shape=(128,128,16)"  # 1024x1024 pixels
 ONCE = ("--strategy", "gather_once")
 DOTS = ("--remat", "dots")
-APART = "--config.objective.merge_passes=False"
-FEW_ROWS = (  # of adapters, all in one pass, without an average beside the teacher's
-    "--config.train.micro_steps=1", "--config.train.ema_decay=0", APART,
+FEW_ROWS = (  # of adapters: all at once, passes apart, without an average beside the teacher's
+    "--config.train.micro_steps=1", "--config.train.ema_decay=0",
+    "--config.objective.merge_passes=False",
 )
 INT8 = "--config.train.weights=int8"
 SHORT_MOMENTS = "--config.optimizer.moments=bfloat16"
@@ -61,7 +59,7 @@ GROUPS = {
     "shapes": [
         ("a teacher of its own (EMA .99)", BENCH, "v5p:4x4x4",
          ("--config.objective.teacher_decay=0.99", "--config.train.ema_decay=0.99")),
-        ("1024x1024, batch 64", BENCH, "v5p:4x4x4", WIDE),
+        ("1024x1024, batch 64", BENCH, "v5p:4x4x4", (WIDE, rows(64))),
         *on("v5e:16x16 v6e:16x16", "batch 256 on 256 chips", BENCH, "--scale", "2"),
         ("batch 128 on 64 chips (128 devices)", BENCH, "tpu7x:4x4x4", ()),
         ("batch 128 on 2 slices", BENCH, "2*v5p:4x4x4", ()),
@@ -99,8 +97,7 @@ GROUPS = {
     ],
     "sampling": [
         (f"8 images, {steps} NFE", RELEASED, "v6e:2x4",
-         ("--mode", "sample", "--steps", str(steps), rows(8),
-          "--config.model.sample_shape=(128,128,16)"))
+         ("--mode", "sample", "--steps", str(steps), rows(8), WIDE))
         for steps in (1, 4)
     ],
 }
@@ -144,7 +141,7 @@ gathered GB | scattered GB | all-reduced GB |
 
 def row(name: str, plan: dict) -> str:
     if plan["refused"]:
-        return f"| {name} | {plan['topology']} | does not fit |" + " |" * 9
+        return f"| {name} | {plan['topology']} | {plan['refused']} |" + " |" * 9
     moved = lambda kind: sum(
         row["bytes"] for name, row in plan["collectives"].items() if name.startswith(kind)
     ) / 1e9

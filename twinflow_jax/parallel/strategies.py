@@ -123,9 +123,10 @@ class GatherLayers(Strategy):
 
         def fetch(weights):
             def one(part, spec):
+                spec = _without_layers(spec)
                 if _held(part):
-                    return _use(part.part, part.whole, _without_layers(spec))
-                return self._gather(part, _without_layers(spec))
+                    return _use(part.part, part.whole, spec)
+                return self._gather(part, spec)
 
             return jax.tree.map(one, weights, over_fsdp, is_leaf=_held)
 
@@ -155,10 +156,7 @@ class GatherLayers(Strategy):
 
     def _specs_over_fsdp(self, name: str):
         """What a map over the rows' axes has to know of them; the rest is the partitioner's."""
-        def kept(spec):
-            at = _split_at(spec)
-            return PartitionSpec(*("fsdp" if i == at else None for i in range(len(spec))))
-
+        kept = lambda spec: PartitionSpec(*(axis if axis == "fsdp" else None for axis in spec))
         return jax.tree.map(kept, self._specs(name))
 
     def _gather(self, part, spec):
