@@ -70,5 +70,8 @@ def role_slices(counts: Counts) -> dict[str, slice]:
 
 
 def normal(key: jax.Array, rows: int, sample_shape: tuple[int, ...]) -> Float[Array, "{rows} ..."]:
-    """Standard normal noise in float32."""
-    return jax.random.normal(key, (rows, *sample_shape), jnp.float32)
+    """Standard normal noise in float32, computed once: without the barrier XLA computes the inverse
+    error function again in each fusion that reads it."""
+    return jax.lax.optimization_barrier(
+        jax.random.normal(key, (rows, *sample_shape), jnp.float32)
+    )
