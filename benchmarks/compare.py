@@ -179,7 +179,7 @@ STUDIES = {
     ),
     "mnist": Study(
         "configs/mnist.py", ("classes",), 2000, 8000, rivals(0.25), rates=(1.0, 2.0),
-        guidance=(1.0, 1.5),
+        guidance=(1.0, 1.5), shared={"optimizer.learning_rate": 1.5e-3},
     ),
     "emoji": Study(
         "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 1500, rivals(0.5), "retrieval",
@@ -207,9 +207,9 @@ def settings(study: Study, name: str, trial: int) -> Settings:
     return chosen.own | dict(zip(space, points[(trial - 1) % len(points)], strict=True))
 
 
-def cost(study: Study, name: str) -> float:
-    """Forward-equivalents of a step, of its batch."""
-    changes = study.shared | study.methods[name].own | {"train.init_from": "start"}
+def cost(study: Study, name: str, trial: int = 0) -> float:
+    """Forward-equivalents of a step, of its batch: a role's rows cost more than another's."""
+    changes = study.shared | settings(study, name, trial) | {"train.init_from": "start"}
     run = configs.parse(study.config, [f"{key}={value}" for key, value in changes.items()])
     return forwards(turns_of(run.objective), run.data.batch_size)
 
@@ -259,7 +259,7 @@ class Run:
         if isinstance(start, int):
             start = str(Run("start", 0, self.seed).folder(out) / "run")
         budget = self.share * study.steps * cost(study, next(iter(study.methods)))
-        steps = round(budget / cost(study, self.method))
+        steps = round(budget / cost(study, self.method, self.trial))
         chosen = spanning(settings(study, self.method, self.trial), steps)
         return study.shared | chosen | {
             "train.steps": steps, "train.flow_matching_steps": 0, "train.init_from": start,
@@ -333,7 +333,7 @@ def collect(
         rows.append({
             "method": method, "trial": trial, "seeds": len(done), "scores": values,
             "steps": steps, "seconds": seconds, "bytes": held,
-            "cost": 3.0 if method == "start" else cost(study, method),
+            "cost": 3.0 if method == "start" else cost(study, method, trial),
             "settings": {k: v for k, v in settings(study, method, trial).items()
                          if v != settings(study, method, 0).get(k)},
         })
