@@ -178,8 +178,8 @@ STUDIES = {
         },
     ),
     "mnist": Study(
-        "configs/mnist.py", ("classes",), 2000, 8000, rivals(0.25), rates=(1.0, 2.0),
-        guidance=(1.0, 1.5), shared={"optimizer.learning_rate": 1.5e-3},
+        "configs/mnist.py:released", ("classes",), 2000, 8000, rivals(0.25), rates=(1.0, 2.0),
+        guidance=(1.0, 1.5),
     ),
     "emoji": Study(
         "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 1500, rivals(0.5), "retrieval",
