@@ -183,7 +183,7 @@ STUDIES = {
     ),
     "emoji": Study(
         "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 1500, rivals(0.5), "retrieval",
-        guidance=(0.5, 1.0, 1.5),
+        rates=(1.0, 2.0), guidance=(1.0, 1.5),
     ),
     "emoji_lora": Study(
         "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 1500, adapters(2.0), "retrieval",

@@ -15,7 +15,7 @@ from twinflow_jax import config as configs
 from twinflow_jax import models
 from twinflow_jax import plan as verb
 from twinflow_jax.parallel.mesh import AXES
-from twinflow_jax.planning import plan, report
+from twinflow_jax.planning import plan, report, topology
 from twinflow_jax.training import flops, setup
 
 BENCH = "configs/qwen20b_tpu.py:bench"
@@ -110,6 +110,38 @@ def test_several_lengths_of_text_make_a_plan_each_and_a_mean(monkeypatch, capsys
     assert told.count("v5p:4x4x4     fsdp 64") == 6
     assert told.count("0.875 s in the mean of the records' rows, 0.8 s with 128 text") == 2
     assert "fastest per image" in told and "about 1.1 s per step" in told
+
+
+def test_what_each_objective_holds_and_passes(monkeypatch):
+    """Rivals of two more networks, as published and as adapters over one base; by hand: all four
+    roles of TwinFlow, and the student's turn of DMD2, one of five."""
+    monkeypatch.setattr(plan, "devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(
+        plan, "_compiled", lambda base, lower, mesh, parts, *_: dataclasses.replace(
+            base, parts=parts | {"activations": 3 * base.gradients},
+            peak_bytes=sum(parts.values()) + 3 * base.gradients, overlapped=0.5,
+        ),
+    )
+    adapters = ["adapter.rank=2", "model.time_conditioning=half_r", "train.weights=bfloat16"]
+
+    def planned(name, *changes):
+        changes = [*changes, "train.ema_decay=0", "train.init_from=a_start"]
+        run = verb.varied("configs/sana06b_tpu.py:tiny", changes, name, None, None, None)
+        return plan.train(run, topology.resolve("v5p:2x2x1"))
+
+    whole, dmd2 = planned("released"), planned("dmd2")
+    weights = whole.parts["weights"]
+    assert whole.gradients == weights and dmd2.gradients == 2 * weights
+    assert dmd2.parts["teacher"] - weights in (0, 4)  # the count of an average's steps
+    assert dmd2.parts["auxiliary networks"] >= 3 * weights
+    assert dmd2.passes == {"forwards": 1 + 1 + 2 / 5, "backwards": 1 + 1 / 5, "derivatives": 0}
+    small = planned("released", *adapters), planned("dmd2", *adapters)
+    assert 0 < small[0].gradients < weights / 10 and small[1].gradients == 2 * small[0].gradients
+    refused = dataclasses.replace(whole, refused="needs 120G of 95G; what would help: fewer rows")
+    lines = report.by_objective(["released", "dmd2", "large"], [whole, dmd2, refused]).split("\n")
+    numbers = [float(value) for value in lines[2].split()[1:]]
+    assert len(numbers) == 12 == len(lines[0].split()) - 2 and numbers[-1] == 0.3
+    assert lines[3].endswith("needs 120G of 95G")
 
 
 def test_where_each_weight_lies():

@@ -9,12 +9,14 @@ from etils import epath
 
 from twinflow_jax import models, parallel, sampling
 from twinflow_jax.config import Run
+from twinflow_jax.objectives.config import STUDENT
 from twinflow_jax.parallel import flags
 from twinflow_jax.planning import cost, hlo
 from twinflow_jax.planning.collectives import collectives
 from twinflow_jax.planning.compiling import Compiled, compiled
 from twinflow_jax.planning.topology import GIB, Topology, devices, generation_of
 from twinflow_jax.training import flops, inputs, setup
+from twinflow_jax.training.state import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +24,10 @@ class Plan:
     """One config on one topology. Bytes, FLOPs and seconds are of one device and one step.
 
     text: tokens of a row's. refused: why it does not compile, "" where it does. parts: bytes of
-    what a device holds; the program's own come on top of peak_bytes. passes: forwards of the batch
-    that a step makes, in the mean over turns, "gradients" of which have one and "derivatives" an
-    exact derivative.
+    what a device holds; the program's own come on top of peak_bytes. gradients: bytes of those of
+    the weights that learn, which are among parts' "activations". passes: forwards of the batch
+    that a step makes, in the mean over turns, "backwards" of which have a gradient and
+    "derivatives" an exact derivative.
     analytic: FLOPs of the declared calls, matmul and attention. forwards: of the whole batch,
     that a step is worth. mean: FLOPs of the run's steps on average, this one's being 1.
     collectives: bytes by kind, "(looped)" inside loops.
@@ -40,6 +43,7 @@ class Plan:
     refused: str = ""
     passes: dict[str, float] = dataclasses.field(default_factory=dict)
     parts: dict[str, int] = dataclasses.field(default_factory=dict)
+    gradients: int = 0
     peak_bytes: int = 0
     hbm_bytes: int = 0
     host_bytes: int = 0
@@ -113,11 +117,16 @@ def train(run: Run, topology: Topology, hlo_file=None, told: Told = lambda _: No
     calls = [call for turn in turns for call in calls_of[turn]]
     share = lambda kind: sum(c.rows * kind(c) for c in calls) / run.data.batch_size / len(turns)
     passes = {
-        "forwards": share(lambda c: True), "gradients": share(lambda c: c.trained or c.through),
+        "forwards": share(lambda c: True), "backwards": share(lambda c: c.trained or c.through),
         "derivatives": share(lambda c: c.derived),
     }
+    learning = {STUDENT: trained(state.params, state.fixed)} | {
+        name: one.params for name, one in state.auxiliary.items()
+    }
+    learns = run.objective.cycle[turns.index(phase)]
     base = _base(
-        run, topology, remat, steps=run.train.steps, mean=mean, notes=notes, passes=passes
+        run, topology, remat, steps=run.train.steps, mean=mean, notes=notes, passes=passes,
+        gradients=parallel.on_device([learning[name] for name in learns]),
     )
     return _compiled(base, lower, prepared.strategy.mesh, parts, one, work, hlo_file, told)
 

@@ -101,22 +101,25 @@ def mean(plans: Sequence[Plan], shares: Mapping[int, float]) -> str:
 
 
 def by_objective(names: Sequence[str], plans: Sequence[Plan]) -> str:
-    """What each objective holds on a device and passes through its networks."""
-    kinds = ("weights", "optimizer", "teacher", "average", "auxiliary networks", "activations")
+    """What each objective passes through its networks and holds on a device, in GiB; of what does
+    not compile what is known before. Gradients are taken off the activations."""
+    passes = {"forwards": 10, "backwards": 11, "derivatives": 13}
+    kinds = ("weights", "optimizer", "teacher", "average", "auxiliary networks")
     lines = [
-        f"{'objective':<26}{'forwards':>9}{'gradients':>10}{'derivs':>7}"
-        + "".join(f"{kind.split()[0]:>12}" for kind in kinds) + f"{'GiB':>8}{'step s':>8}"
+        f"{'objective':<22}" + "".join(f"{name:>{width}}" for name, width in passes.items())
+        + "".join(f"{kind.split()[0]:>12}" for kind in (*kinds, "gradients", "activations", "all"))
+        + f"{'step s':>8}"
     ]
     for name, plan in zip(names, plans, strict=True):
-        passes = "".join(f"{plan.passes.get(key, 0):>{width}.2f}" for key, width in (
-            ("forwards", 9), ("gradients", 10), ("derivatives", 7)
-        ))
-        if plan.refused:
-            lines.append(f"{name:<26}{passes}  {plan.refused.partition(';')[0]}")
-            continue
-        parts = "".join(f"{plan.parts.get(kind, 0) / GIB:>12.2f}" for kind in kinds)
-        seconds = plan.overlapped * plan.mean
-        lines.append(f"{name:<26}{passes}{parts}{plan.peak_bytes / GIB:>8.2f}{seconds:>8.2f}")
+        start = f"{name:<22}" + "".join(
+            f"{plan.passes.get(key, 0):>{width}.2f}" for key, width in passes.items()
+        )
+        held = [plan.parts.get(kind, 0) for kind in kinds] + [plan.gradients]
+        if not plan.refused:
+            held += [plan.parts["activations"] - plan.gradients, plan.peak_bytes]
+        start += "".join(f"{size / GIB:>12.2f}" for size in held)
+        seconds = f"{plan.overlapped * plan.mean:>8.2f}"
+        lines.append(start + (f"  {plan.refused.partition(';')[0]}" if plan.refused else seconds))
     return "\n".join(lines)
 
 
