@@ -1,20 +1,22 @@
 """Whether runs edit: what they draw from held-out edits, beside all that they might have drawn.
 
     python benchmarks/edits.py runs/emoji_edit:1,4 runs/emoji_edit_flow:32 --guidance 2 \\
-        --records data/emoji32/edits_held_out --sheet edits.png
+        --records data/emoji32/edits_held_out --sheet edits.png --figure docs/images/edits.png
 
 Each edit is drawn from its source and instruction. It is right where the nearest of --among edits'
 results, its own one of them, and of its own source, is its result. Beside that: with another edit's
 source, and with instructions that were shuffled; a run that reads both is wrong there. Then the
-share of each instruction. The sheet shows edits of each, as each run draws them in each number of
-evaluations.
+share of each kind and instruction. The sheet shows edits of each, as each run draws them in each
+number of evaluations; the figure one edit of some, by the first run in its first number.
 """
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool
 
@@ -22,11 +24,17 @@ from twinflow_jax import checkpoints, images, models
 from twinflow_jax.arrays import HostImages
 from twinflow_jax.data.records import Records
 from twinflow_jax.errors import UserError, run_verb
+from twinflow_jax.evaluation import report
 from twinflow_jax.sampling import few_step, sample, solve
 from twinflow_jax.training import records
 
 ROWS = 32  # drawn at once
 SHOWN = 12  # rows of the sheet
+KINDS = {"style": "styles", "skin": "skin tones", "mirror": "mirrors"}  # by a word; else colours
+FIGURE = (  # its columns
+    "draw it in black and white", "exchange red and blue", "invert its colours", "mirror it",
+    "give it medium skin", "give it dark skin", "draw it in Google's style",
+)
 
 
 def main() -> None:
@@ -42,6 +50,7 @@ def main() -> None:
     parser.add_argument("--among", type=int, default=512,
                         help="results that the nearest is looked for among, at random")
     parser.add_argument("--sheet", help="a PNG of some of them")
+    parser.add_argument("--figure", help="a PNG of one edit of each of seven instructions")
     parser.add_argument("--json", help="a file of the shares")
     args = parser.parse_args()
     columns, shares = {}, {}
@@ -72,20 +81,27 @@ def main() -> None:
                 hits[way] = right(drawn, targets, sources, args.among)
                 if way == "its own":
                     columns[f"{folder}, {nfe}"] = drawn
-            shares[f"{folder}:{nfe}"] = found = {k: float(v.mean()) for k, v in hits.items()} | {
-                one: float(hits["its own"][np.array(said) == one].mean())
-                for one in sorted(set(said))
-            }
-            told = [f"{k} {v:.3f}" for k, v in found.items()]
-            print(f"{nfe:>3} NFE  {'   '.join(told[: len(hits)])}")
-            print(f"         {', '.join(told[len(hits) :])}", flush=True)
+            found = [{name: float(each.mean()) for name, each in hits.items()}]
+            for names in ([kind(one) for one in said], said):
+                found.append({
+                    name: float(hits["its own"][np.array(names) == name].mean())
+                    for name in sorted(set(names))
+                })
+            for part in found:
+                print(f"{nfe:>3} NFE  " + "   ".join(f"{k} {v:.3f}" for k, v in part.items()))
+            shares[f"{folder}:{nfe}"] = {k: v for part in found for k, v in part.items()}
     print(f"  copies  {right(sources, targets, None, args.among).mean():.3f}")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(shares, file, indent=1)
+    blocks = {"source": sources, **columns, "result": targets}
+    if args.figure:
+        shown = [said.index(one) for one in FIGURE if one in said]
+        names = "source", next(iter(columns)), "result"
+        parts = {name: blocks[name][shown] for name in names}
+        images.save(args.figure, figure(parts, [said[place] for place in shown]))
     if args.sheet:
         chosen = spread(said)
-        blocks = {"source": sources, **columns, "result": targets}
         blocks = {name: pictures[chosen] for name, pictures in blocks.items()}
         rows = tuple(said[place] for place in chosen)
         images.save(args.sheet, images.sheet(blocks, 1, "", rows), {"rows": "\n".join(rows)})
@@ -155,6 +171,28 @@ def spread(said: list[str]) -> list[int]:
     turns = max(len(places) for places in by_text.values())
     order = [p[turn] for turn in range(turns) for p in by_text.values() if turn < len(p)]
     return sorted(order[:SHOWN], key=lambda place: said[place])
+
+
+def kind(said: str) -> str:
+    """Of an instruction."""
+    return next((name for word, name in KINDS.items() if word in said), "colours")
+
+
+def figure(rows: dict[str, HostImages], said: list[str]):
+    """A row of pictures for each name, a column for each instruction."""
+    drawn, axes = plt.subplots(
+        len(rows), len(said), squeeze=False, layout="constrained",
+        figsize=(1.3 * len(said) + 1, 1.3 * len(rows) + 0.5),
+    )
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(line, pictures, strict=True):
+            axis.imshow(np.clip(picture / 2 + 0.5, 0, 1))
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(textwrap.fill(name, 16), rotation=0, ha="right", va="center")
+    for axis, one in zip(axes[0], said, strict=True):
+        axis.set_title(textwrap.fill(one, 16), fontsize="medium")
+    return report.to_image(drawn)
 
 
 def right(
