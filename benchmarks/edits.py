@@ -88,7 +88,8 @@ def main() -> None:
                     for name in sorted(set(names))
                 })
             for part in found:
-                print(f"{nfe:>3} NFE  " + "   ".join(f"{k} {v:.3f}" for k, v in part.items()))
+                told = "   ".join(f"{name} {value:.3f}" for name, value in part.items())
+                print(f"{nfe:>3} NFE  {told}", flush=True)
             shares[f"{folder}:{nfe}"] = {k: v for part in found for k, v in part.items()}
     print(f"  copies  {right(sources, targets, None, args.among).mean():.3f}")
     if args.json:
