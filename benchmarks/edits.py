@@ -187,7 +187,7 @@ def figure(rows: dict[str, HostImages], said: list[str]):
     )
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(np.clip(picture / 2 + 0.5, 0, 1))
+            axis.imshow(images.to_uint8(picture))
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(textwrap.fill(name, 16), rotation=0, ha="right", va="center")
