@@ -12,7 +12,7 @@ same multiples of the rate and the guidance, and keys of its own; trial 0 is its
 study's rate and guidance. The --finalists best by Frechet distance at one evaluation, and
 trial 0, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png; with
 --share .25 the search itself trains a quarter of the steps only, and finalists all with all seeds.
-Scores are those of `twinflow evaluate`; the start's own stand beside. What is done stays in --out:
+--steps is another budget than the study's, for a machine that is slow: one --out for each. Scores are those of `twinflow evaluate`; the start's own stand beside. What is done stays in --out:
 the same command goes on. On one GPU give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a
 JAX_COMPILATION_CACHE_DIR.
 """
@@ -405,6 +405,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--methods", help="some of the study's, with commas between")
     parser.add_argument("--trials", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="of the first method, in place of the study's")
     parser.add_argument("--share", type=share, default=1.0, help="of the steps, in the search")
     parser.add_argument("--finalists", type=int, default=1)
     parser.add_argument("--seeds", default="42,43,44")
@@ -413,6 +414,10 @@ def main() -> None:
                         help="no run begins later")
     args = parser.parse_args()
     study, seeds, began = STUDIES[args.study], [int(s) for s in args.seeds.split(",")], time.time()
+    if args.steps is not None:
+        if args.steps < 1:
+            parser.error(f"--steps is {args.steps}: give 1 or more")
+        study = dataclasses.replace(study, steps=args.steps)
     methods = args.methods.split(",") if args.methods else list(study.methods)
     if unknown := [name for name in methods if name not in study.methods]:
         parser.error(f"--methods has {', '.join(unknown)}; choose from {', '.join(study.methods)}")
