@@ -27,7 +27,7 @@ from tqdm import tqdm  # noqa: E402
 from twinflow_jax import config as configs  # noqa: E402
 from twinflow_jax import data, evaluation, images, models, objectives  # noqa: E402
 from twinflow_jax.config import Run, Train  # noqa: E402
-from twinflow_jax.evaluation import report, sample_labels  # noqa: E402
+from twinflow_jax.evaluation import sample_labels  # noqa: E402
 from twinflow_jax.sampling import generate, make_grid  # noqa: E402
 from twinflow_jax.training import inputs, optimizers, state, step  # noqa: E402
 
@@ -99,7 +99,7 @@ def plot_lambda(results: dict[str, list[Curve]], last: int):
         axis.set(xlabel="lambda (share of twin rows)", title=f"1 NFE {score}")
     axes[1].set_yscale("log")
     axes[0].legend(fontsize=8)
-    return report.to_image(figure)
+    return images.of_figure(figure)
 
 
 def plot_over_training(results: dict[str, list[Curve]], series, real):
@@ -114,7 +114,7 @@ def plot_over_training(results: dict[str, list[Curve]], series, real):
         axis.set(xlabel="steps", title=score)
     axes[1].set_yscale("log")
     axes[0].legend(fontsize=8)
-    return report.to_image(figure)
+    return images.of_figure(figure)
 
 
 def main() -> None:

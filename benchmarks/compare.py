@@ -12,8 +12,9 @@ same multiples of the rate and the guidance, and keys of its own; trial 0 is its
 study's rate and guidance. The --finalists best by Frechet distance at one evaluation, and
 trial 0, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png; with
 --share .25 the search itself trains a quarter of the steps only, and finalists all with all seeds.
---steps is another budget than the study's, for a machine that is slow: one --out for each. Scores are those of `twinflow evaluate`; the start's own stand beside. What is done stays in --out:
-the same command goes on. On one GPU give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a
+--steps is another budget than the study's, for a machine that is slow: one --out for each. Scores
+are those of `twinflow evaluate`; the start's own stand beside. What is done stays in --out: the
+same command goes on. On one GPU give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a
 JAX_COMPILATION_CACHE_DIR.
 """
 
@@ -38,7 +39,6 @@ from tqdm import tqdm
 
 from twinflow_jax import config as configs
 from twinflow_jax import images, objectives
-from twinflow_jax.evaluation import report
 from twinflow_jax.objectives.config import Shared
 from twinflow_jax.training import flops, setup
 
@@ -387,7 +387,7 @@ def plot(study: Study, rows: list[dict]):
     names = [row["method"] + (f" {row['trial']}" if row["trial"] else "") for row in rows]
     axes[0].set_yticks(range(len(rows)), names)
     axes[0].invert_yaxis()
-    return report.to_image(figure)
+    return images.of_figure(figure)
 
 
 def share(text: str) -> float:

@@ -24,7 +24,6 @@ from twinflow_jax import checkpoints, images, models
 from twinflow_jax.arrays import HostImages
 from twinflow_jax.data.records import Records
 from twinflow_jax.errors import UserError, run_verb
-from twinflow_jax.evaluation import report
 from twinflow_jax.sampling import few_step, sample, solve
 from twinflow_jax.training import records
 
@@ -193,7 +192,7 @@ def figure(rows: dict[str, HostImages], said: list[str]):
         line[0].set_ylabel(textwrap.fill(name, 16), rotation=0, ha="right", va="center")
     for axis, one in zip(axes[0], said, strict=True):
         axis.set_title(textwrap.fill(one, 16), fontsize="medium")
-    return report.to_image(drawn)
+    return images.of_figure(drawn)
 
 
 def right(

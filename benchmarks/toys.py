@@ -28,7 +28,6 @@ from tqdm import tqdm  # noqa: E402
 
 from twinflow_jax import images, models, objectives  # noqa: E402
 from twinflow_jax.config import Train  # noqa: E402
-from twinflow_jax.evaluation import report  # noqa: E402
 from twinflow_jax.training import state as training_state  # noqa: E402
 from twinflow_jax.training import step as training_step  # noqa: E402
 
@@ -153,7 +152,7 @@ def plot(found: dict, order: list[str]):
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(order)), order)
     axes[0].invert_yaxis()
-    return report.to_image(figure)
+    return images.of_figure(figure)
 
 
 if __name__ == "__main__":

@@ -163,10 +163,10 @@ def run_verify(args) -> int:
 
 
 def adapter_import(args) -> int:
-    from twinflow_jax.checkpoints import adapting, imported
+    from twinflow_jax.checkpoints import adapter_files, imported
 
     base = imported.open_imported(args.base)
-    adapter = adapting.import_adapter(args.source, base, args.target, args.alpha)
+    adapter = adapter_files.import_adapter(args.source, base, args.target, args.alpha)
     for note in adapter.file.notes:
         print(note)
     ranks = sorted({low.shape[0] for low in adapter.file.low.values()})
@@ -177,20 +177,20 @@ def adapter_import(args) -> int:
 
 def adapter_export(args) -> int:
     from twinflow_jax import checkpoints
-    from twinflow_jax.checkpoints import adapted, adapting
+    from twinflow_jax.checkpoints import adapter_export, adapter_files
 
     repository = open_hub(args)
-    if adapting.is_imported(args.source):
+    if adapter_files.is_imported(args.source):
         if args.raw or args.at_step is not None:
             raise UserError(f"{args.source} is an imported adapter: --raw, --at-step are for runs")
         if args.dtype and not args.format:
             raise UserError("--dtype needs --format: without, what was imported stays as it came")
-        file = adapted.export_imported(args.source, args.target, args.format, args.dtype)
+        file = adapter_export.export_imported(args.source, args.target, args.format, args.dtype)
     else:
         run, arrays, step = checkpoints.open_weights(args.source, args.raw, args.at_step)
         if not run.adapter.rank:
             raise UserError(f"{args.source} trained no adapters: use convert export")
-        file = adapted.export_trained(
+        file = adapter_export.export_trained(
             run, arrays, checkpoints.base_of(run), step, args.target, args.format or FORMATS[0],
             args.dtype,
         )
@@ -200,13 +200,13 @@ def adapter_export(args) -> int:
 
 
 def adapter_merge(args) -> int:
-    from twinflow_jax.checkpoints import adapted, adapting, imported
+    from twinflow_jax.checkpoints import adapter_export, adapter_files, imported
 
     checkpoint, (source, factor) = imported.open_imported(args.base), args.source
-    adapter = adapting.open_for(checkpoint, source)
+    adapter = adapter_files.open_for(checkpoint, source)
     for note in adapter.file.notes:
         print(note)
-    error = adapted.merge(checkpoint, adapter, factor, args.target)
+    error = adapter_export.merge(checkpoint, adapter, factor, args.target)
     print(f"{args.base} with {source} is in {args.target}")
     print(f"rounding to the weights' dtype cost {error:.1%} of what the adapter adds; kept apart "
           "(sample --adapter) it costs nothing")

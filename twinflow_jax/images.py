@@ -108,6 +108,13 @@ def sheet(
     return picture
 
 
+def of_figure(figure) -> Image.Image:
+    """A matplotlib figure as a picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return Image.open(buffer)
+
+
 def save(
     path: epath.PathLike, picture: Image.Image, text: dict[str, str] | None = None,
     through: epath.Path | None = None,

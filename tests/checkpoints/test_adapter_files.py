@@ -30,7 +30,7 @@ from tests.qwen_folder import randomise
 from tests.sana_folder import without_class
 from twinflow_jax import convert as verb
 from twinflow_jax import models
-from twinflow_jax.checkpoints import adapted, adapting, dialects, imported, importing
+from twinflow_jax.checkpoints import adapter_export, adapter_files, dialects, imported, importing
 from twinflow_jax.models import names
 
 FAMILIES = {
@@ -86,8 +86,10 @@ class Base:
 
     def ours(self, *files: pathlib.Path, factor: float = 1.0) -> np.ndarray:
         """Our output with these files' adapters on the network."""
-        opened = [adapting.open_adapter(file, self.network, self.config, True) for file in files]
-        leaves = adapting.put([(one, factor) for one in opened], self.network, self.config)
+        opened = [
+            adapter_files.open_adapter(file, self.network, self.config, True) for file in files
+        ]
+        leaves = adapter_files.put([(one, factor) for one in opened], self.network, self.config)
         put_on = {path: leaf.read().result() for path, leaf in leaves.items()}
         params = names.unflatten(self.params | put_on)
         return np.asarray(oracles.compiled(self.network, self.config)(params, *self.inputs))
@@ -333,10 +335,10 @@ def test_the_same_bytes_again(small, kept, tmp_path):
         return
     program = """if True:
         import sys
-        from twinflow_jax.checkpoints import adapted
+        from twinflow_jax.checkpoints import adapter_export
         for where in sys.argv[2:]:
             form, dtype = where.rpartition("/")[2].split("_")
-            adapted.export_imported(sys.argv[1], f"{where}/adapter", form, dtype)"""
+            adapter_export.export_imported(sys.argv[1], f"{where}/adapter", form, dtype)"""
     started = []
     for seed in "01":
         targets = [str(tmp_path / seed / f"{form}_{dtype}") for form, dtype in wanted]
@@ -388,9 +390,11 @@ def test_merging_and_what_it_costs(small, kept, tmp_path, capsys):
 
     narrow = tmp_path / "narrow"
     importing.import_folder(str(small.folder / "published"), str(narrow), "bfloat16", 1, False)
-    weak = adapting.open_for(small.checkpoint, folder)
+    weak = adapter_files.open_for(small.checkpoint, folder)
     costs = [
-        adapted.merge(imported.open_imported(narrow), weak, factor, tmp_path / str(factor), False)
+        adapter_export.merge(
+            imported.open_imported(narrow), weak, factor, tmp_path / str(factor), False
+        )
         for factor in (1.0, 0.01)
     ]
     assert costs[0] < 0.03 and 0.1 < costs[1] < 0.9, costs

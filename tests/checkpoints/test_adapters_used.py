@@ -16,7 +16,7 @@ from PIL import Image
 from tests.checkpoints.folders import SEED, bits, convert, read
 from tests.test_verbs import call
 from twinflow_jax import checkpoints, models, objectives, sample
-from twinflow_jax.checkpoints import adapting, dialects, imported, random, store, tensors
+from twinflow_jax.checkpoints import adapter_files, dialects, imported, random, store, tensors
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
@@ -66,9 +66,9 @@ def test_a_run_in_a_file_is_the_run(trained, checkpoint, tmp_path, capsys):
         portable = "any pipeline" in (out / "README.md").read_text()
         assert portable == (time != "second_embedder")
         base = imported.open_imported(checkpoint)
-        opened = adapting.open_for(base, out)
+        opened = adapter_files.open_for(base, out)
         assert not opened.file.notes
-        put_on = adapting.put([(opened, 1.0)], base.network("transformer"), opened.config)
+        put_on = adapter_files.put([(opened, 1.0)], base.network("transformer"), opened.config)
         arrays = checkpoints.open_weights(trained)[1]
         for path in arrays:
             if "lora_" in path or SECOND[time] and SECOND[time] in path:

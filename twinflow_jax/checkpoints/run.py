@@ -12,7 +12,7 @@ from etils import epath
 
 from twinflow_jax import buckets, files, holders, models, seeds
 from twinflow_jax import config as configs
-from twinflow_jax.checkpoints import adapting, imported, store
+from twinflow_jax.checkpoints import adapter_files, imported, store
 from twinflow_jax.checkpoints.imported import FORMAT
 from twinflow_jax.checkpoints.saver import Saver, stored
 from twinflow_jax.config import RANDOM, Run
@@ -177,8 +177,8 @@ def open_start(source: epath.PathLike) -> store.Arrays:
     Raises:
       UserError: as `open_weights`.
     """
-    if adapting.is_imported(source):
-        return adapting.start(source)
+    if adapter_files.is_imported(source):
+        return adapter_files.start(source)
     if imported.is_imported(source):
         return imported.open_imported(source).arrays("transformer")
     return open_weights(source)[1]

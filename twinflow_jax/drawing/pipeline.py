@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from twinflow_jax import checkpoints, parallel
-from twinflow_jax.checkpoints import adapting, imported, store
+from twinflow_jax.checkpoints import adapter_files, imported, store
 from twinflow_jax.checkpoints.dialects import FEW
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.config import Run
@@ -236,16 +236,16 @@ def _put_on(pipeline: Pipeline, given: Sequence[tuple[str, float]]) -> Pipeline:
     arrays, opened = pipeline.arrays("transformer"), []
     free = not pipeline.knows_r
     for source, factor in given:
-        adapter = adapting.open_adapter(source, network, config, free)
+        adapter = adapter_files.open_adapter(source, network, config, free)
         config, free = adapter.config, free and not adapter.time
-        other = adapting.other_base(adapter, arrays, imported.layout(network, config)[0])
+        other = adapter_files.other_base(adapter, arrays, imported.layout(network, config)[0])
         for note in (*adapter.file.notes, *([other] if other else ())):
             warnings.warn(f"{source}: {note}", stacklevel=3)
         opened.append((adapter, factor))
         if latents := adapter.said.get("twinflow_latents"):  # that edits were trained in
             sides = *map(int, latents.split("x")), config.latent_channels
             config = dataclasses.replace(config, sample_shape=sides)
-    leaves = adapting.put(opened, network, config, arrays)
+    leaves = adapter_files.put(opened, network, config, arrays)
     few = any(adapter.said.get("twinflow_sampler") == FEW for adapter, _ in opened)
     return dataclasses.replace(
         pipeline, settings=config, put_on=leaves, few=few, ranks=ranks_of(leaves)

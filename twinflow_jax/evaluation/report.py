@@ -1,19 +1,15 @@
 """Scores as a table, a plot, a sheet and a file."""
 
 import dataclasses
-import io
 import json
 
-import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from PIL import Image
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from jaxtyping import Float  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from twinflow_jax import files, images  # noqa: E402
-from twinflow_jax.errors import UserError  # noqa: E402
+from twinflow_jax import files, images
+from twinflow_jax.errors import UserError
 
 Row = dict[str, float | int | str]
 
@@ -91,7 +87,8 @@ def table(rows: list[Row], real: dict[str, float]) -> str:
 def plot(rows: list[Row], real: dict[str, float]) -> Image.Image:
     """The main scores over evaluations, one line per run."""
     keys = [key for key in PLOTTED if key in real]
-    figure, axes = plt.subplots(1, len(keys), figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(keys))
     for axis, key in zip(axes, keys, strict=True):
         for run in dict.fromkeys(row["run"] for row in rows):
             mine = [row for row in rows if row["run"] == run]
@@ -105,12 +102,4 @@ def plot(rows: list[Row], real: dict[str, float]) -> Image.Image:
         if key == "frechet":
             axis.set_yscale("log")
     axes[0].legend(fontsize=8)
-    return to_image(figure)
-
-
-def to_image(figure) -> Image.Image:
-    """A matplotlib figure as a picture."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return Image.open(buffer)
+    return images.of_figure(figure)

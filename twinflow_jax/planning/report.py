@@ -1,11 +1,10 @@
 """A plan as text and as a picture."""
 
-import io
 from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from twinflow_jax import files, models, parallel
+from twinflow_jax import images, models, parallel
 from twinflow_jax.parallel.mesh import AnyMesh
 from twinflow_jax.planning.cost import OFF
 from twinflow_jax.planning.plan import Plan
@@ -166,6 +165,4 @@ def plot(plans: Sequence[Plan], file: epath.PathLike) -> None:
         ax.legend(fontsize="small")
         ax.invert_yaxis()
     axes[1].set_yticklabels([])
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    files.write(epath.Path(file), picture.getvalue())
+    images.save(epath.Path(file), images.of_figure(figure))

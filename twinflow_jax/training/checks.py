@@ -6,7 +6,7 @@ import warnings
 import jax
 
 from twinflow_jax import checkpoints, data, models, parallel
-from twinflow_jax.checkpoints import adapting, imported
+from twinflow_jax.checkpoints import adapter_files, imported
 from twinflow_jax.config import RANDOM, Run
 from twinflow_jax.data.records import Records
 from twinflow_jax.errors import UserError, few
@@ -141,8 +141,8 @@ def check_start(run: Run) -> None:
                 f"here it is {ours!r}: take that, or the model that it was trained from"
             )
         return
-    if adapting.is_imported(source):
-        adapter = adapting.open_imported(source)[1]
+    if adapter_files.is_imported(source):
+        adapter = adapter_files.open_imported(source)[1]
         theirs = ranks_of(checkpoints.open_start(source))
         model = models.build(run.model, adapter=run.adapter)
         ours = ranks_of(names.flatten(model.abstract_params()))

@@ -12,8 +12,8 @@ from etils import epath
 from jaxtyping import Float
 
 from twinflow_jax import files, models
-from twinflow_jax.checkpoints import adapting, dialects, exporting, imported, store, tensors
-from twinflow_jax.checkpoints.adapting import Adapter, Place, Places
+from twinflow_jax.checkpoints import adapter_files, dialects, exporting, imported, store, tensors
+from twinflow_jax.checkpoints.adapter_files import Adapter, Place, Places
 from twinflow_jax.checkpoints.imported import Imported
 from twinflow_jax.config import Run
 from twinflow_jax.errors import UserError
@@ -51,7 +51,7 @@ def export_trained(
       UserError: no file can hold them, or the target is taken.
     """
     network = _network(run.model.name)
-    spots, table = adapting.places(network, run.model), imported.layout(network, run.model)[0]
+    spots, table = adapter_files.places(network, run.model), imported.layout(network, run.model)[0]
     low = {
         name: Trained(arrays[f"{spot.path}/lora_a"], arrays[f"{spot.path}/lora_b"], spot)
         for name, spot in spots.items() if f"{spot.path}/lora_a" in arrays
@@ -68,7 +68,7 @@ def export_trained(
     edits = run.shape.references
     said = {
         "family": run.model.name, "base": _name(run.train.init_from),
-        "base_digest": adapting.base_digest(base, table), "rank": run.adapter.rank,
+        "base_digest": adapter_files.base_digest(base, table), "rank": run.adapter.rank,
         "alpha": run.adapter.rank, "targets": ",".join(run.adapter.targets),
         "time": time if few or time != "second_embedder" else "",
         "objective": run.objective.form, "order": getattr(run.objective, "order", ""),
@@ -90,17 +90,17 @@ def export_imported(
     Raises:
       UserError: as `export_trained`.
     """
-    record, target = adapting.read_record(folder), epath.Path(target)
+    record, target = adapter_files.read_record(folder), epath.Path(target)
     network = _network(record["family"])
     config = network.config.from_published(record["published"])
-    adapter = adapting.open_adapter(folder, network, config, free=True)
+    adapter = adapter_files.open_adapter(folder, network, config, free=True)
     path = adapter.file.path
     if form is None:
         with files.whole_folder(target, path.stat().length):
-            adapting.keep(adapter, target, path.name)
+            adapter_files.keep(adapter, target, path.name)
         return target / path.name
     dtype = dtype or adapter.file.dtype.name
-    spots = adapting.places(network, adapter.config)
+    spots = adapter_files.places(network, adapter.config)
     return _write(
         target, record["family"], form, adapter.file.low, spots, dtype, adapter.said, adapter.whole
     )
@@ -115,8 +115,8 @@ def _network(family: str) -> Network:
 
 def _name(source: str) -> str:
     """Of what adapters are on, as people say it: the last part of a hub's id or of a path."""
-    if source and adapting.is_imported(source):
-        source = adapting.read_record(source)["base"]
+    if source and adapter_files.is_imported(source):
+        source = adapter_files.read_record(source)["base"]
     if source and imported.is_imported(source):
         source = imported.open_imported(source).record["source"]
     return epath.Path(source).name
@@ -188,9 +188,9 @@ def merge(
     Raises:
       UserError: the adapter is of another base, or the target is taken.
     """
-    adapting.refuse_other_base(adapter, checkpoint)
+    adapter_files.refuse_other_base(adapter, checkpoint)
     network, arrays = checkpoint.network("transformer"), checkpoint.arrays("transformer")
-    leaves = adapting.put([(adapter, factor)], network, adapter.config)
+    leaves = adapter_files.put([(adapter, factor)], network, adapter.config)
     kernels = {path: arrays[f"{path}/kernel"] for path in adapters.ranks_of(leaves)}
     whole = {path: leaf for path, leaf in leaves.items() if not adapters.is_adapter(path)}
     place = lambda folder, path: imported.array_folder(folder, "transformer", path)
