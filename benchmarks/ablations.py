@@ -20,8 +20,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from twinflow_jax import config as configs  # noqa: E402
@@ -90,7 +90,8 @@ def mean(curves: list[Curve], score: str, at: int, nfe: int) -> tuple[float, flo
 
 
 def plot_lambda(results: dict[str, list[Curve]], last: int):
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, score in zip(axes, ("accuracy", "frechet"), strict=True):
         for form in FORMS:
             points = [mean(results[f"{form} {s:.2f}"], score, last, 1) for s in SHARES]
@@ -104,7 +105,8 @@ def plot_lambda(results: dict[str, list[Curve]], last: int):
 
 def plot_over_training(results: dict[str, list[Curve]], series, real):
     """One line per (label, run, evaluations) of `series`."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, score in zip(axes, ("accuracy", "frechet"), strict=True):
         for label, run, nfe in series:
             marks = list(results[run][0])

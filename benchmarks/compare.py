@@ -33,12 +33,12 @@ import sys
 import time
 
 import jax
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
 
+from twinflow_jax import arguments, images, objectives
 from twinflow_jax import config as configs
-from twinflow_jax import images, objectives
 from twinflow_jax.objectives.config import Shared
 from twinflow_jax.training import flops, setup
 
@@ -371,8 +371,8 @@ def table(study: Study, rows: list[dict]) -> str:
 
 def plot(study: Study, rows: list[dict]):
     """Frechet distance at each number of evaluations: a dot for each seed, a bar at their mean."""
-    figure, axes = plt.subplots(1, len(EVALUATIONS), figsize=(11, 0.3 * len(rows) + 1),
-                                layout="constrained", sharex=True, sharey=True)
+    figure = Figure(figsize=(11, 0.3 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots(1, len(EVALUATIONS), sharex=True, sharey=True)
     for axis, nfe in zip(axes, EVALUATIONS, strict=True):
         for place, row in enumerate(rows):
             values = row["scores"][nfe]["frechet"]
@@ -405,7 +405,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--methods", help="some of the study's, with commas between")
     parser.add_argument("--trials", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="of the first method, in place of the study's")
+    parser.add_argument("--steps", type=arguments.whole,
+                        help="of the first method, in place of the study's")
     parser.add_argument("--share", type=share, default=1.0, help="of the steps, in the search")
     parser.add_argument("--finalists", type=int, default=1)
     parser.add_argument("--seeds", default="42,43,44")
@@ -414,9 +415,7 @@ def main() -> None:
                         help="no run begins later")
     args = parser.parse_args()
     study, seeds, began = STUDIES[args.study], [int(s) for s in args.seeds.split(",")], time.time()
-    if args.steps is not None:
-        if args.steps < 1:
-            parser.error(f"--steps is {args.steps}: give 1 or more")
+    if args.steps:
         study = dataclasses.replace(study, steps=args.steps)
     methods = args.methods.split(",") if args.methods else list(study.methods)
     if unknown := [name for name in methods if name not in study.methods]:

@@ -16,9 +16,9 @@ import textwrap
 from collections.abc import Callable
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool
+from matplotlib.figure import Figure
 
 from twinflow_jax import checkpoints, images, models
 from twinflow_jax.arrays import HostImages
@@ -180,10 +180,8 @@ def kind(said: str) -> str:
 
 def figure(rows: dict[str, HostImages], said: list[str]):
     """A row of pictures for each name, a column for each instruction."""
-    drawn, axes = plt.subplots(
-        len(rows), len(said), squeeze=False, layout="constrained",
-        figsize=(1.3 * len(said) + 1, 1.3 * len(rows) + 0.5),
-    )
+    drawn = Figure((1.3 * len(said) + 1, 1.3 * len(rows) + 0.5), layout="constrained")
+    axes = drawn.subplots(len(rows), len(said), squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(images.to_uint8(picture))

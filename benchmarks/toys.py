@@ -21,9 +21,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples")
 
 import compare  # noqa: E402
 import jax  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
 import optax  # noqa: E402
 import toys  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from twinflow_jax import images, models, objectives  # noqa: E402
@@ -142,7 +142,8 @@ def main() -> None:
 
 def plot(found: dict, order: list[str]):
     """A dot for each seed, a bar at their mean."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.5), layout="constrained", sharey=True)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, (toy, distances) in zip(axes, found.items(), strict=True):
         for place, name in enumerate(order):
             color = "tab:orange" if name == "twinflow" else "tab:blue"

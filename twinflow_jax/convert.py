@@ -32,8 +32,8 @@ def main() -> int:
     args = parse()
     return {
         "import": run_import, "export": run_export, "verify": run_verify,
-        "adapter import": adapter_import, "adapter export": adapter_export,
-        "adapter merge": adapter_merge,
+        "adapter import": run_adapter_import, "adapter export": run_adapter_export,
+        "adapter merge": run_adapter_merge,
     }[args.verb](args)
 
 
@@ -162,7 +162,7 @@ def run_verify(args) -> int:
     return 1 if differs else 0
 
 
-def adapter_import(args) -> int:
+def run_adapter_import(args) -> int:
     from twinflow_jax.checkpoints import adapter_files, imported
 
     base = imported.open_imported(args.base)
@@ -175,7 +175,7 @@ def adapter_import(args) -> int:
     return 0
 
 
-def adapter_export(args) -> int:
+def run_adapter_export(args) -> int:
     from twinflow_jax import checkpoints
     from twinflow_jax.checkpoints import adapter_export, adapter_files
 
@@ -199,7 +199,7 @@ def adapter_export(args) -> int:
     return 0
 
 
-def adapter_merge(args) -> int:
+def run_adapter_merge(args) -> int:
     from twinflow_jax.checkpoints import adapter_export, adapter_files, imported
 
     checkpoint, (source, factor) = imported.open_imported(args.base), args.source
