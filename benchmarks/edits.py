@@ -7,7 +7,8 @@ Each edit is drawn from its source and instruction. It is right where the neares
 results, its own one of them, and of its own source, is its result. Beside that: with another edit's
 source, and with instructions that were shuffled; a run that reads both is wrong there. Then the
 share of each kind and instruction. The sheet shows edits of each, as each run draws them in each
-number of evaluations; the figure one edit of some, by the first run in its first number.
+number of evaluations; the figure one edit of some, the median in how much it changes, by the first
+run in its first number.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def main() -> None:
             json.dump(shares, file, indent=1)
     blocks = {"source": sources, **columns, "result": targets}
     if args.figure:
-        shown = [said.index(one) for one in FIGURE if one in said]
+        shown = typical(said, sources, targets)
         names = "source", next(iter(columns)), "result"
         parts = {name: blocks[name][shown] for name in names}
         images.save(args.figure, figure(parts, [said[place] for place in shown]))
@@ -171,6 +172,17 @@ def spread(said: list[str]) -> list[int]:
     turns = max(len(places) for places in by_text.values())
     order = [p[turn] for turn in range(turns) for p in by_text.values() if turn < len(p)]
     return sorted(order[:SHOWN], key=lambda place: said[place])
+
+
+def typical(said: list[str], sources: HostImages, targets: HostImages) -> list[int]:
+    """Of each of FIGURE's instructions that was said the place of the edit that changes its source
+    by the median of them in mean square."""
+    changes = np.square(np.asarray(targets) - np.asarray(sources)).mean(axis=(1, 2, 3))
+    shown = []
+    for one in FIGURE:
+        if places := [place for place, text in enumerate(said) if text == one]:
+            shown.append(sorted(places, key=lambda place: changes[place])[len(places) // 2])
+    return shown
 
 
 def kind(said: str) -> str:

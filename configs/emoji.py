@@ -50,7 +50,7 @@ def flow() -> ml_collections.ConfigDict:
     config.data.update(records=("data/emoji32/train",), batch_size=64, text_tokens=20)
     config.model = {
         "name": "minilm_dit", "sample_shape": (32, 32, 3), "patch": 8, "width": 256, "depth": 6,
-        "heads": 8,
+        "heads": 8, "remat": "full",
     }
     config.objective = objectives.preset("flow_matching")
     config.optimizer.update(

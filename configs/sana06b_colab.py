@@ -6,7 +6,7 @@
 
 docs/kaggle.md has the whole way. The variants are those of configs/sana06b_lora_tpu.py; `tiny` runs
 on two CPU cores. By `python -m twinflow_jax.rehearse --config configs/sana06b_colab.py --topology
-v5e:1x1`, not yet there: 6.2 of 15.75 GiB, 1.84 s a step, 7,000 steps in 3.6 hours.
+v5e:1x1`, not yet there: 6.5 of 15.75 GiB, 1.84 s a step, 7,000 steps in 3.6 hours.
 """
 
 import pathlib

@@ -15,7 +15,7 @@ docs/data.md says which pictures, and in which forms. Variants, as `configs/sana
         --out samples
 
 Hardware: master weights, RAdam's moments and gradients take 9.6 GB in float32, each average of
-the weights 2.4 GB more. `tiny` runs on two CPU cores in about a minute; its networks are random,
+the weights 2.4 GB more. `tiny` runs on two CPU cores in two minutes; its networks are random,
 so that its pictures show that everything works, and nothing else.
 """
 

@@ -19,8 +19,8 @@ from twinflow_jax.models import minilm_edit
 from twinflow_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-PLAIN, DARK, LIGHT = "1f44b", "1f44b-1f3ff", "1f44b-1f3fb"
-KNOWN = (  # the last but one has two tones
+PLAIN, DARK, LIGHT = "1f447", "1f447-1f3ff", "1f447-1f3fb"
+KNOWN = (  # the last but one has two tones; of the plain ones the set has the other style too
     *(f"google/{code}" for code in (PLAIN, DARK, LIGHT, "1f91d-1f3fb-200d-1f3ff")), f"3d/{PLAIN}",
 )
 
@@ -81,8 +81,12 @@ def test_pairs(loaded, emoji):
             source, target = (Image.open(emoji / file) for file in files)
             np.testing.assert_array_equal(np.asarray(target), np.asarray(change(source)))
     assert len((emoji / "edits_held_out.jsonl").read_text().splitlines()) == 2
-    several = {"google/a": "a", "3d/a": "b", "twitter/a": "c"}  # one other style of the two
-    assert len(list(tool.styles(several))) == 3
+    several = {f"{style}/{code}": f"{style} {code}" for style in tool.STYLES for code in range(100)}
+    drawn = list(tool.styles(several))  # one of four, in one other style of the two
+    assert 50 < len(drawn) == len({source for _, source, _ in drawn}) < 100
+    for said, source, target in drawn:
+        (before, code), (after, same) = source.split(), target.split()
+        assert code == same and before != after and said == f"draw it in {tool.STYLES[after]} style"
 
 
 def test_the_network_estimates_the_picture():
