@@ -27,11 +27,12 @@ from transformers import (
 
 from tests import qwen_folder
 from tests.models.qwen_image import test_transformer as parity
-from tests.test_text_to_image import assert_close, noise_of, pixels
+from tests.test_text_to_image import assert_same_tensors, noise_of, pixels
 from tests.test_verbs import call
 from twinflow_jax import checkpoints, convert, encode, models, sample
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import exporting, imported, importing
+from twinflow_jax.drawing import denoising
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.models.adapters import is_adapter
@@ -124,7 +125,11 @@ def small(monkeypatch):
 @pytest.mark.parametrize("name", [
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("edit", "2509")), "2511",
 ])
-def test_base_sampling_is_the_published_pipeline(name, folder, small, tmp_path):
+def test_base_sampling_is_the_published_pipeline(name, folder, small, tmp_path, monkeypatch):
+    """Latents within 1e-4 of them, pictures within a level, and in the size of the source."""
+    denoise, latents = denoising.denoise, []
+    kept = lambda *given: (latents.append(part) or part for part in denoise(*given))
+    monkeypatch.setattr(denoising, "denoise", kept)
     pipeline, (_, _, files) = written(folder, name), KINDS[name]
     names = itertools.chain(*(("--image", str(folder / file)) for file in files))
     given = ["--checkpoint", str(folder / f"{name}_imported"), *names, "--prompt", "make it night"]
@@ -138,8 +143,11 @@ def test_base_sampling_is_the_published_pipeline(name, folder, small, tmp_path):
     theirs = pipeline(
         pictures if len(pictures) > 1 else pictures[0], "make it night", " ", true_cfg_scale=4.0,
         num_inference_steps=2, latents=noise_of(0, size)[0], output_type="pt",
+        callback_on_step_end=lambda *step: latents.append(step[-1]["latents"]) or {},
     ).images[0]
-    assert_close(ours[None], pixels(2 * theirs - 1)[None])
+    mine, *_, last = latents
+    assert np.abs(parity.packed(mine) - last.numpy()).max() <= 1e-4 < np.abs(mine).max()
+    assert ours.std() > 20 and np.abs(ours - pixels(2 * theirs - 1)).max() <= 1
 
     assert call(sample, "--out", str(tmp_path / "b"), *given, "--steps", "1") == 0
     [file] = (tmp_path / "b").iterdir()
@@ -183,6 +191,20 @@ def test_adapters_of_a_run_edit_in_diffusers(folder, tmp_path):
     assert np.linalg.norm(theirs - before) > 0.1 * np.linalg.norm(before)
 
 
+def test_an_export_is_what_was_imported(folder, tmp_path):
+    written(folder, "2511")
+    before, after = folder / "2511", tmp_path / "out"
+    kept = imported.open_imported(folder / "2511_imported")
+    exporting.export_folder(kept, after, progress=False)
+    assert_same_tensors(before, after, ("transformer", "text_encoder", "vae"))
+    for file in ("transformer/config.json", "processor/preprocessor_config.json"):
+        theirs, ours = (json.loads((one / file).read_text()) for one in (before, after))
+        assert ours == theirs, file
+    assert kept.config("transformer").zero_cond_t
+    module = type(written(folder, "2511").transformer).from_pretrained(after / "transformer")
+    assert module.config.zero_cond_t
+
+
 def test_pictures_are_turned_and_laid_on_white(folder):
     turned = edit.upright(Image.open(folder / "turned.jpg"))
     assert turned.size == (13 * 9, 16 * 9) and turned.mode == "RGB"
@@ -191,8 +213,23 @@ def test_pictures_are_turned_and_laid_on_white(folder):
     rgba = np.asarray(clear, float)
     share = rgba[..., 3:] / 255
     np.testing.assert_allclose(seen, rgba[..., :3] * share + 255 * (1 - share), atol=1)
-    grey = Image.fromarray(np.full((30, 40), 90, np.uint8))
-    assert np.asarray(edit.upright(grey)).tolist() == np.full((30, 40, 3), 90).tolist()
+    for value, kind in ((90, np.uint8), (90 * 256 + 7, np.uint16)):  # 16 bits a pixel are no white
+        grey = Image.fromarray(np.full((30, 40), value, kind))
+        assert np.asarray(edit.upright(grey)).tolist() == np.full((30, 40, 3), 90).tolist()
+    with pytest.raises(UserError, match="its pixels are numbers without a known range"):
+        edit.upright(Image.fromarray(np.zeros((30, 40), np.float32)))
+
+
+@pytest.mark.parametrize("area, size, made", [  # of the published pipelines
+    (1024**2, (640, 480), (1184, 896)), (1024**2, (500, 300), (1312, 800)),
+    (1024**2, (768, 512), (1248, 832)), (1024**2, (1664, 928), (1376, 768)),
+    (1024**2, (1080, 1920), (768, 1376)), (1024**2, (512, 512), (1024, 1024)),
+    (384**2, (640, 480), (448, 320)), (384**2, (512, 512), (384, 384)),
+])
+def test_sizes_are_the_pipelines(area, size, made):
+    assert edit.size_of_area(area, size) == made
+    theirs = pipeline_qwenimage_edit_plus.calculate_dimensions(area, size[0] / size[1])
+    assert tuple(theirs[:2]) == made
 
 
 @pytest.mark.parametrize("size", [
@@ -234,6 +271,33 @@ def test_what_is_no_edit_is_refused(checkpoint, tmp_path, capsys):
     says = "is of a QwenImageEditPlusPipeline: import it with --family qwen_image_edit_plus"
     with pytest.raises(UserError, match=says):
         importing.import_folder(str(folder), str(tmp_path / "c"), family="qwen_image")
+
+
+def test_a_file_of_edits(folder, small, checkpoint, tmp_path):
+    """Of several shapes, its pictures beside it: each is drawn as alone and in its own size; the
+    same command again draws nothing."""
+    asked = [(["wide.png"], "make it night"), (["wide.png", "clear.png"], "put both together"),
+             (["wide.png"], "draw it in red")]
+    lines = [json.dumps({"images": sources, "prompt": prompt}) for sources, prompt in asked]
+    (folder / "edits.jsonl").write_text("\n".join(lines))
+    given = ["--checkpoint", str(checkpoint), "--steps", "1", "--out"]
+
+    def whole():
+        edits = "--edits", str(folder / "edits.jsonl")
+        assert call(sample, *given, str(tmp_path / "whole"), *edits) == 0
+        files = sorted((tmp_path / "whole").iterdir())
+        return {file: file.stat().st_mtime_ns for file in files}
+
+    made = whole()
+    assert [file.name[:4] for file in made] == ["0000", "0001", "0002"] and whole() == made
+    for number, (file, (sources, prompt)) in enumerate(zip(made, asked, strict=True)):
+        out = tmp_path / str(number)
+        about = itertools.chain(*(("--image", str(folder / source)) for source in sources))
+        assert call(sample, *given, str(out), *about, "--prompt", prompt) == 0
+        [alone] = map(Image.open, out.iterdir())
+        assert alone.size == Image.open(folder / sources[-1]).size
+        ours, theirs = (np.asarray(one, int) for one in (Image.open(file), alone))
+        assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -16,6 +16,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")
 PNG, UNUSED = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 ORIENTED = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may say what is up
 ORIENTED_BYTES = 1 << 16  # of those that are read
+LONGEST = 16_384  # pixels a side of a picture that is edited
 MARGIN, LINE = 4, 90
 LETTERS, LEADING = 60, 20  # in a line of a row's text; pixels from one line to the next
 
@@ -52,6 +53,23 @@ def _essential(data: bytes) -> bytes:
             others.append(view[start:end])
         start = end
     return b"".join([PNG, *first, *others])
+
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any kind in RGB, on white.
+
+    Raises:
+      ValueError: its pixels are numbers without a known range.
+    """
+    if picture.mode.startswith("I;16"):  # Pillow would clip it
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels are numbers without a known range (mode {picture.mode})")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
 
 
 def to_uint8(x: Float[np.ndarray, "... C"]) -> UInt8[np.ndarray, "... 3"]:

@@ -17,6 +17,7 @@ from twinflow_jax.checkpoints.random import write_random
 from twinflow_jax.data.records import Manifest, open_records
 from twinflow_jax.drawing import codec, editing, open_pipeline
 from twinflow_jax.encoding import index, open_edits, sizes, workspace
+from twinflow_jax.encoding.edits import SETS
 from twinflow_jax.errors import UserError
 
 SIZE = ("--size", "64")
@@ -69,13 +70,23 @@ def omniedit(folder):  # bytes in it
     return folder / "part.parquet"
 
 
+def by_columns(columns):
+    def form(folder):  # of JSON lines
+        row = {columns.instruction: TWO, columns.source: "a.png", columns.target: "b.png"}
+        return in_lines(written(folder, PAIR), [row])
+
+    return pytest.param(form, id=columns.source)
+
+
 def folders(folder):
     written(folder, {"target/x/cat.png": 2, "control/x/cat_0.png": 1})
     (folder / "target/x/cat.txt").write_text("\n".join(TWO))
     return folder
 
 
-@pytest.mark.parametrize("form", [share_gpt, musubi, imgedit, omniedit, folders])
+@pytest.mark.parametrize("form", [
+    share_gpt, musubi, imgedit, omniedit, folders, *map(by_columns, SETS),
+])
 def test_each_form_gives_the_same_edit(form, tmp_path):
     source = open_edits(str(form(tmp_path / "set")), 4, 3, (None, None, None))
     [item] = source.items(source.chunks[0])
@@ -86,6 +97,14 @@ def test_each_form_gives_the_same_edit(form, tmp_path):
     assert source.fingerprint() == open_edits(
         str(tmp_path / "set" / (source.name if source.name != "set" else "")), 4, 3, (None,) * 3
     ).fingerprint()
+
+
+def test_folders_of_several_sources(tmp_path):
+    written(tmp_path, {"target/cat.png": 3, "source/cat.png": 1, "source_2/cat.png": 2})
+    (tmp_path / "target/cat.txt").write_text("put both together")
+    source = open_edits(str(tmp_path), 4, 3, (None, None, None))
+    [item] = source.items(source.chunks[0])
+    assert [source.read(place) for place in (item.place, *item.sources)] == [*map(png, (3, 1, 2))]
 
 
 def test_columns_of_other_names(tmp_path):
@@ -134,6 +153,7 @@ BAD = [
     ({"id": "lost", "instruction": "x", "source": "no.png", "target": "b.png"}, "unreadable"),
     ({"id": "text", "instruction": "x", "source": "edits.jsonl", "target": "b.png"}, "unreadable"),
     ({"id": "dot", "instruction": "x", "source": "dot.png", "target": "b.png"}, "too small"),
+    ({"id": "wide", "instruction": "x", "source": "wide.png", "target": "b.png"}, "too large"),
     ({"id": "four", "instruction": "x", "source": ["a.png"] * 4, "target": "b.png"}, "unreadable"),
     ({"id": "out", "instruction": "x", "source": "../a.png", "target": "b.png"}, "unreadable"),
     ({"id": "blank", "instruction": " ", "source": "a.png", "target": "b.png"}, "no caption"),
@@ -155,6 +175,7 @@ def content(folder) -> dict:
 def edits(tmp_path_factory) -> pathlib.Path:
     folder = written(tmp_path_factory.mktemp("edits"), PAIR | {"c.png": 3})
     (folder / "dot.png").write_bytes(png(0, (10, 10)))
+    (folder / "wide.png").write_bytes(png(0, (20_000, 64)))
     return in_lines(folder, [*ROWS, *(row for row, _ in BAD)])
 
 
@@ -205,10 +226,12 @@ def test_records_of_edits(tmp_path, monkeypatch, capsys, checkpoint, edits):
     assert example.edit.shown.shape == (5 + 1 + 196 + 1, width)
     rows = 203 + len(example.edit.null) + sum(map(len, example.tokens))
     size = rows * width * 2 + 2 * example.sample.size * 2
-    [file] = (tmp_path / "r").glob("records-64x64_64x64.*-00000-of-00003")
-    assert size < file.stat().st_size < size + 200_000 and example.edit.null.shape[0] == 9
+    row = found.source("64x64_64x64")[0]
+    stored = sum(value.nbytes for value in row.values() if isinstance(value, np.ndarray))
+    assert size <= stored < size + 1000 < size + example.edit.shown.size * 2
     # At 512x512 with the published widths and 25 tokens of an instruction, 15,000 in 30 GB.
-    assert 15_000 * ((203 + 9 + 25 + 5) * 3584 * 2 + 2 * 64 * 64 * 16 * 2) < 30.0e9
+    rows = len(example.edit.shown) + len(example.edit.null) + 25 + 5
+    assert 15_000 * (rows * 3584 * 2 + 2 * 64 * 64 * 16 * 2) < 30.0e9
 
 
 @pytest.mark.parametrize("source, more, says", [

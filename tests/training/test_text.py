@@ -88,7 +88,8 @@ def test_weights_come_from_and_go_back_to_a_published_folder(run, tmp_path):
     [
         (("pipeline=",), "set pipeline to an imported checkpoint"),
         (("pipeline=nowhere",), "no imported checkpoint"),
-        (("model.layers=3",), "another transformer than model"),
+        (("model.layers=3",), "model .model.layers is 2 there, 3 here"),
+        (("model.zero_cond_t=True",), "zero_cond_t is False there, True here"),  # no weight says it
         (("model.remat=some",), "remat is 'some'"),
         (("train.condition_dropout=0.0",), "nothing trains here"),
         (("data.text_tokens=0",), "data.text_tokens is 0"),
@@ -115,6 +116,8 @@ def test_a_checkpoint_that_sees_r_otherwise_is_no_start(run, tmp_path):
     base.mkdir()
     (base / "checkpoint.json").write_text(json.dumps(record))
     checks.check_start(tiny(f"train.init_from={base}", "model.time_conditioning=gated"))
+    with pytest.raises(UserError, match="is another network .model.zero_cond_t is False there"):
+        checks.check_start(tiny(f"train.init_from={base}", "model.zero_cond_t=True"))
 
 
 def test_a_step_does_not_depend_on_the_padding_of_texts():

@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from twinflow_jax import files
+from twinflow_jax import files, images
 from twinflow_jax.data.records import PROMPTS
 from twinflow_jax.encoding import sizes
 from twinflow_jax.encoding.sources import (
@@ -31,7 +31,7 @@ from twinflow_jax.encoding.sources import (
 )
 from twinflow_jax.errors import UserError, reason
 
-TOO_SMALL, DUPLICATE = "too small", "duplicate"
+TOO_SMALL, TOO_LARGE, DUPLICATE = "too small", "too large", "duplicate"
 LOOKING = threading.Lock()
 
 Key = tuple[int, int]  # of an item: its chunk, and its place there
@@ -125,6 +125,8 @@ def examine(source: Source, item: Item, min_side: int) -> Entry:
                 warnings.warn(f"{item.id}: {reason(warning.message)}", stacklevel=2)
         if min(size) < min_side:
             return problem(TOO_SMALL, f"{which}it is {sizes.name(size)}")
+        if number and max(size) > images.LONGEST:
+            return problem(TOO_LARGE, f"{which}it is {sizes.name(size)}")
         found.append(Picture(place, hashlib.sha256(data).hexdigest(), size))
     one, *sources = found
     return Entry(

@@ -79,7 +79,7 @@ def decode(data: bytes, size: Size, like: Size | None = None) -> UInt8[np.ndarra
       Exception: of many kinds, where the picture is damaged.
     """
     with images.opened(data) as picture:
-        picture = rgb(ImageOps.exif_transpose(picture))
+        picture = images.rgb(ImageOps.exif_transpose(picture))
     (width, height), (found_width, found_height) = size, like or picture.size
     if width * found_height >= height * found_width:
         covering = width, width * found_height // found_width
@@ -91,16 +91,3 @@ def decode(data: bytes, size: Size, like: Size | None = None) -> UInt8[np.ndarra
         picture = picture.resize(covering, Image.Resampling.BILINEAR)
     left, top = (round((found - wanted) / 2) for found, wanted in zip(covering, size, strict=True))
     return np.asarray(picture.crop((left, top, left + width, top + height)))
-
-
-def rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any kind in RGB, on white."""
-    if picture.mode.startswith("I;16"):  # Pillow would clip it
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"its pixels are numbers without a known range (mode {picture.mode})")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")

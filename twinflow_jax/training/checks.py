@@ -133,8 +133,13 @@ def check_start(run: Run) -> None:
                 "already: objective.guidance guides them again; set it to 0",
                 stacklevel=2,
             )
-        theirs = checkpoint.config("transformer").time_conditioning
-        ours = getattr(run.model, "time_conditioning", theirs)
+        network = checkpoint.config("transformer")
+        if differing := other_fields(network, run.model):
+            raise UserError(
+                f"train.init_from {source} is another network ({few(differing)}): choose another, "
+                "or give this one its values"
+            )
+        theirs, ours = network.time_conditioning, run.model.time_conditioning
         if checkpoint.knows_r and ours != theirs:
             raise UserError(
                 f"train.init_from {source} was trained with model.time_conditioning {theirs!r}, "
@@ -239,16 +244,22 @@ def check_pipeline(pipeline: str, family: TextToImage, settings: Settings) -> No
                 f"{pipeline} makes tokens of {width} channels: set it to that"
             )
         return
-    theirs = theirs_of("transformer")
-    theirs = dataclasses.replace(theirs, time_conditioning=settings.time_conditioning)
-    ours, theirs = (names.flatten(network.abstract(c)[0]) for c in (settings, theirs))
-    differing = [
-        path for path in ours.keys() | theirs
-        if path not in ours or path not in theirs or ours[path].shape != theirs[path].shape
-    ]
-    if differing:
+    if differing := other_fields(theirs_of("transformer"), settings):
         raise UserError(
-            f"pipeline {pipeline} has another transformer than model: {len(differing)} "
-            f"parameters differ, as {min(differing)}; make the model's fields those of its "
-            "config.json"
+            f"pipeline {pipeline} has another transformer than model ({few(differing)}): give the "
+            "model its values"
         )
+
+
+def other_fields(theirs: Settings, ours: Settings) -> list[str]:
+    """What a published network computes otherwise than ours, whether or not its weights show it.
+
+    How it sees its target time may differ: training begins another way.
+    """
+    free = {"name", "sample_shape", "dtype", "remat", "time_conditioning"}
+    here = dataclasses.asdict(ours)
+    return [
+        f"model.{key} is {value!r} there, {here.get(key)!r} here"
+        for key, value in sorted(dataclasses.asdict(theirs).items())
+        if key not in free and value != here.get(key)
+    ]

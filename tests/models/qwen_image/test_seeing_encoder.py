@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import types
 
 import flax
 import flax.linen as nn
@@ -108,6 +109,61 @@ def test_the_vision_tower_sees_windows_and_whole_pictures_apart(both):
     assert oracles.relative_error(ours[0], theirs) <= 1e-5
     alone = look(config, params, (pictures[0][None],))
     np.testing.assert_allclose(alone[0], ours[0, : alone.shape[1]], atol=2e-5)
+
+
+def raster(config, grids):
+    """Places of patches row by row, not token by token."""
+    found = PLACES(config, grids)
+    where = [np.stack(np.indices(grid), -1).reshape(-1, 2) for grid in grids]
+    return dataclasses.replace(found, where=np.concatenate(where))
+
+
+def seen_by_all(config, grids):
+    found = PLACES(config, grids)
+    return dataclasses.replace(found, picture=np.zeros_like(found.picture))
+
+
+def frames_first(params):
+    """Weights of patches read as (T, C) where they are (C, T)."""
+    kernel = np.asarray(params["patches"])  # (T, y, x, C, width)
+    published = kernel.transpose(4, 3, 0, 1, 2)
+    read = published.reshape(len(published), kernel.shape[0], 3, *published.shape[3:])
+    return params | {"patches": read.transpose(1, 3, 4, 2, 0)}
+
+
+PLACES = vision.places
+MISTAKES = {  # whole layers of the config, the weights, or what takes the place of a function
+    "all whole": {"whole": (0, 1, 2, 3)},
+    "all windows": {"whole": ()},
+    "raster": {"places": raster},
+    "pictures see each other": {"places": seen_by_all},
+    "frames first": {"weights": frames_first},
+    "tanh": {"gelu": lambda x, approximate: jax.nn.gelu(x)},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_of_the_vision_tower_show(mistake, both, monkeypatch):
+    """Each is far beyond the bound of the test above."""
+    model, config, params = both
+    change = MISTAKES[mistake]
+    if "whole" in change:
+        tower = dataclasses.replace(config.vision, whole=change["whole"])
+        config = dataclasses.replace(config, vision=tower)
+    if "places" in change:
+        monkeypatch.setattr(vision, "places", change["places"])
+    if "gelu" in change:
+        functions = types.SimpleNamespace(gelu=change["gelu"])
+        monkeypatch.setattr(vision, "jax", types.SimpleNamespace(nn=functions))
+    params = change.get("weights", lambda params: params)(params)
+    pictures = [oracles.randoms(14 * h, 14 * w, 3) for h, w in GRIDS]
+    with torch.no_grad():
+        theirs = model.model.visual(rows_of(pictures), grid_thw=grids_of(pictures)).pooler_output
+    again = lambda *given: look.__wrapped__(config, *given)  # compiled anew
+    ours = jax.jit(again, compiler_options=oracles.QUICK)(
+        params, tuple(picture[None] for picture in pictures)
+    )
+    assert oracles.relative_error(ours[0], theirs) > 1e-4
 
 
 def prompt(pictures, image: int, start: int = 392, end: int = 393):

@@ -58,8 +58,9 @@ def oracle(config: Config) -> torch.nn.Module:
 
 
 def _see_half_r(module, _, args):
-    """E1(t - r/2), by TwinFlow's LoRA code."""
-    return args[0] - module.r / 2, *args[1:]
+    """E1(t - r/2), by TwinFlow's LoRA code; the rows at t = 0 are at r = 0 too."""
+    half = module.r / 2
+    return args[0] - torch.cat([half, torch.zeros(len(args[0]) - len(half))]), *args[1:]
 
 
 def _add_second(module, name, _, args, out):
@@ -155,8 +156,9 @@ def error(config: Config, references=()) -> float:
         ({"zero_cond_t": True}, ()),
         ({}, [(4, 14)]),  # the reference is the larger image: text starts after it
         ({"zero_cond_t": True}, [(4, 14), (6, 2)]),
+        ({"zero_cond_t": True, "time_conditioning": "half_r"}, [(6, 2)]),
     ],
-    ids=["odd", "half_r", "gated", "zero_cond_t alone", "reference", "zero_cond_t"],
+    ids=["odd", "half_r", "gated", "zero_cond_t alone", "reference", "zero_cond_t", "both"],
 )
 def test_parity(changes, references):
     assert error(dataclasses.replace(SMALL, **changes), references) <= 2e-5

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 
+from twinflow_jax import images
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import tokenizers
 from twinflow_jax.models.qwen_image import vision
@@ -33,7 +34,7 @@ MAX_TOKENS = 1024  # of an instruction, and of the template after it
 ROUNDED = 64  # tokens
 STEP = 32  # pixels that sides of pictures are multiples of
 MEGAPIXEL = 1024 * 1024
-LEAST, MOST = 28, 16_384  # pixels a side that a picture may have
+LEAST, MOST = 28, images.LONGEST  # pixels a side that a picture may have
 ASPECT = 200  # the most that one side may be of the other
 
 # Of CLIP's preprocessing, which the vision tower was trained with.
@@ -57,7 +58,7 @@ def upright(picture: Image.Image) -> Image.Image:
     """As it is meant to be seen: turned as its EXIF says, transparency over white, in RGB.
 
     Raises:
-      UserError: no picture of such a size can be edited.
+      UserError: no picture of such a size or kind can be edited.
     """
     picture = ImageOps.exif_transpose(picture)
     width, height = picture.size
@@ -67,10 +68,10 @@ def upright(picture: Image.Image) -> Image.Image:
         )
     if max(width, height) > ASPECT * min(width, height):
         raise UserError(f"a picture of {width}x{height} pixels: it is too narrow to be edited")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    try:
+        return images.rgb(picture)
+    except ValueError as error:
+        raise UserError(f"it cannot be edited: {error}") from error
 
 
 def size_of_area(area: int, size: tuple[int, int]) -> tuple[int, int]:
