@@ -151,7 +151,8 @@ def test_a_trained_twin_comes_back(made, tmp_path):
     place = imported.array_folder(epath.Path(tmp_path), "transformer", path)
     bias = store.create(place, (96,), np.dtype(np.float32))
     store.write(bias, np.ones(96, np.float32))
-    trained, run = arrays | {path: bias}, made.checkpoint.knowing_r("second_embedder")
+    run = made.checkpoint.knowing_r(made.checkpoint.config("transformer"))
+    trained = arrays | {path: bias}
     exporting.export_folder(run, tmp_path / "export", trained=trained, progress=False)
     again = importing.import_folder(
         str(tmp_path / "export"), str(tmp_path / "again"), progress=False

@@ -234,7 +234,7 @@ def open_weights(args):
     base = args.pipeline or checkpoints.pipeline_of(args.source, run)
     checkpoint = imported.open_imported(base)
     if "transformer" in checkpoint.parts:
-        checkpoint = checkpoint.knowing_r(run.model.time_conditioning)
+        checkpoint = checkpoint.knowing_r(run.model)
     return checkpoint, arrays, card.Trained(args.source, run, step, args.raw)
 
 

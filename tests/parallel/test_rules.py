@@ -70,10 +70,13 @@ def test_meshes_that_are_none(fields, message):
         MeshConfig(**fields).filled(8, slices=2 if "slices" in message else 1)
 
 
-@pytest.mark.parametrize("name", ["transformer", "text_encoder"])
-def test_every_large_weight_of_the_published_network_is_split(name):
+@pytest.mark.parametrize("family, name", [
+    ("qwen_image", "transformer"), ("qwen_image", "text_encoder"),
+    ("qwen_image_edit_plus", "text_encoder"),  # with its vision tower
+])
+def test_every_large_weight_of_the_published_network_is_split(family, name):
     """On 4 x 8 devices, both of which divide every published width."""
-    network = models.FAMILIES["qwen_image"].text_to_image.networks[name]
+    network = models.FAMILIES[family].text_to_image.networks[name]
     abstract, axes = network.abstract(network.config())
     lines = parallel.report(mesh_of(4, 8), abstract, axes)
     total = sum(np.prod(line.shape) for line in lines)

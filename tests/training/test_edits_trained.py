@@ -146,28 +146,40 @@ def test_pictures_are_beside_their_sources(trained):
         assert sheet.height >= 8 * tile and sheet.width > 2 * tile
 
 
+def drawn(folder, *ways) -> list[np.ndarray]:
+    """One edit in one evaluation, by each way: a checkpoint and options."""
+    noise = np.random.default_rng(0).integers(0, 255, (90, 60, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "in.png")
+    given = ("--image", str(folder / "in.png"), "--prompt", "make it night", "--steps", "1")
+    found = []
+    for number, way in enumerate(ways):
+        out = folder / f"drawn_{number}"
+        assert call(sample, "--checkpoint", *map(str, way), *given, "--out", str(out)) == 0
+        found += [np.asarray(Image.open(file), int) for file in out.iterdir()]
+    return found
+
+
 @pytest.mark.slow
-def test_records_of_two_shapes_train_all_weights(write, config, tmp_path):
-    assert int(train(config(write()), str(tmp_path / "run"), progress=False).step) == 4
+def test_an_export_of_all_weights_draws_as_its_run(write, config, tmp_path):
+    """In the size that it was trained in, which its config.json says."""
+    run, out, again = (str(tmp_path / name) for name in ("run", "out", "again"))
+    assert int(train(config(write()), run, progress=False).step) == 4  # of records of two shapes
+    assert call(convert, "export", run, out) == 0
+    assert call(convert, "import", "--family", "qwen_image_edit_plus", out, again) == 0
+    ours, theirs = drawn(tmp_path, (run,), (again,))
+    assert ours.shape == (90, 60, 3) and np.abs(ours - theirs).max() <= 1
 
 
 @pytest.mark.slow
 def test_exported_adapters_draw_as_their_run(trained, checkpoint, tmp_path):
-    exported = str(tmp_path / "exported")
+    exported, merged = str(tmp_path / "exported"), str(tmp_path / "merged")
     assert call(convert, "adapter", "export", str(trained), exported) == 0
     assert "have 4x4 latents" in (tmp_path / "exported/README.md").read_text()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 60, 3), np.uint8)).save(
-        tmp_path / "in.png"
-    )
-    given = ("--image", str(tmp_path / "in.png"), "--prompt", "make it night", "--steps", "1")
-    drawn, base = [], (checkpoint.folder, "--adapter", exported)
-    for number, way in enumerate([(trained,), base, (trained, "--raw")]):
-        out = str(tmp_path / str(number))
-        assert call(sample, "--checkpoint", *map(str, way), *given, "--out", out) == 0
-        [file] = (tmp_path / str(number)).iterdir()
-        drawn.append(np.asarray(Image.open(file), int))
-    assert drawn[0].shape == (90, 60, 3) and np.abs(drawn[0] - drawn[1]).max() <= 1
-    assert np.abs(drawn[0] - drawn[2]).max() > 1
+    assert call(convert, "adapter", "merge", str(checkpoint.folder), exported, merged) == 0
+    base = checkpoint.folder, "--adapter", exported
+    ours, *theirs, raw = drawn(tmp_path, (trained,), base, (merged,), (trained, "--raw"))
+    assert ours.shape == (90, 60, 3)
+    assert all(np.abs(ours - one).max() <= 1 for one in theirs) and np.abs(ours - raw).max() > 1
 
 
 @pytest.mark.parametrize("given, overrides, says", [

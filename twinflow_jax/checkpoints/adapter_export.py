@@ -239,7 +239,7 @@ def merge(
 def _merged(checkpoint: Imported, adapter: Adapter, factor: float) -> dict[str, Any]:
     """The record of a checkpoint with an adapter in it."""
     if adapter.time:
-        checkpoint = checkpoint.knowing_r(adapter.config.time_conditioning)
+        checkpoint = checkpoint.knowing_r(adapter.config)
     source = f"{checkpoint.record['source']}, with {factor:g} x {adapter.file.path.name} in it"
     return checkpoint.record | {"source": source}
 

@@ -161,6 +161,12 @@ def open_adapter(
             "take one with the same"
         )
     config = dataclasses.replace(config, time_conditioning=theirs)
+    if latents := texts.get("twinflow_latents"):  # that edits were trained in
+        sides = latents.split("x")
+        if len(sides) != 2 or not all(map(str.isdecimal, sides)):
+            raise UserError(f"{source}: its twinflow_latents are {latents!r}, not HEIGHTxWIDTH")
+        shape = *map(int, sides), config.sample_shape[-1]
+        config = dataclasses.replace(config, sample_shape=shape)
     modules = {name: spot.channels for name, spot in places(network, config).items()}
     file = dialects.read(source, modules, alpha)
     if "twinflow_whole" not in file.ours:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from twinflow_jax import files
 from twinflow_jax.checkpoints import published, store, tensors
-from twinflow_jax.checkpoints.imported import TIMES, Imported, layout
+from twinflow_jax.checkpoints.imported import LATENTS, TIMES, Imported, layout
 from twinflow_jax.errors import UserError, few
 from twinflow_jax.models.names import Rule
 
@@ -112,6 +112,8 @@ def export_folder(
             time = settings.get("time_conditioning")
             if time not in (None, "second_embedder"):  # of which no tensor may say
                 config[TIMES] = time
+            if shape := settings.get("sample_shape"):
+                config[LATENTS] = list(shape[:2])
             if config.get("_class_name", "").endswith(WRAPPER):
                 config["_class_name"] = part.classes[0]
             files.write(folder / "config.json", json.dumps(config, indent=2).encode())

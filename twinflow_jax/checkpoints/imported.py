@@ -20,9 +20,11 @@ from twinflow_jax.checkpoints import store, tensors
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import conditioning, names
 from twinflow_jax.models.family import Network, TextToImage
+from twinflow_jax.models.settings import Settings
 
 RECORD = "checkpoint.json"
-TIMES = "_twinflow_time_conditioning"  # in config.json: a name that other readers pass over
+# In config.json: names that other readers pass over.
+TIMES, LATENTS = "_twinflow_time_conditioning", "_twinflow_latents"
 FORMAT = 2  # 1 had the channels of Qwen-Image's queries and keys in another order
 
 
@@ -44,12 +46,18 @@ def layout(network: Network, config) -> tuple[names.NameTable, dict[str, Any]]:
 
 
 def config_of(network: Network, published: dict[str, Any]):
-    """Ours of a network's config.json, which in an export says how it sees its target time.
+    """Ours of a network's config.json, which in an export says how it sees its target time, and
+    the height and width of the latents that an editor was trained with.
 
     Raises:
-      UserError: it is of another network, or a time conditioning that is not known.
+      UserError: it is of another network, or a time conditioning or latents that are not known.
     """
     config = network.config.from_published(published)
+    if (sides := published.get(LATENTS)) is not None:
+        if not (isinstance(sides, list) and [type(side) for side in sides] == [int, int]):
+            raise UserError(f"{LATENTS} is {sides!r}, not [height, width]")
+        shape = *sides, config.sample_shape[-1]
+        config = dataclasses.replace(config, sample_shape=shape)
     told = published.get(TIMES)
     if told is None or not hasattr(config, "time_conditioning"):
         return config
@@ -129,7 +137,9 @@ class Imported:
         recorded = self.recorded(name)
         config = config_of(network, recorded["published"])
         config = network.found(config, recorded["added"])
-        return dataclasses.replace(config, **recorded.get("settings", {}))
+        settings = recorded.get("settings", {}).items()
+        lists = {key: tuple(value) if isinstance(value, list) else value for key, value in settings}
+        return dataclasses.replace(config, **lists)
 
     @property
     def knows_r(self) -> bool:
@@ -142,11 +152,13 @@ class Imported:
         table = self.network("transformer").table(self.config("transformer"))
         return added.isdisjoint(table.group(names.KNOWS_R))
 
-    def knowing_r(self, time_conditioning: str) -> "Imported":
-        """The same checkpoint, its transformer trained with a target time, seen so."""
-        own = self.recorded("transformer") | {
-            "added": [], "settings": {"time_conditioning": time_conditioning}
-        }
+    def knowing_r(self, model: Settings) -> "Imported":
+        """The same checkpoint, its transformer trained with a target time, seen as model's; of an
+        editor, in the size of its samples."""
+        settings = {"time_conditioning": model.time_conditioning}
+        if self.text_to_image.editing:
+            settings["sample_shape"] = model.sample_shape
+        own = self.recorded("transformer") | {"added": [], "settings": settings}
         networks = self.record["networks"] | {"transformer": own}
         return dataclasses.replace(self, record=self.record | {"networks": networks})
 

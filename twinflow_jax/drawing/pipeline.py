@@ -242,9 +242,6 @@ def _put_on(pipeline: Pipeline, given: Sequence[tuple[str, float]]) -> Pipeline:
         for note in (*adapter.file.notes, *([other] if other else ())):
             warnings.warn(f"{source}: {note}", stacklevel=3)
         opened.append((adapter, factor))
-        if latents := adapter.said.get("twinflow_latents"):  # that edits were trained in
-            sides = *map(int, latents.split("x")), config.latent_channels
-            config = dataclasses.replace(config, sample_shape=sides)
     leaves = adapter_files.put(opened, network, config, arrays)
     few = any(adapter.said.get("twinflow_sampler") == FEW for adapter, _ in opened)
     return dataclasses.replace(
