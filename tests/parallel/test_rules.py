@@ -70,17 +70,17 @@ def test_meshes_that_are_none(fields, message):
         MeshConfig(**fields).filled(8, slices=2 if "slices" in message else 1)
 
 
-@pytest.mark.parametrize("family, name", [
-    ("qwen_image", "transformer"), ("qwen_image", "text_encoder"),
-    ("qwen_image_edit_plus", "text_encoder"),  # with its vision tower
+@pytest.mark.parametrize("family, name, parts", [
+    ("qwen_image", "transformer", 32), ("qwen_image", "text_encoder", 32),
+    ("qwen_image_edit_plus", "text_encoder", 4),  # its vision tower's 3,420 do not divide by 8
 ])
-def test_every_large_weight_of_the_published_network_is_split(family, name):
-    """On 4 x 8 devices, both of which divide every published width."""
+def test_every_large_weight_of_the_published_network_is_split(family, name, parts):
+    """On 4 x 8 devices, both of which divide every other published width."""
     network = models.FAMILIES[family].text_to_image.networks[name]
     abstract, axes = network.abstract(network.config())
     lines = parallel.report(mesh_of(4, 8), abstract, axes)
     total = sum(np.prod(line.shape) for line in lines)
     whole = sum(
-        np.prod(line.shape) for line in lines if line.bytes > 4 * np.prod(line.shape) / 32
+        np.prod(line.shape) for line in lines if line.bytes > 4 * np.prod(line.shape) / parts
     )
     assert whole / total < 0.003
