@@ -139,11 +139,10 @@ def adapters(guidance: float) -> dict[str, Method]:
 
     def one(
         rank: int, times: str = "second_embedder", order: int = 2, teacher: float = 0.99,
-        any_step: float = 1.0,
+        target: str = "sampled",
     ) -> Method:
-        ratios = (1.0, 1.0, any_step, 1.0)
         fields = objectives.preset(
-            "released", distance="l2", order=order, teacher_decay=teacher, ratios=ratios,
+            "released", distance="l2", order=order, teacher_decay=teacher, target_time=target,
             guidance=frozen if teacher == 1 else moving,
         )
         gated = {"adapter.whole": ("gated_time_embedder/.*",)} if times == "gated" else {}
@@ -158,8 +157,8 @@ def adapters(guidance: float) -> dict[str, Method]:
         "student teaches": one(16, teacher=0.0), "base teaches": one(16, teacher=1.0),
         "order 1": one(16, order=1), "order 1, base teaches": one(16, order=1, teacher=1.0),
         "order 1, gated": one(16, "gated", 1),
-        "order 1, no any_step": one(16, order=1, teacher=1.0, any_step=0.0),
-        "order 1, no any_step, half_r": one(16, "half_r", 1, 1.0, 0.0),
+        "order 1, to 0": one(16, order=1, teacher=1.0, target="zero"),
+        "order 1, to 0, half_r": one(16, "half_r", 1, 1.0, "zero"),
     }
 
 

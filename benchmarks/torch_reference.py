@@ -280,7 +280,8 @@ def released_loss(
         r[m] = t[m] - draws["multi_step"]["u"] * t[m] * min(0.05, kappa)
     if "any_step" in draws:
         m = mask["any_step"]
-        r[m] = t[m] - draws["any_step"]["u"] * t[m] * kappa
+        sampled = t[m] - draws["any_step"]["u"] * t[m] * kappa
+        r[m] = sampled if config.target_time == "sampled" else torch.zeros_like(sampled)
 
     generated = torch.ones_like(adversarial) if config.image_free else adversarial
     if generated.any():

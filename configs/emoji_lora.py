@@ -6,7 +6,7 @@
 
 after the first commands of configs/emoji.py. Variants, as `configs/emoji_lora.py:NAME`: ways to see
 the target time (docs/method.md), each of order 2 with averaged adapters as the teacher, and order 1
-with the base alone, without any_step rows. Guidance is in effect 2 in all.
+with the base alone, whose any_step rows jump to 0. Guidance is in effect 2 in all.
   half_r   what none stands for: t - r/2
   second_embedder, gated           an embedder of r, which trains whole
   half_r_1, second_embedder_1, gated_1   the same, of order 1

@@ -7,7 +7,7 @@
 Variants, as `configs/qwen20b_lora_tpu.py:NAME`; the network sees r as t - r/2, as released
 (docs/method.md has the other ways):
   order2  what none stands for: averaged adapters are the teacher; all four roles
-  order1  the base is the teacher, of guidance 4 (5 as pipelines count); no any_step rows
+  order1  the base is the teacher, of guidance 4 (5 as pipelines count); any_step rows jump to 0
   paper   order2 with the paper's 64 images a step
   tiny    the same code with small random networks, on handwritten digits with captions:
 

@@ -9,7 +9,7 @@
 everywhere, which moves `b` twice as fast at the same rate. Variants, as
 `configs/qwen_edit_lora_tpu.py:NAME`; the network sees r as t - r/2, as released:
   order2  what none stands for: averaged adapters are the teacher; all four roles
-  order1  the base is the teacher, of guidance 4 (5 as pipelines count); no any_step rows
+  order1  the base is the teacher, of guidance 4 (5 as pipelines count); any_step rows jump to 0
   tiny    the same code with small random networks, on edited digits (configs/qwen_edit_tpu.py):
 
     python -m twinflow_jax.train --config configs/qwen_edit_lora_tpu.py:tiny --workdir runs/tiny

@@ -6,7 +6,7 @@ after the import and encoding of configs/sd35m_tpu.py. Variants, as
 `configs/sd35m_lora_tpu.py:NAME`; the network sees r as t - r/2, as released (docs/method.md has
 the other ways):
   order2  what none stands for: averaged adapters are the teacher; all four roles
-  order1  the base is the teacher, of guidance 4 (5 as pipelines count); no any_step rows
+  order1  the base is the teacher, of guidance 4 (5 as pipelines count); any_step rows jump to 0
   tiny    the same code with small random networks, on handwritten digits with captions
 """
 

@@ -8,7 +8,7 @@ the settings are those of the others. Variants, as `configs/zimage6b_lora_tpu.py
 sees r as t - r/2 (docs/method.md has the other ways), so that any pipeline that loads the adapter
 draws in few steps:
   order2  what none stands for: averaged adapters are the teacher; all four roles
-  order1  the base is the teacher, of guidance 4 (as its pipeline counts); no any_step rows
+  order1  the base is the teacher, of guidance 4 (as its pipeline counts); any_step rows jump to 0
   tiny    the same code with small random networks, on handwritten digits with captions
 """
 

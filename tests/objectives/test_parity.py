@@ -41,6 +41,7 @@ RELEASED = [
     {"consistency_ratio": 0.0},
     {"consistency_ratio": 0.5},
     {"ratios": (0.0, 1.0, 1.0, 2.0), "time_distribution": (0.8, 1.2, 0.9)},
+    {"order": 1, "target_time": "zero"},
 ]
 TUTORIAL = [
     {},

@@ -34,7 +34,7 @@ DEAD = {  # of the last block, whose text goes nowhere
     for name in ("query", "out", "mlp_hidden", "mlp_out")
 }
 ORDER_2 = {"order": 2, "teacher_decay": 0.99}
-ORDER_1 = {"order": 1, "teacher_decay": 1.0, "guidance": 4.0, "ratios": (1.0, 1.0, 0.0, 1.0)}
+ORDER_1 = {"order": 1, "teacher_decay": 1.0, "guidance": 4.0, "target_time": "zero"}
 
 
 class Network(torch.nn.Module):

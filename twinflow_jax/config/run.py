@@ -292,9 +292,9 @@ class Run:
         if half_r and self.objective.any_jumps and self.objective.order == 1:
             problems.append(
                 "objective.order is 1 with jumps of any length, but model.time_conditioning "
-                "'half_r' sees t - r / 2 alone, the same for many of them: take no any_step rows "
-                "(objective.ratios=(1,1,0,1); of flow_map: target_time=zero), objective.order=2, "
-                "or another time_conditioning"
+                "'half_r' sees t - r / 2 alone, the same for many of them: take "
+                "objective.target_time=zero (twinflow, flow_map), objective.order=2, or another "
+                "time_conditioning"
             )
         drawn = self.family.text_to_image is not None
         given, source = (

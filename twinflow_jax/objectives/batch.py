@@ -12,8 +12,8 @@ class Batch(NamedTuple):
 
     x: data or latents (B, ...), channels last. cond, null_cond: pytrees of arrays with leading
     B, the condition and what stands for its absence in classifier-free guidance. done: optimizer
-    steps so far, the same for every row, where the form's Config counts them. noise: what x was
-    drawn from, where the Config learns from pairs.
+    steps of this objective so far, the same for every row, where its Config counts them. noise:
+    what x was drawn from, where the Config learns from pairs.
     """
 
     x: Samples

@@ -39,7 +39,7 @@ from twinflow_jax.objectives.draws import (
 
 ROLES = ("diagonal", "jump")
 SHORTEST = 1e-4  # a first piece: rows with less between t and r learn the velocity
-FINEST = 7  # shortcut's grid has steps of 1, 1/2, ... 2^-7
+FINEST = 7  # shortcut's jumps are 1, 1/2, ... 1/64; their halves go down to 2^-7
 
 
 @dataclasses.dataclass(frozen=True)

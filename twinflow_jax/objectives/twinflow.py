@@ -4,8 +4,11 @@
 |-------------|---------|---------------------------|--------------------------------------------|
 | one_step    | 1       | 0                         | RCGM jump, and rectification               |
 | multi_step  | sampled | t - U t min(0.05, kappa)  | guided RCGM near the diagonal              |
-| any_step    | sampled | t - U t kappa             | guided RCGM                                |
+| any_step    | sampled | t - U t kappa, or 0       | guided RCGM                                |
 | adversarial | -t'     | -t'                       | the flow of the model's own one-step samples |
+
+any_step rows that jump to 0 (`target_time`) are the released role `one`, which its README asks for
+in place of any_step at order 1.
 
 Roles are static slices of the batch, so each network pass sees only the rows that use it: at
 the released settings and order 2, 4.25 forwards of the batch, one of them with gradient.
@@ -67,6 +70,9 @@ class Config(Twinned):
     )
     barron_alpha: float = option(1.0, "shape of Barron's kernel; 2 is plain L2")
     barron_scale: float = option(1e-3, "scale of Barron's kernel", above=0)
+    target_time: str = option(
+        "sampled", "r of any_step rows, anywhere below t or 0", choices=("sampled", "zero")
+    )
     sample_weight: bool = option(
         True, "whether rows weigh tan((1 - (|t| - |r|)) pi / 2.5) + 1 (adversarial ones: 1)"
     )
@@ -117,7 +123,8 @@ class Config(Twinned):
 
     @property
     def any_jumps(self) -> bool:
-        return self.learns_jumps and self.ratios[ROLES.index("any_step")] > 0
+        any_step = self.ratios[ROLES.index("any_step")] > 0 and self.target_time == "sampled"
+        return self.learns_jumps and any_step
 
     @property
     def learns_fake(self) -> bool:
@@ -165,6 +172,8 @@ def role_times(role: str, draws: dict[str, Array], config: Config) -> tuple[Time
     t = draws["t"]
     if role == "adversarial":
         return -t, -t
+    if role == "any_step" and config.target_time == "zero":
+        return t, jnp.zeros_like(t)
     kappa = config.consistency_ratio
     return t, t - draws["u"] * t * (min(0.05, kappa) if role == "multi_step" else kappa)
 

@@ -146,8 +146,9 @@ def make_step(
                 empty, cond,
             )
 
-        counted = objective.config.counts_steps
-        steps = jnp.full((rows,), state.step) if counted else None
+        steps = None
+        if objective.config.counts_steps:
+            steps = jnp.full((rows,), state.step - train.flow_matching_steps)
         decay = objective.config.teacher_decay
         teacher, learned = state.teacher, trained(state.params, state.fixed)
         if teacher is not None and decay < 1 and STUDENT in objective.learns:

@@ -56,14 +56,14 @@ def adapted(
 ) -> ml_collections.ConfigDict:
     """The config of a path with adapters in place of all weights.
 
-    order: 2, where averaged adapters are the teacher, or 1, where the base is; without any_step
-    rows, since those of one t - r / 2 could not be told apart.
+    order: 2, where averaged adapters are the teacher, or 1, where the base is; its any_step rows
+    jump to 0, since others of one t - r / 2 could not be told apart.
     """
     config = configs.load(path)
     config.adapter.update(rank=rank, targets=targets)
     if order == 1:
         config.objective.update(
-            order=1, teacher_decay=1.0, guidance=4.0, ratios=(1.0, 1.0, 0.0, 1.0)
+            order=1, teacher_decay=1.0, guidance=4.0, target_time="zero"
         )
     with config.unlocked():
         config.model.time_conditioning = "half_r"
