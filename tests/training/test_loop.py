@@ -192,6 +192,7 @@ def test_what_does_not_fit_in_memory_says_what_helps(small_config, tmp_path, mon
         (["objective.order=-1"], "objective.order is -1; give 1 or more"),
         (["objective.guidance=1.0"], "diverges"),
         (["objective.guidance=0.5"], "which nothing trains here"),
+        (["objective.guidance=0.5", "model.num_classes=0"], "but model.num_classes is 0"),
         (["objective.teacher_decay=1.0"], "random weights"),
         (["train.keep=0"], "train.keep is 0; give 1 or more"),
         (["train.micro_steps=0"], "train.micro_steps is 0"),
