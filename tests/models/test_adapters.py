@@ -24,6 +24,11 @@ SMALL = {
                    "text_width": 24, "rope_axes": (8, 12, 12)},
     "sana": {"sample_shape": (4, 4, 32), "layers": 2, "heads": 2, "cross_heads": 2,
              "cross_head_dim": 32, "text_width": 24},
+    "sd35": {"sample_shape": (4, 4, 16), "layers": 2, "dual_layers": 1, "heads": 2, "head_dim": 32,
+             "text_width": 24, "pooled_width": 16, "positions": 8},
+    "zimage": {"sample_shape": (4, 4, 16), "layers": 2, "refiners": 1, "heads": 3, "head_dim": 32,
+               "text_width": 24, "rope_axes": (8, 12, 12)},
+    "minilm_edit": {"sample_shape": (8, 8, 3), "layers": 2, "heads": 2, "text_width": 24},
 }
 
 
@@ -99,6 +104,13 @@ def test_peft_gaussian_and_its_spread():
     one = jax.jit(lambda key: names.flatten(model.init(key))["layers/image/out/lora_a"])
     a = one(jax.random.key(1))
     assert abs(a.std() * 4 - 1) < 0.02
+
+
+def test_convolutions_take_none():
+    config = models.config_of("unet").of({"name": "unet", "sample_shape": (8, 8, 3), "hidden": 8})
+    leaves = names.flatten(models.build(config, adapter=Adapter(rank=2)).abstract_params())
+    adapted = {path.rpartition("/")[0] for path in leaves if is_adapter(path)}
+    assert "Dense_0" in adapted and not any("Conv" in path for path in adapted)
 
 
 def test_only_adapters_and_what_trains_whole_is_trained():

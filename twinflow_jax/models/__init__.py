@@ -175,7 +175,11 @@ def build(
         leaves = lambda *given: flatten(nn.meta.unbox(jax.eval_shape(
             functools.partial(boxed, adapted=given), jax.random.key(0)
         )))
-        projections = family.projections(settings) or adapters.paths_of(leaves())
+        projections = family.projections(settings)
+        if not projections:  # but convolutions, which take no adapter
+            kernels = adapters.paths_of(leaves())
+            takes = leaves(*kernels)
+            projections = {p: name for p, name in kernels.items() if f"{p}/lora_a" in takes}
         names = {
             path: name for path, name in projections.items()
             if re.fullmatch(adapter.frozen, f"{path}/kernel")

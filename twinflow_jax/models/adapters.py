@@ -131,8 +131,8 @@ def names_of(table: NameTable) -> dict[str, str]:
 
 
 def paths_of(leaves: Collection[str]) -> dict[str, str]:
-    """Projections of a network that nothing publishes, each named by its path. leaves: paths of
-    its parameters."""
+    """Layers with a kernel of a network that nothing publishes, each named by its path. leaves:
+    paths of its parameters."""
     kernels = (path.removesuffix("/kernel") for path in leaves if path.endswith("/kernel"))
     return {path: path for path in kernels}
 
