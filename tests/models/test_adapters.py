@@ -26,8 +26,6 @@ SMALL = {
              "cross_head_dim": 32, "text_width": 24},
     "sd35": {"sample_shape": (4, 4, 16), "layers": 2, "dual_layers": 1, "heads": 2, "head_dim": 32,
              "text_width": 24, "pooled_width": 16, "positions": 8},
-    "zimage": {"sample_shape": (4, 4, 16), "layers": 2, "refiners": 1, "heads": 3, "head_dim": 32,
-               "text_width": 24, "rope_axes": (8, 12, 12)},
     "minilm_edit": {"sample_shape": (8, 8, 3), "layers": 2, "heads": 2, "text_width": 24},
 }
 
