@@ -25,10 +25,6 @@ FEW_ROWS = (  # of adapters: all at once, passes apart, without an average besid
 INT8 = "--config.train.weights=int8"
 SHORT_MOMENTS = "--config.optimizer.moments=bfloat16"
 LORA, EDIT = "configs/qwen20b_lora_tpu.py:order2", "configs/qwen_edit_lora_tpu.py"
-OPENUNI_LORA = (
-    "--config.adapter.rank=64", "--config.adapter.targets=('released',)",
-    "--config.model.time_conditioning=half_r", "--config.train.weights=bfloat16",
-)
 
 
 def rows(number: int) -> str:
@@ -92,8 +88,7 @@ GROUPS = {
         *on("v5e:1x1", "Z-Image, 4 rows, int8", "configs/zimage6b_lora_tpu.py", rows(4), INT8),
         *on("v6e:1x1", "Z-Image, 4 rows", "configs/zimage6b_lora_tpu.py", rows(4)),
         *on("v5e:1x1", "SD3.5-Medium, 4 rows", "configs/sd35m_lora_tpu.py", rows(4)),
-        *on("v5e:1x1", "OpenUni-L-512, 4 rows", "configs/openuni512_tpu.py", rows(4),
-            *OPENUNI_LORA),
+        *on("v5e:1x1", "OpenUni-L-512, 4 rows", "configs/openuni512_lora_tpu.py", rows(4)),
     ],
     "sampling": [
         (f"8 images, {steps} NFE", RELEASED, "v6e:2x4",

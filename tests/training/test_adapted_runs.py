@@ -112,6 +112,7 @@ def test_rows_one_by_one_are_the_batch(small_config, teacher):
     "qwen20b_lora_tpu", pytest.param("sana06b_lora_tpu", marks=pytest.mark.slow),
     pytest.param("zimage6b_lora_tpu", marks=pytest.mark.slow),
     pytest.param("sd35m_lora_tpu", marks=pytest.mark.slow),
+    pytest.param("openuni512_lora_tpu", marks=pytest.mark.slow),
 ])
 def test_the_small_lora_runs_train_adapters_and_nothing_else(file, tmp_path):
     run = configs.parse(f"configs/{file}.py:tiny", [
@@ -143,7 +144,7 @@ def test_the_small_lora_runs_train_adapters_and_nothing_else(file, tmp_path):
     assert shapes.isdisjoint(leaf.shape for leaf in kept)
 
 
-WHOLE = ("qwen20b", "sana06b", "sana16b", "zimage6b", "sd35m")
+WHOLE = ("qwen20b", "sana06b", "sana16b", "zimage6b", "sd35m", "openuni512")
 
 
 def test_the_lora_configs():
