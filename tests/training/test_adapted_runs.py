@@ -144,6 +144,33 @@ def test_the_small_lora_runs_train_adapters_and_nothing_else(file, tmp_path):
     assert shapes.isdisjoint(leaf.shape for leaf in kept)
 
 
+def equations(jaxpr):
+    """Of a jaxpr and all within it."""
+    for one in jaxpr.eqns:
+        yield one
+        for value in jax.tree.leaves(tuple(one.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("file, makes", [("qwen20b_lora_tpu", False), ("qwen20b_tpu", True)])
+def test_the_backward_pass_makes_no_gradient_of_the_base(file, makes):
+    """No loop over layers gives arrays of the shapes of its stacked kernels, as it does where all
+    weights train."""
+    prepared = setup.prepare(configs.parse(f"configs/{file}.py:tiny"))
+    given = prepared.abstract_state(), prepared.abstract_batch()
+    kernels = {
+        leaf.shape for path, leaf in names.flatten(given[0].params).items()
+        if path.startswith("layers/") and path.endswith("kernel")
+    }
+    with prepared.strategy.applied():
+        traced = prepared.phases["objective"].trace(*given)
+    loops = [one for one in equations(traced.jaxpr.jaxpr) if one.primitive.name == "scan"]
+    made = {out.aval.shape for one in loops for out in one.outvars}
+    assert len(kernels) >= 3 and kernels & made == (kernels if makes else set())
+
+
 WHOLE = ("qwen20b", "sana06b", "sana16b", "zimage6b", "sd35m", "openuni512")
 
 
