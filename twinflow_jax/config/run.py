@@ -329,7 +329,7 @@ class Run:
                 problems.append("optimizer.learning_rate is 0, which never trains the student")
         conditional = self.pipeline or self.model.num_classes
         guided = self.objective.guidance or getattr(self.objective, "real_guidance", 1) != 1
-        if guided and not conditional:
+        if guided and not (drawn or self.model.num_classes):
             problems.append(
                 "the objective's guidance compares a condition with none, but model.num_classes is "
                 "0: set it to the classes of the data, or guide nothing (objective.guidance=0, "
