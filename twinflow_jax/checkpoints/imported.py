@@ -152,6 +152,12 @@ class Imported:
         table = self.network("transformer").table(self.config("transformer"))
         return added.isdisjoint(table.group(names.KNOWS_R))
 
+    @property
+    def sized(self) -> bool:
+        """Whether it says the latents that its transformer, an editor, was trained with."""
+        own = self.recorded("transformer")
+        return LATENTS in own["published"] or "sample_shape" in own.get("settings", {})
+
     def knowing_r(self, model: Settings) -> "Imported":
         """The same checkpoint, its transformer trained with a target time, seen as model's; of an
         editor, in the size of its samples."""

@@ -58,9 +58,9 @@ def decoded(
 
 
 def area_of(pipeline: Pipeline) -> int:
-    """Pixels of a result, and of each picture beside it: as trained for few steps, or as
-    published."""
-    if not pipeline.knows_r:
+    """Pixels of a result, and of each picture beside it: as a run, its adapters or its export were
+    trained, or as published."""
+    if pipeline.trained is None and not pipeline.few and not pipeline.checkpoint.sized:
         return pipeline.family.editing.area
     height, width = pipeline.config("transformer").sample_shape[:2]
     return height * width * pipeline.config("vae").downscale ** 2

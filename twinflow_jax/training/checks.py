@@ -133,6 +133,7 @@ def check_start(run: Run) -> None:
                 "already: objective.guidance guides them again; set it to 0",
                 stacklevel=2,
             )
+        checkpoint.recorded("transformer")  # or says that there is none
         network = checkpoint.config("transformer")
         if differing := other_fields(network, run.model):
             raise UserError(
