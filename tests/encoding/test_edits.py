@@ -229,6 +229,7 @@ def test_records_of_edits(tmp_path, monkeypatch, capsys, checkpoint, edits):
     row = found.source("64x64_64x64")[0]
     stored = sum(value.nbytes for value in row.values() if isinstance(value, np.ndarray))
     assert size <= stored < size + 1000 < size + example.edit.shown.size * 2
+    assert example.edit.null.shape[0] == 9
     # At 512x512 with the published widths and 25 tokens of an instruction, 15,000 in 30 GB.
     rows = len(example.edit.shown) + len(example.edit.null) + 25 + 5
     assert 15_000 * (rows * 3584 * 2 + 2 * 64 * 64 * 16 * 2) < 30.0e9

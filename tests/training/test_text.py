@@ -88,7 +88,7 @@ def test_weights_come_from_and_go_back_to_a_published_folder(run, tmp_path):
     [
         (("pipeline=",), "set pipeline to an imported checkpoint"),
         (("pipeline=nowhere",), "no imported checkpoint"),
-        (("model.layers=3",), "model .model.layers is 2 there, 3 here"),
+        (("model.layers=3",), "another transformer than model .model.layers is 2 there"),
         (("model.zero_cond_t=True",), "zero_cond_t is False there, True here"),  # no weight says it
         (("model.remat=some",), "remat is 'some'"),
         (("train.condition_dropout=0.0",), "nothing trains here"),

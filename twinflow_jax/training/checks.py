@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Iterable
 
 import jax
 
@@ -177,12 +178,7 @@ def check_start(run: Run) -> None:
     conditioning = "model.time_conditioning"
     if other.only_velocities and theirs.get(conditioning) == "second_embedder":
         free.add(conditioning)  # seen at r = t alone, where it is the base of all
-    differing = [
-        f"{k} is {theirs.get(k)!r} there, {ours.get(k)!r} here"
-        for k in sorted((theirs.keys() | ours) - free, key=lambda k: (k != "model.name", k))
-        if theirs.get(k) != ours.get(k)
-    ]
-    if differing:
+    if differing := differences(theirs, ours, (theirs.keys() | ours) - free):
         raise UserError(
             f"train.init_from {source} is another network ({few(differing)}): choose another, or "
             "give this one its values"
@@ -258,9 +254,17 @@ def other_fields(theirs: Settings, ours: Settings) -> list[str]:
     How it sees its target time may differ: training begins another way.
     """
     free = {"name", "sample_shape", "dtype", "remat", "time_conditioning"}
-    here = dataclasses.asdict(ours)
+    there, here = (
+        {f"model.{key}": value for key, value in dataclasses.asdict(one).items() if key not in free}
+        for one in (theirs, ours)
+    )
+    return differences(there, here, there)
+
+
+def differences(there: dict, here: dict, keys: Iterable[str]) -> list[str]:
+    """What each of the keys is in one and in the other, where that differs; the family first."""
     return [
-        f"model.{key} is {value!r} there, {here.get(key)!r} here"
-        for key, value in sorted(dataclasses.asdict(theirs).items())
-        if key not in free and value != here.get(key)
+        f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(keys, key=lambda key: (key != "model.name", key))
+        if there.get(key) != here.get(key)
     ]
