@@ -3,7 +3,7 @@
     python benchmarks/compare.py digits --out runs/compare_digits
     python benchmarks/compare.py mnist --out runs/compare --methods twinflow,rcgm --trials 16
     python benchmarks/compare.py emoji --out runs/compare_emoji   # after configs/emoji.py's :flow
-    python benchmarks/compare.py digits_lora --out runs/compare_lora --trials 3   # or emoji_lora
+    python benchmarks/compare.py digits_lora --out runs/compare_lora --trials 4   # or emoji_lora
 
 For each seed a network learns velocities first; every method goes on from there, for as many
 forward-equivalents as the study's first makes in its steps (a pass with gradient is three, an exact
@@ -11,7 +11,8 @@ derivative one). With --trials N each method gets N random settings, all with th
 same multiples of the rate and the guidance, and keys of its own; trial 0 is its preset with the
 study's rate and guidance. The --finalists best by Frechet distance at one evaluation, and
 trial 0, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png; with
---share .25 the search itself trains a quarter of the steps only, and finalists all with all seeds.
+--share .25 the search itself trains a quarter of the steps only and is judged at one evaluation
+only, and finalists train all with all seeds.
 --steps is another budget than the study's, for a machine that is slow: one --out for each. Scores
 are those of `twinflow evaluate`; the start's own stand beside. What is done stays in --out: the
 same command goes on. On one GPU give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a
@@ -135,7 +136,7 @@ def adapters(guidance: float) -> dict[str, Method]:
     """Ways to train adapters (LoRA), and all weights first. guidance: as its targets come to it,
     1 being none: a moving teacher's is 1 / (1 - g), a frozen one's 1 + g."""
     moving, frozen = 1 - 1 / guidance, guidance - 1
-    rates = {"optimizer.learning_rate": (3e-4, 3e-3)}  # beside 1e-3
+    rates = {"optimizer.learning_rate": (1e-4, 3e-4, 3e-3)}  # beside 1e-3
 
     def one(
         rank: int, times: str = "second_embedder", order: int = 2, teacher: float = 0.99,
@@ -284,7 +285,7 @@ def do(run: Run, study: Study, out: pathlib.Path) -> None:
             [*verb, "twinflow_jax.train", "--config", study.config, "--workdir", str(work),
              *(f"--config.{change}" for change in run.changes(study, out))],
             [*verb, "twinflow_jax.evaluate", *study.judge, "--checkpoint", str(work),
-             "--json", str(table)],
+             *(("--steps", "1") if run.share < 1 else ()), "--json", str(table)],
         ):
             if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode:
                 return  # the same command tries again
