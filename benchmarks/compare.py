@@ -10,7 +10,7 @@ forward-equivalents as the study's first makes in its steps (a pass with gradien
 derivative one). With --trials N each method gets N random settings, all with the first seed: the
 same multiples of the rate and the guidance, and keys of its own; trial 0 is its preset with the
 study's rate and guidance. The --finalists best by Frechet distance at one evaluation, and
-trial 0, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png; with
+each preset, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png; with
 --share .25 the search itself trains a quarter of the steps only and is judged at one evaluation
 only, and finalists train all with all seeds.
 --steps is another budget than the study's, for a machine that is slow: one --out for each. Scores
@@ -59,7 +59,8 @@ class Method:
 class Study:
     """What all methods share. start: steps that learn velocities first, or a run that did. steps:
     of the first method, after them; the others make as many forwards. rates, guidance: what a
-    search takes the study's own times. shared: overrides of all, of the start too."""
+    search takes the study's own times. shared: overrides of all, of the start too. presets: whether
+    each trial 0 is one, which stands in the table beside what a search found."""
 
     config: str
     judge: tuple[str, ...]
@@ -70,6 +71,7 @@ class Study:
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
     guidance: tuple[float, ...] = (1.0,)
     shared: Settings = dataclasses.field(default_factory=dict)
+    presets: bool = True
 
     @functools.cached_property
     def own(self) -> Settings:
@@ -170,7 +172,7 @@ CAPTIONS = (
 STUDIES = {
     "digits": Study("configs/digits.py", ("classes",), 1000, 2000, rivals(0.0)),
     "digits_lora": Study(
-        "configs/digits.py", ("classes",), 3000, 800, adapters(2.0),
+        "configs/digits.py", ("classes",), 3000, 800, adapters(2.0), presets=False,
         shared={
             "model.name": "dit", "model.sample_shape": (8, 8, 1), "model.patch": 2,
             "model.width": 64, "model.depth": 2, "objective.guidance": 0.0,
@@ -182,11 +184,12 @@ STUDIES = {
         guidance=(1.0, 1.5),
     ),
     "emoji": Study(
-        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 1500, rivals(0.5), "retrieval",
+        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 6000, rivals(0.5), "retrieval",
         rates=(1.0, 2.0), guidance=(1.0, 1.5),
     ),
     "emoji_lora": Study(
-        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 1500, adapters(2.0), "retrieval",
+        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 400, adapters(2.0), "retrieval",
+        shared={"optimizer.warmup": 20}, presets=False,
     ),
 }
 
@@ -443,7 +446,7 @@ def main() -> None:
         )
     chosen = [
         (method, trial) for method in methods
-        for trial in dict.fromkeys([*list(ranked[method])[: args.finalists], 0])
+        for trial in dict.fromkeys([*[*ranked[method]][: args.finalists], *[0] * study.presets])
     ]
     finish([Run(*pair, seed) for seed in seeds for pair in chosen], "seeds")
     rows = collect(study, args.out, [("start", 0), *chosen], seeds)

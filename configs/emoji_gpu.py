@@ -24,9 +24,11 @@ def get_config(variant: str = "twinflow") -> ml_collections.ConfigDict:
     smaller = pathlib.Path(__file__).with_name("emoji.py")
     config = configs.load(f"{smaller}:{variant}")
     config.data.update(records=("data/emoji64/train",), batch_size=256, text_tokens=24)
-    config.optimizer.learning_rate = 3e-4
-    config.train.ema_decay = 0.999
-    config.train.steps = 3000 if variant == "flow" else 2400
+    config.optimizer.update(learning_rate=3e-4, warmup=100)
+    config.train.update(
+        ema_decay=0.999, steps=3000 if variant == "flow" else 2400, sample_every=500,
+        checkpoint_every=500,
+    )
     if variant != "flow":
         config.train.init_from = "runs/emoji64_flow"
     with config.unlocked():
