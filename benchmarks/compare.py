@@ -158,10 +158,10 @@ def adapters(guidance: float) -> dict[str, Method]:
         "full": one(0), "rank 4": one(4), "rank 16": one(16), "rank 64": one(64),
         "half_r": one(16, "half_r"), "gated": one(16, "gated"),
         "student teaches": one(16, teacher=0.0), "base teaches": one(16, teacher=1.0),
-        "order 1": one(16, order=1), "order 1, base teaches": one(16, order=1, teacher=1.0),
-        "order 1, gated": one(16, "gated", 1),
-        "order 1, to 0": one(16, order=1, teacher=1.0, target="zero"),
-        "order 1, to 0, half_r": one(16, "half_r", 1, 1.0, "zero"),
+        "order 1": one(16, order=1), "order 1 and base teaches": one(16, order=1, teacher=1.0),
+        "order 1 and gated": one(16, "gated", 1),
+        "order 1 to 0": one(16, order=1, teacher=1.0, target="zero"),
+        "order 1 to 0 and half_r": one(16, "half_r", 1, 1.0, "zero"),
     }
 
 

@@ -47,7 +47,7 @@ def get_config(variant: str = "twinflow") -> ml_collections.ConfigDict:
 def flow() -> ml_collections.ConfigDict:
     config = defaults.get()
     config.pipeline = "checkpoints/minilm"
-    # Many steps of few rows learn more than few of many (docs/benchmarks.md, "Emoji from captions").
+    # Many steps of few rows learn more than few of many (docs/benchmarks.md, "Emoji").
     config.data.update(records=("data/emoji32/train",), batch_size=16, text_tokens=20)
     config.model = {
         "name": "minilm_dit", "sample_shape": (32, 32, 3), "patch": 8, "width": 256, "depth": 6,
