@@ -138,15 +138,19 @@ def test_the_flow_of_a_gaussian_is_a_fixed_point(preset):
     ("alphaflow", {"anneal_steps": 200}), ("shortcut", {}),
 ])
 def test_methods_as_their_papers_write_them(preset, fields):
-    """Loss and gradient against float64 PyTorch, from the same draws."""
+    """Loss and gradient against PyTorch, both in float64, from the same draws."""
     objective, batch, draws = example(preset, **fields)
     params = weights(0)
     teacher = weights(1) if objective.config.teacher_decay else None
-    value, gradient = jax.value_and_grad(
-        lambda given: objective.loss(
-            apply, given, single(teacher) if teacher else given, batch, draws
-        )[0]
-    )(single(params))
+    with jax.enable_x64(True):
+        exact = lambda tree: jax.tree.map(
+            lambda a: a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+        )
+        value, gradient = jax.value_and_grad(
+            lambda given: objective.loss(
+                apply, given, exact(teacher) if teacher else given, exact(batch), exact(draws)
+            )[0]
+        )(jax.tree.map(jnp.asarray, params))
 
     mine = {name: a.requires_grad_() for name, a in double(params).items()}
     theirs = double(teacher or params)
@@ -158,10 +162,10 @@ def test_methods_as_their_papers_write_them(preset, fields):
         total = total + ORACLES[preset](Paper(mine, theirs, x, cond, objective.config), held, role)
     total = total / ROWS
     total.backward()
-    assert float(value) == pytest.approx(total.item(), rel=2e-5)
+    assert float(value) == pytest.approx(total.item(), rel=1e-6)
     for name, leaf in mine.items():
         expected = leaf.grad.numpy()
-        np.testing.assert_allclose(gradient[name], expected, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(gradient[name], expected, atol=1e-6 * np.abs(expected).max())
 
 
 class Paper:
