@@ -134,11 +134,10 @@ def matching(preset: str, guidance: float) -> Method:
     return Method(own.own | {"optimizer.learning_rate": 2e-4}, own.search)
 
 
-def adapters(guidance: float) -> dict[str, Method]:
+def adapters(guidance: float, *rates: float) -> dict[str, Method]:
     """Ways to train adapters (LoRA), and all weights first. guidance: as its targets come to it,
-    1 being none: a moving teacher's is 1 / (1 - g), a frozen one's 1 + g."""
+    1 being none: a moving teacher's is 1 / (1 - g), a frozen one's 1 + g. rates: beside .001."""
     moving, frozen = 1 - 1 / guidance, guidance - 1
-    rates = {"optimizer.learning_rate": (1e-4, 3e-4, 3e-3)}  # beside 1e-3
 
     def one(
         rank: int, times: str = "second_embedder", order: int = 2, teacher: float = 0.99,
@@ -152,7 +151,7 @@ def adapters(guidance: float) -> dict[str, Method]:
         return Method(method(fields).own | gated | {
             "model.time_conditioning": times, "adapter.rank": rank,
             "optimizer.learning_rate": 1e-3,
-        }, rates)
+        }, {"optimizer.learning_rate": rates})
 
     return {
         "full": one(0), "rank 4": one(4), "rank 16": one(16), "rank 64": one(64),
@@ -172,7 +171,7 @@ CAPTIONS = (
 STUDIES = {
     "digits": Study("configs/digits.py", ("classes",), 1000, 2000, rivals(0.0)),
     "digits_lora": Study(
-        "configs/digits.py", ("classes",), 3000, 800, adapters(2.0), presets=False,
+        "configs/digits.py", ("classes",), 3000, 800, adapters(2.0, 1e-4, 3e-4, 3e-3), presets=False,
         shared={
             "model.name": "dit", "model.sample_shape": (8, 8, 1), "model.patch": 2,
             "model.width": 64, "model.depth": 2, "objective.guidance": 0.0,
@@ -188,7 +187,7 @@ STUDIES = {
         rates=(1.0, 2.0), guidance=(1.0, 1.5),
     ),
     "emoji_lora": Study(
-        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 400, adapters(2.0), "retrieval",
+        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 400, adapters(2.0, 3e-4, 3e-3), "retrieval",
         shared={"optimizer.warmup": 20}, presets=False,
     ),
 }
