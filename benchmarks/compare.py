@@ -171,8 +171,8 @@ CAPTIONS = (
 STUDIES = {
     "digits": Study("configs/digits.py", ("classes",), 1000, 2000, rivals(0.0)),
     "digits_lora": Study(
-        "configs/digits.py", ("classes",), 3000, 800, adapters(2.0, 1e-4, 3e-4, 3e-3), presets=False,
-        shared={
+        "configs/digits.py", ("classes",), 3000, 800, adapters(2.0, 1e-4, 3e-4, 3e-3),
+        presets=False, shared={
             "model.name": "dit", "model.sample_shape": (8, 8, 1), "model.patch": 2,
             "model.width": 64, "model.depth": 2, "objective.guidance": 0.0,
             "train.condition_dropout": 0.1, "data.batch_size": 64,
@@ -187,8 +187,8 @@ STUDIES = {
         rates=(1.0, 2.0), guidance=(1.0, 1.5),
     ),
     "emoji_lora": Study(
-        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 400, adapters(2.0, 3e-4, 3e-3), "retrieval",
-        shared={"optimizer.warmup": 20}, presets=False,
+        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 400, adapters(2.0, 3e-4, 3e-3),
+        "retrieval", shared={"optimizer.warmup": 20}, presets=False,
     ),
 }
 
