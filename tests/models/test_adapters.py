@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.oracles import QUICK
 from twinflow_jax import models
 from twinflow_jax.errors import UserError
-from twinflow_jax.models import mlp, names, qwen_image, sana, sd35
+from twinflow_jax.models import mlp, names, qwen_image, remat, sana, sd35
 from twinflow_jax.models.adapters import Adapter, is_adapter
 from twinflow_jax.models.settings import Settings
 
@@ -146,3 +147,31 @@ def test_a_network_without_adapters_is_as_it_was():
     plain, none = models.build(config), models.build(config, adapter=Adapter())
     chex.assert_trees_all_equal(plain.init(jax.random.key(3)), none.init(jax.random.key(3)))
     assert none.fixed == plain.fixed == ()
+
+
+@pytest.mark.parametrize("name", ["dit", "qwen_image"])
+def test_recomputing_layers_changes_no_gradient(name):
+    """Of adapters, whose products policies do not name."""
+    def gradient(policy: str):
+        config = models.config_of(name).of({"name": name, "remat": policy, **SMALL[name]})
+        model = models.build(config, adapter=Adapter(rank=3))
+        flat = names.flatten(params)
+        parts = [{k: a for k, a in flat.items() if is_adapter(k) == low} for low in (True, False)]
+
+        def loss(low):
+            return (model.apply(names.unflatten(low | parts[1]), *given) ** 2).mean()
+
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(parts[0])
+
+    config = models.config_of(name).of({"name": name, **SMALL[name]})
+    given, rng = inputs(config), np.random.default_rng()
+    params = jax.tree.map(
+        lambda a: jnp.asarray(rng.standard_normal(a.shape) * 0.3, a.dtype),
+        models.build(config, adapter=Adapter(rank=3)).abstract_params(),
+    )
+    kept = gradient("none")
+    assert all(np.any(leaf) for leaf in kept.values())
+    largest = max(np.abs(leaf).max() for leaf in kept.values())
+    for policy in remat.POLICIES:
+        for path, leaf in gradient(policy).items():
+            np.testing.assert_allclose(leaf, kept[path], atol=1e-5 * largest, err_msg=policy)
