@@ -1,8 +1,9 @@
 """Kernels in int8, of a network that does not train: those of stacked layers, (layers, in, out).
 
 A kernel is `values` times `scale`, the largest of each layer and output channel over 127; no other
-weight is changed. A layer's is multiplied out where the layer has its weights (`stack.run_layers`),
-so that int8 is what is kept and what travels.
+weight is changed. A layer's is multiplied out where the layer has its weights
+(`stack.run_layers`), so that int8 is what is kept and what travels. (qwix 0.1.8 does nearly the
+same, over 127.5, but its functions are not public.)
 """
 
 import dataclasses
