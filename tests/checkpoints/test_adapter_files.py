@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -260,15 +261,16 @@ def comfyui(module: torch.nn.Module, file: pathlib.Path) -> torch.nn.Module:
     return module
 
 
-def loaded(small: Base, form: str, file: pathlib.Path) -> torch.nn.Module:
-    """As diffusers' pipeline, or peft, loads it."""
-    module = copy.deepcopy(small.module)
+def put_on(
+    module: torch.nn.Module, pipeline: type, form: str, file: pathlib.Path
+) -> torch.nn.Module:
+    """The module, changed in place, as a pipeline of diffusers', or peft, loads the file."""
     if form == "peft":
-        return peft.PeftModel.from_pretrained(module, file.parent)
-    nothing = ("scheduler", "vae", "text_encoder", "tokenizer")
-    pipeline = small.pipeline(**dict.fromkeys(nothing), transformer=module)
-    pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    return pipeline.transformer
+        peft.PeftModel.from_pretrained(module, file.parent)
+        return module
+    parts = dict.fromkeys(inspect.signature(pipeline).parameters) | {"transformer": module}
+    pipeline(**parts).load_lora_weights(file.parent, weight_name=file.name)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +297,8 @@ def test_ours_in_other_hands(form, small, kept, tmp_path, capsys):
     assert status == 0
     expected = small.merged(truth)
     [file] = (tmp_path / "out").glob("*.safetensors")
-    assert_moved(small, small.theirs(loaded(small, form, file)), expected)
+    with_it = put_on(copy.deepcopy(small.module), small.pipeline, form, file)
+    assert_moved(small, small.theirs(with_it), expected)
     if form != "peft":
         assert_moved(small, small.theirs(comfyui(small.module, file)), expected)
 
