@@ -19,7 +19,7 @@
     python -m twinflow_jax.sample --checkpoint runs/emoji --out samples --steps 1 \\
         --prompt "3d emoji of a red car"
 
-About an hour on 2 cores. Variants, as `configs/emoji.py:NAME`:
+An hour and a half of one core. Variants, as `configs/emoji.py:NAME`:
   (none)      TwinFlow, from the weights of `flow`
   flow        flow matching: the model of many steps that the others start from
   rcgm        RCGM in place of TwinFlow, all else equal

@@ -47,7 +47,8 @@ def edited(name: str) -> ml_collections.ConfigDict:
     config.objective.time_distribution = (4.0, 1.0, 1.0)
     config.model = {"name": "minilm_edit", "patch": 8, "remat": "full"}
     config.sample.prompts = ()
-    config.train.update(steps=8000, sample_every=2000, checkpoint_every=1000)
+    config.optimizer.warmup = 100
+    config.train.update(steps=8000, ema_decay=0.995, sample_every=2000, checkpoint_every=1000)
     if name != "flow":
         config.train.update(steps=2000, init_from="runs/emoji_edit_flow")
     return config
