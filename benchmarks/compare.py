@@ -3,20 +3,21 @@
     python benchmarks/compare.py digits --out runs/compare_digits
     python benchmarks/compare.py mnist --out runs/compare --methods twinflow,rcgm --trials 16
     python benchmarks/compare.py emoji --out runs/compare_emoji   # after configs/emoji.py's :flow
-    python benchmarks/compare.py digits_lora --out runs/compare_lora --trials 4   # or emoji_lora
+    python benchmarks/compare.py digits_lora --out runs/compare_lora --trials 4
+        # or emoji_lora, or edits_lora
 
 For each seed a network learns velocities first; every method goes on from there, for as many
 forward-equivalents as the study's first makes in its steps (a pass with gradient is three, an exact
 derivative one). With --trials N each method gets N random settings, all with the first seed: the
 same multiples of the rate and the guidance, and keys of its own; trial 0 is its preset with the
-study's rate and guidance. The --finalists best by Frechet distance at one evaluation, and
-each preset, are trained with the other seeds too and stand in OUT/table.md and OUT/table.png; with
---share .25 the search itself trains a quarter of the steps only and is judged at one evaluation
-only, and finalists train all with all seeds.
+study's rate and guidance. The --finalists best at one evaluation, by Frechet distance or the error
+of edits, and each preset, are trained with the other seeds too and stand in OUT/table.md and
+OUT/table.png; with --share .25 the search itself trains a quarter of the steps only and is judged
+at one evaluation only, and finalists train all with all seeds.
 --steps is another budget than the study's, for a machine that is slow: one --out for each. Scores
-are those of `twinflow evaluate`; the start's own stand beside. What is done stays in --out: the
-same command goes on. On one GPU give more --jobs, XLA_PYTHON_CLIENT_PREALLOCATE=false and a
-JAX_COMPILATION_CACHE_DIR.
+are those of `twinflow evaluate` and, of edits, of benchmarks/edits.py; the start's own stand
+beside. What is done stays in --out: the same command goes on. On one GPU give more --jobs,
+XLA_PYTHON_CLIENT_PREALLOCATE=false and a JAX_COMPILATION_CACHE_DIR.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from matplotlib.figure import Figure
@@ -56,6 +58,17 @@ class Method:
 
 
 @dataclasses.dataclass(frozen=True)
+class Judge:
+    """command: `(run, evaluations with commas, file of scores) ->` arguments of Python. scores:
+    those that stand in the table, and their digits. distance: the one that ranks, the lower the
+    better, and what it is."""
+
+    command: Callable[[str, str, str], list[str]]
+    scores: dict[str, int]
+    distance: tuple[str, str] = ("frechet", "Frechet distance")
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """What all methods share. start: steps that learn velocities first, or a run that did. steps:
     of the first method, after them; the others make as many forwards. rates, guidance: what a
@@ -63,11 +76,10 @@ class Study:
     each trial 0 is one, which stands in the table beside what a search found."""
 
     config: str
-    judge: tuple[str, ...]
+    judge: Judge
     start: int | str
     steps: int
     methods: dict[str, Method]
-    accuracy: str = "accuracy"
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
     guidance: tuple[float, ...] = (1.0,)
     shared: Settings = dataclasses.field(default_factory=dict)
@@ -101,7 +113,7 @@ def rivals(guidance: float) -> dict[str, Method]:
         ),
         "rcgm": method(
             twinflow | {"ratios": (1.0, 1.0, 1.0, 0.0), "rectify_weight": 0.0}, **released,
-            dt=(0.01, 0.03, 0.1),
+            order=(1, 2), dt=(0.01, 0.03, 0.1),
             ratios=((1.0, 1.0, 1.0, 0.0), (0.2, 0.4, 0.4, 0.0), (0.05, 0.475, 0.475, 0.0)),
         ),
         "flow_matching": method(
@@ -164,14 +176,32 @@ def adapters(guidance: float, *rates: float) -> dict[str, Method]:
     }
 
 
-CAPTIONS = (
-    "captions", "--records", "data/emoji32/held_out_concepts",
-    "--train-records", "data/emoji32/train", "--features", "features.safetensors",
+def evaluate(*which: str) -> Callable[[str, str, str], list[str]]:
+    """`twinflow evaluate`, of so much."""
+    return lambda run, steps, file: [
+        "-m", "twinflow_jax.evaluate", *which, "--checkpoint", run, "--steps", steps,
+        "--json", file,
+    ]
+
+
+CLASSES = Judge(evaluate("classes"), {"accuracy": 3, "frechet": 1, "diversity": 2})
+CAPTIONS = Judge(
+    evaluate(
+        "captions", "--records", "data/emoji32/held_out_concepts",
+        "--train-records", "data/emoji32/train", "--features", "features.safetensors",
+    ),
+    {"retrieval": 3, "frechet": 1, "diversity": 2},
+)
+EDITS = Judge(
+    lambda run, steps, file: [
+        str(pathlib.Path(__file__).with_name("edits.py")), f"{run}:{steps}", "--json", file,
+    ],
+    {"right": 3, "another instruction": 3, "error": 4}, ("error", "mean square error"),
 )
 STUDIES = {
-    "digits": Study("configs/digits.py", ("classes",), 1000, 2000, rivals(0.0)),
+    "digits": Study("configs/digits.py", CLASSES, 1000, 2000, rivals(0.0)),
     "digits_lora": Study(
-        "configs/digits.py", ("classes",), 3000, 800, adapters(2.0, 1e-4, 3e-4, 3e-3),
+        "configs/digits.py", CLASSES, 3000, 800, adapters(2.0, 1e-4, 3e-4, 3e-3),
         presets=False, shared={
             "model.name": "dit", "model.sample_shape": (8, 8, 1), "model.patch": 2,
             "model.width": 64, "model.depth": 2, "objective.guidance": 0.0,
@@ -179,16 +209,26 @@ STUDIES = {
         },
     ),
     "mnist": Study(
-        "configs/mnist.py:released", ("classes",), 2000, 8000, rivals(0.25), rates=(1.0, 2.0),
+        "configs/mnist.py:released", CLASSES, 2000, 8000, rivals(0.25), rates=(1.0, 2.0),
         guidance=(1.0, 1.5),
     ),
     "emoji": Study(
-        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 6000, rivals(0.5), "retrieval",
+        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 6000, rivals(0.5),
         rates=(1.0, 2.0), guidance=(1.0, 1.5),
     ),
     "emoji_lora": Study(
         "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 400, adapters(2.0, 3e-4, 3e-3),
-        "retrieval", shared={"optimizer.warmup": 20}, presets=False,
+        shared={"optimizer.warmup": 20}, presets=False,
+    ),
+    "edits_lora": Study(
+        "configs/emoji_edit.py", EDITS, 1200, 400, adapters(1.0, 3e-4, 3e-3),
+        presets=False, shared={
+            "pipeline": "random", "train.init_from": "", "data.name": "digits", "data.records": (),
+            "data.text_tokens": 24, "model.sample_shape": (8, 8, 3), "model.patch": 2,
+            "model.layers": 3, "model.heads": 4, "model.head_dim": 16,
+            "model.rope_axes": (4, 6, 6), "model.text_width": 48, "train.ema_decay": 0.99,
+            "optimizer.warmup": 20, "objective.guidance": 0.0,
+        },
     ),
 }
 
@@ -281,14 +321,14 @@ def do(run: Run, study: Study, out: pathlib.Path) -> None:
     folder = run.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     work, table = folder / "run", folder / "table.json"
-    verb = [sys.executable, "-m"]
+    evaluations = ",".join(EVALUATIONS if run.share == 1 else EVALUATIONS[:1])
     with open(folder / "log", "w") as log:
         for command in (
-            [*verb, "twinflow_jax.train", "--config", study.config, "--workdir", str(work),
+            ["-m", "twinflow_jax.train", "--config", study.config, "--workdir", str(work),
              *(f"--config.{change}" for change in run.changes(study, out))],
-            [*verb, "twinflow_jax.evaluate", *study.judge, "--checkpoint", str(work),
-             *(("--steps", "1") if run.share < 1 else ()), "--json", str(table)],
+            study.judge.command(str(work), evaluations, str(table)),
         ):
+            command = [sys.executable, *command]
             if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode:
                 return  # the same command tries again
     scores = {str(row["nfe"]): row for row in json.loads(table.read_text())["scores"]}
@@ -297,11 +337,10 @@ def do(run: Run, study: Study, out: pathlib.Path) -> None:
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
 
 
-def ranking(out: pathlib.Path, runs: list[Run]) -> dict[int, float]:
-    """Frechet distances at one evaluation of a method's runs that are done, by trial, the lowest
-    first."""
-    found = {run.trial: run.scores(out) for run in runs}
-    distances = {trial: scores["1"]["frechet"] for trial, scores in found.items() if scores}
+def ranking(study: Study, out: pathlib.Path, runs: list[Run]) -> dict[int, float]:
+    """Distances at one evaluation of a method's runs that are done, by trial, the lowest first."""
+    found, (distance, _) = {run.trial: run.scores(out) for run in runs}, study.judge.distance
+    distances = {trial: scores["1"][distance] for trial, scores in found.items() if scores}
     return dict(sorted(distances.items(), key=lambda item: item[1]))
 
 
@@ -339,7 +378,8 @@ def collect(
             "settings": {k: v for k, v in settings(study, method, trial).items()
                          if v != settings(study, method, 0).get(k)},
         })
-    return sorted(rows, key=lambda row: statistics.mean(row["scores"]["1"]["frechet"]))
+    distance, _ = study.judge.distance
+    return sorted(rows, key=lambda row: statistics.mean(row["scores"]["1"][distance]))
 
 
 def table(study: Study, rows: list[dict]) -> str:
@@ -349,7 +389,7 @@ def table(study: Study, rows: list[dict]) -> str:
         ends = f"{min(values):.{digits}f}-{max(values):.{digits}f}"
         return f"{mean} ({ends})" if len(values) > 1 else mean
 
-    scores = [(study.accuracy, 3), ("frechet", 1), ("diversity", 2)]
+    scores = study.judge.scores.items()
     lines = [
         "| method | seeds | forwards x steps | s | MB | "
         + " | ".join(f"{name}, {nfe} NFE" for nfe in EVALUATIONS for name, _ in scores) + " |",
@@ -372,16 +412,17 @@ def table(study: Study, rows: list[dict]) -> str:
 
 
 def plot(study: Study, rows: list[dict]):
-    """Frechet distance at each number of evaluations: a dot for each seed, a bar at their mean."""
+    """The distance at each number of evaluations: a dot for each seed, a bar at their mean."""
+    distance, said = study.judge.distance
     figure = Figure(figsize=(11, 0.3 * len(rows) + 1), layout="constrained")
     axes = figure.subplots(1, len(EVALUATIONS), sharex=True, sharey=True)
     for axis, nfe in zip(axes, EVALUATIONS, strict=True):
         for place, row in enumerate(rows):
-            values = row["scores"][nfe]["frechet"]
+            values = row["scores"][nfe][distance]
             color = "tab:orange" if row["method"] == next(iter(study.methods)) else "tab:blue"
             axis.plot(values, [place] * len(values), ".", color=color)
             axis.plot(statistics.mean(values), place, "|", color=color, markersize=14)
-        axis.set(title=f"{nfe} NFE", xlabel="Frechet distance", xscale="log")
+        axis.set(title=f"{nfe} NFE", xlabel=said, xscale="log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_locator(NullLocator())
@@ -438,7 +479,7 @@ def main() -> None:
         for method in methods
     }
     finish([run for turn in zip(*searched.values(), strict=True) for run in turn], "search")
-    ranked = {method: ranking(args.out, runs) for method, runs in searched.items()}
+    ranked = {method: ranking(study, args.out, runs) for method, runs in searched.items()}
     if missing := [method for method in methods if not ranked[method]]:
         raise SystemExit(
             f"no run of {', '.join(missing)} came to its end: see {args.out}/*/*/*/log"

@@ -3,33 +3,39 @@
     python benchmarks/edits.py runs/emoji_edit:1,4 runs/emoji_edit_flow:32 --guidance 2 \\
         --records data/emoji32/edits_held_out --sheet edits.png --figure docs/images/edits.png
 
-Each edit is drawn from its source and instruction. It is right where the nearest of --among edits'
-results, its own one of them, and of its own source, is its result. Beside that: with another edit's
-source, and with instructions that were shuffled; a run that reads both is wrong there. Then the
-share of each kind and instruction. The sheet shows edits of each, as each run draws them in each
-number of evaluations; the figure one edit of some, the median in how much it changes, by the first
-run in its first number.
+Without --records the edits are of pictures that the run's data set keeps for tests. Each is drawn
+from its source and instruction. It is right where the nearest of --among edits' results, its own
+one of them, and of its own source, is its result; its error is the mean square to its result.
+Beside that: with another edit's source, and with instructions that were shuffled; a run that reads
+both is wrong there. Then the share of each kind and instruction. The sheet shows edits of each, as
+each run draws them in each number of evaluations; the figure one edit of some, the median in how
+much it changes, by the first run in its first number.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool
 from matplotlib.figure import Figure
 
-from twinflow_jax import checkpoints, images, models
+from twinflow_jax import checkpoints, data, images, models
 from twinflow_jax.arrays import HostImages
-from twinflow_jax.data.records import Records
+from twinflow_jax.config.run import Run
+from twinflow_jax.data import edits
 from twinflow_jax.errors import UserError, run_verb
 from twinflow_jax.sampling import few_step, sample, solve
-from twinflow_jax.training import records
+from twinflow_jax.training import inputs, records
 
 ROWS = 32  # drawn at once
 SHOWN = 12  # rows of the sheet
+OWN = "right"  # what is drawn from an edit's own source and instruction
 KINDS = {"style": "styles", "skin": "skin tones", "mirror": "mirrors"}  # by a word; else colours
 FIGURE = (  # its columns
     "draw it in black and white", "exchange red and blue", "invert its colours", "mirror it",
@@ -41,8 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN:EVALUATIONS",
                         help="a run's --workdir, and one number or several with commas between")
-    parser.add_argument("--records", required=True,
-                        help="what twinflow encode made of held-out edits")
+    parser.add_argument("--records", help="what twinflow encode made of held-out edits")
     parser.add_argument("--guidance", type=float, default=1.0,
                         help="classifier-free, of runs that learned none: Euler steps of two "
                         "evaluations each")
@@ -51,24 +56,18 @@ def main() -> None:
                         help="results that the nearest is looked for among, at random")
     parser.add_argument("--sheet", help="a PNG of some of them")
     parser.add_argument("--figure", help="a PNG of one edit of each of seven instructions")
-    parser.add_argument("--json", help="a file of the shares")
+    parser.add_argument("--json", help="a file of the scores")
     args = parser.parse_args()
-    columns, shares = {}, {}
+    columns, scores = {}, []
     for text in args.runs:
         folder, evaluations = named(text)
         run, model, params, step = checkpoints.load_weights(folder)
-        held_out, split, shape = opened(args.records, run)
-        count = min(args.count, held_out.splits[split]) // ROWS * ROWS
-        if not count:
-            raise UserError(f"{args.records} and --count have fewer than {ROWS} edits: give more")
-        which = np.linspace(0, held_out.splits[split] - 1, count).astype(int)
-        rows = records.batch(
-            held_out, split, which, np.zeros((count, 4), np.uint64), shape, run.model
-        )
-        said = [held_out.read(split, int(place)).captions[0] for place in which]
+        said, rows = held_out(args.records, run, folder, args.count)
         targets, sources = rows["x"], rows["cond"]["references"][0]
+        count = len(targets)
         noise = np.random.default_rng(0).standard_normal(targets.shape).astype(np.float32)
-        print(f"{folder} at step {step}: {count} edits of {args.records}, share that is right")
+        print(f"{folder} at step {step}: {count} edits of "
+              f"{args.records or run.data.name}, share that is right")
         of_null = rows["null"] if args.guidance != 1 and not run.objective.guidance else None
         for nfe in evaluations:
             draw, hits = sampler(model, params, nfe, args.guidance), {}
@@ -79,22 +78,24 @@ def main() -> None:
                     for start in range(0, count, ROWS)
                 ])
                 hits[way] = right(drawn, targets, sources, args.among)
-                if way == "its own":
+                if way == OWN:
                     columns[f"{folder}, {nfe}"] = drawn
+                    error = float(np.square(drawn - targets).mean())
             found = [{name: float(each.mean()) for name, each in hits.items()}]
             for names in ([kind(one) for one in said], said):
                 found.append({
-                    name: float(hits["its own"][np.array(names) == name].mean())
+                    name: float(hits[OWN][np.array(names) == name].mean())
                     for name in sorted(set(names))
                 })
             for part in found:
                 told = "   ".join(f"{name} {value:.3f}" for name, value in part.items())
                 print(f"{nfe:>3} NFE  {told}", flush=True)
-            shares[f"{folder}:{nfe}"] = {k: v for part in found for k, v in part.items()}
+            shares = {name: share for part in found for name, share in part.items()}
+            scores.append({"checkpoint": folder, "nfe": nfe, "error": error} | shares)
     print(f"  copies  {right(sources, targets, None, args.among).mean():.3f}")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(shares, file, indent=1)
+            json.dump({"scores": scores}, file, indent=1)
     blocks = {"source": sources, **columns, "result": targets}
     if args.figure:
         shown = typical(said, sources, targets)
@@ -138,19 +139,48 @@ def named(text: str) -> tuple[str, list[int]]:
     return folder, [int(part) for part in parts]
 
 
-def opened(folder: str, run) -> tuple[Records, str, models.Shape]:
-    """Records of edits of one size with one source of that size, for a run's network; their split.
+def held_out(
+    folder: str | None, run: Run, workdir: str, most: int
+) -> tuple[list[str], dict[str, Any]]:
+    """Instructions, and a batch of their edits: a multiple of ROWS, spread over the records in a
+    folder, or else over what the run's data set keeps for tests.
 
     Raises:
-      UserError: they are others.
+      UserError: they are others than edits of one size with one source of that size, or too few.
     """
-    [held_out] = records.open_folders([folder], run.model, image_free=False)
-    shapes = records.by_shape([held_out], run.model, run.data.text_lengths[-1:])
+    of = functools.partial(from_records, folder) if folder else from_tests
+    count, said, read = of(run, workdir)
+    if not (kept := min(most, count) // ROWS * ROWS):
+        raise UserError(f"{folder or run.data.name} and --count have fewer than {ROWS} edits: "
+                        "give more")
+    which = np.linspace(0, count - 1, kept).astype(int)
+    return [said(int(place)) for place in which], read(which, np.zeros((kept, 4), np.uint64))
+
+
+def from_records(folder: str, run: Run, workdir: str):
+    """(number of edits, instruction of one, batch of some) of what twinflow encode made."""
+    [encoded] = records.open_folders([folder], run.model, image_free=False)
+    shapes = records.by_shape([encoded], run.model, run.data.text_lengths[-1:])
     if any(shape.references != (shape.sample,) for shape in shapes) or len(shapes) > 1:
         raise UserError(f"{folder} holds other records than edits of one source, all of one "
                         "size: encode such ones")
     [(shape, [(_, split, _)])] = shapes.items()
-    return held_out, split, shape
+    return (
+        encoded.splits[split], lambda place: encoded.read(split, place).captions[0],
+        lambda which, seeds: records.batch(encoded, split, which, seeds, shape, run.model),
+    )
+
+
+def from_tests(run: Run, workdir: str):
+    """The same of what a run's data set keeps for tests."""
+    if not run.data.name:
+        raise UserError(f"{workdir} was trained on records: give --records of held-out edits")
+    pipeline = inputs.open_pipeline(run, workdir)
+    pictures = data.load(run.data.name)
+    tests = dataclasses.replace(pictures, train=pictures.test)
+    [[stream]] = inputs.of_edits(pipeline, tests, run.data.text_tokens).streams
+    changes = list(edits.CHANGES)
+    return stream.count, lambda place: changes[place % len(changes)], stream.read
 
 
 def ways(given: dict) -> dict[str, dict]:
@@ -160,7 +190,7 @@ def ways(given: dict) -> dict[str, dict]:
     shown = {"references": given["references"]}
     shuffled = lambda part: jax.tree.map(lambda a: a[mixed], part)
     return {
-        "its own": given,
+        OWN: given,
         "another source": said | shuffled(shown),
         "another instruction": shuffled(said) | shown,
     }
