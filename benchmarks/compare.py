@@ -221,13 +221,13 @@ STUDIES = {
         shared={"optimizer.warmup": 20}, presets=False,
     ),
     "edits_lora": Study(
-        "configs/emoji_edit.py", EDITS, 1200, 400, adapters(1.0, 3e-4, 3e-3),
+        "configs/emoji_edit.py", EDITS, 2400, 300, adapters(1.0, 3e-4, 3e-3),
         presets=False, shared={
             "pipeline": "random", "train.init_from": "", "data.name": "digits", "data.records": (),
             "data.text_tokens": 24, "model.sample_shape": (8, 8, 3), "model.patch": 2,
             "model.layers": 3, "model.heads": 4, "model.head_dim": 16,
             "model.rope_axes": (4, 6, 6), "model.text_width": 48, "train.ema_decay": 0.99,
-            "optimizer.warmup": 20, "objective.guidance": 0.0,
+            "optimizer.learning_rate": 2e-3, "optimizer.warmup": 20, "objective.guidance": 0.0,
         },
     ),
 }

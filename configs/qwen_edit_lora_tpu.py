@@ -15,7 +15,7 @@ everywhere, which moves `b` twice as fast at the same rate. Variants, as
     python -m twinflow_jax.train --config configs/qwen_edit_lora_tpu.py:tiny --workdir runs/tiny
 
 Hardware: the base in bfloat16 takes 41 GB over all chips, adapters with moments and averages 8.5.
-Four chips of v5e take 4 rows beside a base in int8, four of v6e in bfloat16 (docs/benchmarks.md).
+Beside a base in int8 four chips of v5e take 4 rows, and so does one of v6e (docs/benchmarks.md).
 A step runs in parts, each of one role (order2: of 6 rows).
 """
 

@@ -133,7 +133,7 @@ def test_the_family_trains_on_them(loaded, emoji, tmp_path, capsys, monkeypatch)
     assert "12 edits of" in told and "colours 0." in told and "skin tones 0." in told
     with Image.open(figure) as picture:  # wider than high: instructions are columns
         assert picture.width > picture.height > 300
-    assert [key.rpartition(":")[2] for key in json.loads(shares.read_text())] == ["2", "4"]
+    assert [row["nfe"] for row in json.loads(shares.read_text())["scores"]] == [2, 4]
     with Image.open(sheet) as picture:  # sources, two numbers of evaluations, results
         said = picture.text["rows"].split("\n")
         assert len(said) == 12 and picture.height >= 12 * 33 and picture.width >= 4 * 33
@@ -141,6 +141,9 @@ def test_the_family_trains_on_them(loaded, emoji, tmp_path, capsys, monkeypatch)
     assert first == [0, 9, 1, 13]  # six of each, those of one instruction together
     monkeypatch.setattr("sys.argv", ["edits.py", str(tmp_path / "run"), "--records", records])
     with pytest.raises(UserError, match="is not of the form RUN:1,4"):
+        judge.main()
+    monkeypatch.setattr("sys.argv", ["edits.py", f"{tmp_path / 'run'}:1"])
+    with pytest.raises(UserError, match="was trained on records: give --records"):
         judge.main()
     targets = np.random.default_rng(0).standard_normal((5, 2, 2, 3)).astype(np.float32)
     others = np.roll(targets, 1, axis=0)
