@@ -175,7 +175,8 @@ def from_tests(run: Run, workdir: str):
     """The same of what a run's data set keeps for tests."""
     if not run.data.name:
         raise UserError(f"{workdir} was trained on records: give --records of held-out edits")
-    pipeline = inputs.open_pipeline(run, workdir)
+    if not run.pipeline or not (pipeline := inputs.open_pipeline(run, workdir)).family.editing:
+        raise UserError(f"{workdir} was not trained on edits: give a run that was")
     pictures = data.load(run.data.name)
     tests = dataclasses.replace(pictures, train=pictures.test)
     [[stream]] = inputs.of_edits(pipeline, tests, run.data.text_tokens).streams
