@@ -173,7 +173,7 @@ def from_records(folder: str, run: Run, workdir: str):
 
 def from_tests(run: Run, workdir: str):
     """The same of what a run's data set keeps for tests."""
-    if not run.data.name:
+    if run.data.records:
         raise UserError(f"{workdir} was trained on records: give --records of held-out edits")
     if not run.pipeline or not (pipeline := inputs.open_pipeline(run, workdir)).family.editing:
         raise UserError(f"{workdir} was not trained on edits: give a run that was")
