@@ -2,6 +2,7 @@
 
 import json
 
+import compare
 import edits
 import pytest
 
@@ -13,14 +14,12 @@ from twinflow_jax.training.loop import train
 def test_it_edits(tmp_path, monkeypatch):
     """One and four evaluations on digits that training never saw. Not so with another source, nor
     with instructions that were shuffled, a third of which stay what they were."""
-    run = configs.parse("configs/emoji_edit.py:twinflow", [
-        "pipeline=random", "data.name=digits", "data.records=()", "data.text_tokens=24",
-        "model.sample_shape=(8,8,3)", "model.patch=2", "model.layers=3", "model.heads=4",
-        "model.head_dim=16", "model.rope_axes=(4,6,6)", "model.text_width=48", "train.init_from=",
-        "train.steps=2400", "train.flow_matching_steps=1200", "train.ema_decay=0.99",
-        "train.sample_every=2400", "train.checkpoint_every=2400", "sample.steps=(1,)",
-        "optimizer.learning_rate=2e-3",
-    ])
+    changes = compare.STUDIES["edits_lora"].shared | {
+        "objective.guidance": 0.5, "optimizer.warmup": 100, "train.steps": 2400,
+        "train.flow_matching_steps": 1200, "train.sample_every": 2400,
+        "train.checkpoint_every": 2400, "sample.steps": (1,),
+    }
+    run = configs.parse("configs/emoji_edit.py", [f"{key}={new}" for key, new in changes.items()])
     train(run, str(tmp_path / "run"), progress=False)
     scores = tmp_path / "scores.json"
     monkeypatch.setattr("sys.argv", [
