@@ -13,7 +13,7 @@ from twinflow_jax.training.loop import train
 @pytest.mark.slow
 def test_it_edits(tmp_path, monkeypatch):
     """One and four evaluations on digits that training never saw. Not so with another source, nor
-    with instructions that were shuffled, a third of which stay what they were."""
+    with instructions that were shuffled, .36 of which stay what they were."""
     changes = compare.STUDIES["edits_lora"].shared | {
         "objective.guidance": 0.5, "optimizer.warmup": 100, "train.steps": 2400,
         "train.flow_matching_steps": 1200, "train.sample_every": 2400,
@@ -29,4 +29,4 @@ def test_it_edits(tmp_path, monkeypatch):
     edits.main()
     for row in json.loads(scores.read_text())["scores"]:
         assert row["right"] >= 0.9
-        assert row["another source"] <= 0.1 and row["another instruction"] <= 0.5
+        assert row["another source"] <= 0.1 and row["another instruction"] <= 0.4
