@@ -32,7 +32,7 @@ from tests.test_verbs import call
 from twinflow_jax import checkpoints, convert, encode, models, sample
 from twinflow_jax import config as configs
 from twinflow_jax.checkpoints import exporting, imported, importing
-from twinflow_jax.drawing import denoising
+from twinflow_jax.drawing import denoising, text
 from twinflow_jax.errors import UserError
 from twinflow_jax.models import names
 from twinflow_jax.models.adapters import is_adapter
@@ -207,7 +207,9 @@ def test_an_export_is_what_was_imported(folder, tmp_path):
 
 def test_pictures_are_turned_and_laid_on_white(folder):
     turned = edit.upright(Image.open(folder / "turned.jpg"))
-    assert turned.size == (13 * 9, 16 * 9) and turned.mode == "RGB"
+    assert turned.mode == "RGB"
+    stored = np.asarray(Image.open(folder / "turned.jpg"))
+    np.testing.assert_array_equal(turned, np.rot90(stored, -1))  # its tag is 6: a quarter clockwise
     clear = Image.open(folder / "clear.png")
     seen = np.asarray(edit.upright(clear), float)
     rgba = np.asarray(clear, float)
@@ -234,6 +236,7 @@ def test_sizes_are_the_pipelines(area, size, made):
 
 @pytest.mark.parametrize("size", [
     (350, 350), (406, 406), (448, 320), (1184, 896), (28, 28), (57, 29), (300, 1000), (33, 700),
+    (384, 384), (1024, 1024), (29, 1500), (641, 479),
 ])
 def test_what_is_looked_at_is_what_the_processor_makes(size):
     picture = Image.fromarray(
@@ -269,8 +272,16 @@ def test_what_is_no_edit_is_refused(checkpoint, tmp_path, capsys):
     index = {"_class_name": "QwenImageEditPlusPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
     says = "is of a QwenImageEditPlusPipeline: import it with --family qwen_image_edit_plus"
+    into = str(tmp_path / "c")
     with pytest.raises(UserError, match=says):
-        importing.import_folder(str(folder), str(tmp_path / "c"), family="qwen_image")
+        importing.import_folder(str(folder), into, family="qwen_image")
+    (folder / "model_index.json").unlink()  # what it looks at pictures with still says it
+    says = "network that looks at pictures: import it with --family qwen_image_edit or qwen_image_e"
+    with pytest.raises(UserError, match=says):
+        importing.import_folder(str(folder), into, family="qwen_image")
+    with pytest.raises(UserError, match="say which with --family NAME"):
+        importing.import_folder(str(folder), into)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_file_of_edits(folder, small, checkpoint, tmp_path):
@@ -304,13 +315,12 @@ def test_a_file_of_edits(folder, small, checkpoint, tmp_path):
     (["--prompt", "x"], "this network edits pictures: give --image and --prompt, or --edits"),
     (["--image", "wide.png"], "give --image and --prompt, or --edits"),
     (["--image", "none.png", "--prompt", "x"], "none.png cannot be read as a picture (No such"),
-    (["--image", "text.png", "--prompt", "x"], "text.png cannot be read as a picture"),
+    (["--image", "text.png", "--prompt", "x"], "as a picture (it is none of PNG"),
     (["--image", "dot.png", "--prompt", "x"], "dot.png: a picture of 10x10 pixels: sides are"),
     (["--image", "long.png", "--prompt", "x"], "20000x30 pixels: sides are from 28 to 16,384"),
     (["--image", "wide.png"] * 4 + ["--prompt", "x"], "is about 4 pictures: this network takes 1"),
-    (["--image", "wide.png", "--prompt", " "], "prompt 1 of 1 is empty"),
+    (["--image", "wide.png", "--prompt", " "], "is empty: write what to do with the picture"),
     (["--image", "wide.png", "--prompt", "a b " * 900], "they may make"),
-    (["--edits", "bad.jsonl"], 'bad.jsonl, line 2: write {"images":'),
     (["--edits", "none.jsonl"], "none.jsonl cannot be read"),
     (["--image", "wide.png", "--prompt", "x", "--sheet"], "--sheet: edits have sizes"),
     (["--image", "wide.png", "--prompt", "x", "--classes", "1"], "--classes cannot be used"),
@@ -319,10 +329,34 @@ def test_requests_that_are_refused(arguments, says, folder, checkpoint, tmp_path
     Image.new("RGB", (10, 10)).save(folder / "dot.png")
     Image.new("L", (20_000, 30)).save(folder / "long.png")
     (folder / "text.png").write_text("no picture")
-    lines = [json.dumps({"images": ["wide.png"], "prompt": "x"}), json.dumps({"prompt": "x"})]
-    (folder / "bad.jsonl").write_text("\n".join(lines))
     here = [str(folder / a) if a.endswith((".png", ".jsonl")) else a for a in arguments]
     assert call(sample, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "o"), *here) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert says in error and error.startswith("error: ")
+    assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
+
+
+@pytest.mark.parametrize("line, says", [
+    ("oops", 'write {"images":'),
+    ('["wide.png"]', 'write {"images":'),
+    ({"prompt": "x"}, 'write {"images":'),
+    ({"images": [], "prompt": "x"}, "'x' is about 0 pictures: this network takes 1"),
+    ({"images": ["wide.png"] * 4, "prompt": "x"}, "'x' is about 4 pictures: this network takes 1"),
+    ({"images": ["../wide.png"], "prompt": "x"}, "'../wide.png' is no file in the folder of"),
+    ({"images": [7], "prompt": "x"}, "7 is no file in the folder of"),
+    ({"images": ["none.png"], "prompt": "x"}, "none.png cannot be read as a picture (No such"),
+    ({"images": ["wide.png"], "prompt": " "}, "is empty: write what to do with the picture"),
+    ({"images": ["wide.png"], "prompt": "a b " * 900}, "they may make"),
+])
+def test_a_line_that_is_refused_is_named_before_any_work(
+    line, says, folder, checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(text, "encoder", None)
+    good = json.dumps({"images": ["wide.png"], "prompt": "x"})
+    bad = line if isinstance(line, str) else json.dumps(line)
+    (folder / "bad.jsonl").write_text(f"{good}\n\n{bad}\n")
+    given = "--checkpoint", str(checkpoint), "--out", str(tmp_path / "o")
+    assert call(sample, *given, "--edits", str(folder / "bad.jsonl")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: --edits {folder / 'bad.jsonl'}, line 3: ") and says in error
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from twinflow_jax import images
 
@@ -64,5 +64,14 @@ def test_what_a_png_says_beside_its_pixels_does_not_matter():
 
 
 def test_formats_that_run_programs_are_no_pictures():
-    with pytest.raises(UnidentifiedImageError):
+    with pytest.raises(ValueError, match="^it is none of PNG, JPEG, [^<]*$"):
         images.opened(saved(Image.new("RGB", (8, 8)), "EPS"))
+
+
+def test_more_pixels_than_are_decoded(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    data = saved(Image.new("RGB", (40, 30)), "PNG")
+    with pytest.raises(images.TooLarge, match="^it has more than 1,000 pixels$"):
+        images.opened(data)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1200)
+    assert images.opened(data).size == (40, 30)

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+from typing import Any
 
 from etils import epath
 
@@ -136,6 +137,23 @@ def rows(path: epath.PathLike) -> list[dict]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
+
+
+def parsed(line: str) -> dict[str, Any]:
+    """The JSON object of a line, {} where there is none."""
+    try:
+        row = json.loads(line.encode())  # what was not UTF-8 cannot be encoded
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def inside(place: Any) -> bool:
+    """Whether a path from a file stays in the folder that it is relative to."""
+    if not isinstance(place, str) or not place or "\0" in place or "://" in place:
+        return False
+    parts = place.replace("\\", "/").split("/")
+    return not place.startswith(("/", "\\", "~")) and ".." not in parts
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from twinflow_jax import files
 
@@ -21,15 +21,26 @@ MARGIN, LINE = 4, 90
 LETTERS, LEADING = 60, 20  # in a line of a row's text; pixels from one line to the next
 
 
+class TooLarge(ValueError):
+    """A picture of more pixels than Pillow decodes."""
+
+
 def opened(data: bytes) -> Image.Image:
     """A picture from its file's bytes, of which only the start is read.
 
     Raises:
+      TooLarge: it has too many pixels.
       Exception: of many kinds, where they are no picture.
     """
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
-    return Image.open(io.BytesIO(_essential(data)), formats=formats)
+    try:
+        return Image.open(io.BytesIO(_essential(data)), formats=formats)
+    except UnidentifiedImageError as error:  # it names an address in memory
+        raise ValueError(f"it is none of {', '.join(formats)}") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise TooLarge(f"it has more than {most:,} pixels") from error
 
 
 def _essential(data: bytes) -> bytes:

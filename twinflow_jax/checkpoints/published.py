@@ -27,6 +27,7 @@ PICKLE = (
 )
 FLOATS = ("float32", "float16", "bfloat16")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+PROCESSORS = ("processor/preprocessor_config.json", "tokenizer/preprocessor_config.json")
 BESIDE_WEIGHTS = (".json", ".txt", ".model")  # the kept files among a network's
 # What compiling, sharding and checkpointing a PyTorch module puts into its tensors' names.
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -136,8 +137,13 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
         raise UserError(f"{wanted!r} is no family that draws from text")
     pipeline = _pipeline(path)
     owners = {name: one for name, one in every.items() if pipeline in one.pipelines}
+    if not pipeline and any((path / place).exists() for place in PROCESSORS):
+        # As exports of what was no pipeline are; families that draw from text have no processor.
+        pipeline = "network that looks at pictures"
+        owners = {name: one for name, one in every.items() if one.editing and _all_in(path, one)}
     if wanted and owners and wanted not in owners:
-        raise UserError(f"{path} is of a {pipeline}: import it with --family {min(owners)}")
+        known = " or ".join(sorted(owners))
+        raise UserError(f"{path} is of a {pipeline}: import it with --family {known}")
     shared = {name: one for name, one in every.items() if not one.pipelines}
     known = {wanted: every[wanted]} if wanted else owners or shared
     if (path / "config.json").exists() and not (path / "transformer").exists():
@@ -173,6 +179,12 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
     raise UserError(
         f"{path} is no pipeline folder: it has neither transformer/config.json nor config.json"
     )
+
+
+def _all_in(path: epath.Path, family: TextToImage) -> bool:
+    """Whether a folder has all of the family's published networks."""
+    networks = (network for network in family.networks.values() if network.published)
+    return all(network.accepts(_class_in(path / network.folder)) for network in networks)
 
 
 def _pipeline(path: epath.Path) -> str:

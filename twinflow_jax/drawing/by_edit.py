@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -38,6 +37,7 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     ways = {shape: by_prompt.asked(args, pipeline, shape) for shape in dict.fromkeys(shapes)}
     count = 1 if args.count is None else args.count
     negative = ways[shapes[0]].settings.get("negative")
+    editing.check(pipeline, edits, negative)
     conditions = list(editing.conditions(pipeline, edits, negative))
     out, pages, drawn = epath.Path(args.out), [], []
     drawn_by, restored = by_prompt.networks(pipeline), not (args.size or args.model_size)
@@ -78,8 +78,8 @@ def sample(args: argparse.Namespace, run: Run | None) -> int:
     return 0
 
 
-def read(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
-    """Instructions, each with the files of its pictures.
+def read(args: argparse.Namespace) -> list[tuple[str, list[str], str]]:
+    """Instructions, each with the files of its pictures and the line of --edits, "" if given alone.
 
     Raises:
       UserError: not one of --image with --prompt and --edits, or no such lines; names the line.
@@ -87,22 +87,21 @@ def read(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     if bool(args.edits) == bool(args.image) or bool(args.image) != bool(args.prompt):
         raise UserError("this network edits pictures: give --image and --prompt, or --edits")
     if args.image:
-        return [(prompt, args.image) for prompt in args.prompt]
+        return [(prompt, args.image, "") for prompt in args.prompt]
     file = epath.Path(args.edits)
     try:
         lines = files.text_lines(file.read_bytes())
-        asked = [(number, json.loads(line)) for number, line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"--edits {file} cannot be read ({error})") from error
     found = []
-    for number, line in asked:
-        names = line.get("images") if isinstance(line, dict) else None
-        whole = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-        if not whole or not isinstance(line.get("prompt"), str):
-            raise UserError(
-                f'--edits {file}, line {number}: write {{"images": ["in.png"], "prompt": "..."}}'
-            )
-        found.append((line["prompt"], [str(file.parent / name) for name in names]))
+    for number, line in lines:
+        where, row = f"--edits {file}, line {number}: ", files.parsed(line)
+        names = row.get("images")
+        if not isinstance(names, list) or not isinstance(row.get("prompt"), str):
+            raise UserError(f'{where}write {{"images": ["in.png"], "prompt": "..."}}')
+        if strange := [name for name in names if not files.inside(name)]:
+            raise UserError(f"{where}{strange[0]!r} is no file in the folder of {file.name}")
+        found.append((row["prompt"], [str(file.parent / name) for name in names], where))
     if not found:
         raise UserError(f"--edits {file} is empty: write one edit a line")
     return found

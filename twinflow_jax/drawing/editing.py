@@ -21,19 +21,25 @@ from twinflow_jax.models.family import Editing
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """An instruction and the PIL pictures that it is about."""
+    """An instruction and the PIL pictures that it is about. where: of a file's edit its line, which
+    stands before what is said of it."""
 
     instruction: str
     pictures: tuple[Image.Image, ...]
+    where: str = ""
 
 
-def opened(form: Editing, instruction: str, files: Sequence[str]) -> Edit:
+def opened(form: Editing, instruction: str, files: Sequence[str], where: str = "") -> Edit:
     """An edit of pictures in files.
 
     Raises:
       UserError: no picture or too many, or one that cannot be read or edited; names its file.
     """
-    return decoded(form, instruction, [(file, epath.Path(file).read_bytes) for file in files])
+    named = [(file, epath.Path(file).read_bytes) for file in files]
+    try:
+        return dataclasses.replace(decoded(form, instruction, named), where=where)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
 
 
 def decoded(
@@ -76,14 +82,10 @@ def conditions(
       UserError: an instruction that is empty or too long.
     """
     form, [name] = pipeline.family.editing, pipeline.family.encoders
-    config, tokenizer = pipeline.config(name), text.tokenizers(pipeline)[name]
-    processor, area = pipeline.checkpoint.processor, area_of(pipeline)
+    tokenize, area = tokenizing(pipeline, negative), area_of(pipeline)
     with text.encoder(pipeline) as encode, codec.encoder(pipeline) as encode_picture:
         for edit in tqdm(edits, unit="edit", desc="encoding", disable=not pipeline.progress):
-            seen = [form.seen(config, processor, picture) for picture in edit.pictures]
-            said = [form.tokenize(tokenizer, config, [edit.instruction], seen)]
-            if negative is not None:
-                said.append(form.tokenize(tokenizer, config, [negative], seen, negative=True))
+            said = tokenize(edit)
             shown = (form.encoded(picture, area) for picture in edit.pictures)
             references = tuple(
                 encode_picture(one[None].astype(np.float32) / 127.5 - 1, 1).astype(np.float32)
@@ -94,6 +96,33 @@ def conditions(
                 for part in same_length(*(encode({name: one}) for one in said))
             )
             yield cond, null[0] if null else None
+
+
+def check(pipeline: Pipeline, edits: Iterable[Edit], negative: str | None = None) -> None:
+    """Raises UserError for an instruction that `conditions` would come to only later."""
+    tokenize = tokenizing(pipeline, negative)
+    for edit in edits:
+        tokenize(edit)
+
+
+def tokenizing(pipeline: Pipeline, negative: str | None) -> Callable[[Edit], list[tuple]]:
+    """What gives an edit's instruction and, where there is one, the negative prompt, as the text
+    encoder takes them; raises as `conditions`, and names the edit."""
+    form, [name] = pipeline.family.editing, pipeline.family.encoders
+    config, tokenizer = pipeline.config(name), text.tokenizers(pipeline)[name]
+    processor = pipeline.checkpoint.processor
+
+    def tokenize(edit: Edit) -> list[tuple]:
+        seen = [form.seen(config, processor, picture) for picture in edit.pictures]
+        try:
+            said = [form.tokenize(tokenizer, config, [edit.instruction], seen)]
+            if negative is not None:
+                said.append(form.tokenize(tokenizer, config, [negative], seen, negative=True))
+        except UserError as error:
+            raise UserError(f"{edit.where}{error}") from error
+        return said
+
+    return tokenize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,7 @@ from twinflow_jax.encoding.sources import (
     cut,
     digest,
     fields,
-    inside,
     labelled,
-    parsed,
 )
 from twinflow_jax.errors import UserError
 
@@ -117,7 +115,7 @@ def edit_of(
 
 
 def path_of(column: str, number: int, value: Any) -> str:
-    if not inside(value):
+    if not files.inside(value):
         raise ValueError(f"{column} names no file within the folder: {clean(str(value))[:200]}")
     return value
 
@@ -137,14 +135,14 @@ class EditLines(Lines):
             lines = list(enumerate(map(json.dumps, rows if isinstance(rows, list) else ()), 1))
         if not lines:
             raise UserError(f"{file} is empty: write one JSON object for each edit")
-        found = fields(parsed(line) for _, line in lines)
+        found = fields(files.parsed(line) for _, line in lines)
         self._columns = columns_of(found, given, file)
         self._digest = digest(data, repr(self._columns))
         self.chunks = cut(lines, chunk)
 
     def items(self, chunk) -> Iterator[Item]:
         for number, line in chunk:
-            row, where = parsed(line), f"{self.name} line {number}, "
+            row, where = files.parsed(line), f"{self.name} line {number}, "
             given = row.get("id")
             name = clean(given) if isinstance(given, str) else f"{self.name}:{number}"
             if row:
@@ -184,7 +182,7 @@ class EditTables(Parquet):
         value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
         if isinstance(value, bytes):
             return value
-        if not inside(value):
+        if not files.inside(value):
             raise OSError(0, f"column {column!r} holds neither bytes nor a path within the folder")
         return (self.files[number].parent / value).read_bytes()
 

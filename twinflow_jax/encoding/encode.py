@@ -28,7 +28,7 @@ from twinflow_jax.encoding.drawn import Drawing, drawn, schedule_of
 from twinflow_jax.encoding.index import Entry, Key, Shard, Skipped
 from twinflow_jax.encoding.sources import THREADS, UNREADABLE, Source, cut
 from twinflow_jax.encoding.workspace import ShardReport, Workspace, nothing_in
-from twinflow_jax.errors import UserError
+from twinflow_jax.errors import UserError, reason
 
 TOO_LONG = "too long"
 BLOCK = 64  # items whose pictures and embeddings are in memory at once
@@ -216,7 +216,7 @@ def load_one(
             like = entry.size if sizes.alike(picture.size, entry.size) else None
             pixels.append(sizes.decode(data, size, like))
         except Exception as error:  # Pillow raises many kinds
-            return key, entry, Skipped(entry.id, UNREADABLE, index.reason_of(error))
+            return key, entry, Skipped(entry.id, UNREADABLE, reason(error))
     return key, entry, pixels
 
 

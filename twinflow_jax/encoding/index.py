@@ -119,8 +119,10 @@ def examine(source: Source, item: Item, min_side: int) -> Entry:
                 with warnings.catch_warnings(record=True) as told:
                     warnings.simplefilter("always")
                     size = sizes.measure(data)
+            except images.TooLarge as error:
+                return problem(TOO_LARGE, f"{which}{error}")
             except Exception as error:  # Pillow raises many kinds
-                return problem(UNREADABLE, which + reason_of(error))
+                return problem(UNREADABLE, which + reason(error))
             for warning in told:
                 warnings.warn(f"{item.id}: {reason(warning.message)}", stacklevel=2)
         if min(size) < min_side:
@@ -132,12 +134,6 @@ def examine(source: Source, item: Item, min_side: int) -> Entry:
     return Entry(
         item.id, item.captions, one.place, one.image, one.size, sources=tuple(sources)
     )
-
-
-def reason_of(error: Exception) -> str:
-    """What Pillow says of a file, without the addresses of objects in memory."""
-    text = str(error).split("<_io")[0].strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @functools.lru_cache(maxsize=64)

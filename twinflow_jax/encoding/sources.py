@@ -7,7 +7,6 @@ alone; beside.py has folders, archives.py the sources that keep many pictures in
 import dataclasses
 import errno
 import hashlib
-import json
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -156,7 +155,7 @@ class Lines:
         if not lines:
             raise UserError(f"{file} is empty: write one JSON object a line")
         self.chunks = cut(lines, chunk)
-        rows = lambda: (parsed(line) for _, line in lines)
+        rows = lambda: (files.parsed(line) for _, line in lines)
         if not any(rows()):
             raise UserError(f"{file} line {lines[0][0]} is no JSON object: write one a line")
         self.pictures = pictures and any(self._place(row) for row in rows())
@@ -179,7 +178,7 @@ class Lines:
 
     def items(self, chunk) -> Iterator[Item]:
         for number, line in chunk:
-            row, where = parsed(line), f"{self.name} line {number}"
+            row, where = files.parsed(line), f"{self.name} line {number}"
             name, place = row.get("id"), self._place(row)
             default = place if isinstance(place, str) else f"{self.name}:{number}"
             name = clean(name if isinstance(name, str) else default)
@@ -187,7 +186,7 @@ class Lines:
                 yield Item(name, problem=(UNREADABLE, f"{where} is no JSON object"))
             elif self.pictures and place is None:
                 yield Item(name, problem=(UNREADABLE, f"{where} names no picture"))
-            elif self.pictures and not inside(place):
+            elif self.pictures and not files.inside(place):
                 detail = f"{where} names no file within the folder: {clean(str(place))}"
                 yield Item(name, problem=(UNREADABLE, detail))
             else:
@@ -210,23 +209,6 @@ def names_picture(value: Any) -> bool:
     """Whether a field's value looks like the path of a picture, or several."""
     values = [value] if isinstance(value, str) else list_of(value)
     return any(isinstance(v, str) and suffix_of(v) in SUFFIXES for v in values)
-
-
-def parsed(line: str) -> dict[str, Any]:
-    """The JSON object of a line, {} where there is none."""
-    try:
-        row = json.loads(line.encode())  # what was not UTF-8 cannot be encoded
-    except (ValueError, RecursionError):
-        return {}
-    return row if isinstance(row, dict) else {}
-
-
-def inside(place: Any) -> bool:
-    """Whether a path from a file stays in the folder that it is relative to."""
-    if not isinstance(place, str) or not place or "\0" in place or "://" in place:
-        return False
-    parts = place.replace("\\", "/").split("/")
-    return not place.startswith(("/", "\\", "~")) and ".." not in parts
 
 
 class Prompts(Source):

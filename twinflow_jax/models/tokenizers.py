@@ -53,13 +53,13 @@ def load_chat(folder: str | os.PathLike, of: str, template: str, tokens: int):
     return tokenizer
 
 
-def check(prompts: Sequence[str], may_be_blank: bool) -> None:
+def check(prompts: Sequence[str], may_be_blank: bool, what: str = "what the image shows") -> None:
     """Raises UserError where one says nothing, or has what is no character, as bytes of a command
-    line that are not UTF-8."""
+    line that are not UTF-8. what: that is to be written."""
     for number, prompt in enumerate(prompts, 1):
         which = f"prompt {number} of {len(prompts)}"
         if not prompt.strip() and not may_be_blank:
-            raise UserError(f"{which} is empty: write what the image shows")
+            raise UserError(f"{which} is empty: write {what}")
         if prompt != prompt.encode("utf-8", "replace").decode():
             raise UserError(f"{which} is no text in UTF-8: write it again")
 

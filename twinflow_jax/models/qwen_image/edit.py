@@ -194,7 +194,7 @@ class Form:
         Raises:
           UserError: an instruction that is empty and not negative, or too long.
         """
-        tokenizers.check(prompts, may_be_blank=negative)
+        tokenizers.check(prompts, negative, "what to do with the picture")
         named = (f"Picture {i + 1}: " if self.numbered else "" for i in range(len(seen)))
         shown = "".join(name + PICTURE for name in named)
         grids = [tuple(side // config.vision.unit for side in one.shape[:2]) for one in seen]
