@@ -20,6 +20,7 @@ from twinflow_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PLAIN, DARK, LIGHT, HEART = "1f449", "1f449-1f3ff", "1f449-1f3fb", "1f496"
+BLANK = "google/2b1c"
 KNOWN = (  # one has two tones; of one the set has another style, which it is drawn in
     *(f"google/{code}" for code in (PLAIN, DARK, LIGHT, "1f91d-1f3fb-200d-1f3ff", HEART)),
     f"3d/{HEART}",
@@ -49,6 +50,8 @@ def emoji(loaded, tmp_path_factory) -> pathlib.Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(file)
         rows.append(json.dumps({"id": name, "image": f"images/{name}.png"}) + "\n")
+    Image.new("RGB", (64, 64), (127, 127, 127)).save(folder / f"images/{BLANK}.png")
+    rows.append(json.dumps({"id": BLANK, "image": f"images/{BLANK}.png"}) + "\n")
     (folder / "train.jsonl").write_text("".join(rows))
     (folder / "held_out_concepts.jsonl").write_text(rows[0])
     tool = loaded("tools/emoji_edits.py")
@@ -66,22 +69,25 @@ def test_pairs(loaded, emoji):
     rows = [json.loads(line) for line in (emoji / "edits.jsonl").read_text().splitlines()]
     found = {(row["source"], row["instruction"]): row["target"] for row in rows}
     image = "images/{}.png".format
-    assert len(found) == len(rows) == 2 + 4 + len(KNOWN)
+    assert len(found) == len(rows) == 2 + 2 * 4 + 2 * len(KNOWN)
+    assert not any(BLANK in source for source, _ in found)  # no way to change it shows
     assert found[image(f"google/{HEART}"), "draw it in a 3d style"] == image(f"3d/{HEART}")
     assert found[image(f"3d/{HEART}"), "draw it in Google's style"] == image(f"google/{HEART}")
+    mirrored = "changed/mirrored/google/{}.png".format
     for source in (PLAIN, LIGHT):
         assert found[image(f"google/{source}"), "give it dark skin"] == image(f"google/{DARK}")
-    ways = set()
+        assert found[mirrored(source), "give it dark skin"] == mirrored(DARK)
     for name in KNOWN:
-        [(said, change)] = [
+        made = [
             (said, change) for said, change in tool.CHANGES.values() if (image(name), said) in found
         ]
-        ways.add(said == "mirror it")
-        files = image(name), found[image(name), said]
-        source, target = (Image.open(emoji / file) for file in files)
-        np.testing.assert_array_equal(np.asarray(target), np.asarray(change(source)))
-    assert ways == {True, False}
-    assert len((emoji / "edits_held_out.jsonl").read_text().splitlines()) == 1
+        assert [said == "mirror it" for said, _ in made] == [True, False]
+        for said, change in made:
+            both = image(name), found[image(name), said]
+            source, target = (Image.open(emoji / file) for file in both)
+            np.testing.assert_array_equal(np.asarray(target), np.asarray(change(source)))
+    held_out = (emoji / "edits_held_out.jsonl").read_text().splitlines()
+    assert len(held_out) == 2  # one picture, mirrored and in other colours
     several = {f"{style}/{code}": f"{style} {code}" for style in tool.STYLES for code in range(100)}
     drawn = list(tool.styles(several))  # one of eight, in one other style of the two
     assert 20 < len(drawn) == len({source for _, source, _ in drawn}) < 55
@@ -130,7 +136,7 @@ def test_the_family_trains_on_them(loaded, emoji, tmp_path, capsys, monkeypatch)
     )
     judge.main()
     told = capsys.readouterr().out
-    assert "12 edits of" in told and "colours 0." in told and "skin tones 0." in told
+    assert "18 edits of" in told and "colours 0." in told and "skin tones 0." in told
     with Image.open(figure) as picture:  # wider than high: instructions are columns
         assert picture.width > picture.height > 300
     assert [row["nfe"] for row in json.loads(shares.read_text())["scores"]] == [2, 4]

@@ -4,15 +4,17 @@
     SET/edits_held_out.jsonl   of those in held_out_concepts.jsonl
     SET/changed/NAME/STYLE/CODE.png
 
-Written for twinflow encode: a picture is mirrored or has its colours changed in one of three ways,
-one of eight is drawn in one other style, and a figure gets each of three skin tones from none and
-from the others, where the set has such pictures. Which way and style depends on names alone.
+Written for twinflow encode: each picture is mirrored and has its colours changed in one of three
+ways, one of eight is drawn in one other style, and a figure gets each of three skin tones from none
+and from the others, as it is and mirrored, where the set has such pictures. Which way and style
+depends on names alone.
 
-Of Unicode's five skin tones, neighbours differ by less at 32 pixels than a small network is wrong
-by: light, medium and dark are kept. Few edits are of styles, of which the source does not say
-enough: their losses would drown the others.
+What can't be seen at 32 pixels is left out: edits that change less than LEAST there, and two of
+Unicode's five skin tones, since neighbours differ by less than a small network is wrong by. Few
+edits are of styles, of which the source does not say enough: their losses would drown the others.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ from twinflow_jax.errors import Parser, UserError, run_verb
 SPLITS = {"train": "edits", "held_out_concepts": "edits_held_out"}
 STYLES = {"google": "Google's", "twitter": "Twitter's", "3d": "a 3d"}
 TONES = {"1f3fb": "light", "1f3fd": "medium", "1f3ff": "dark"}
+SIDE, LEAST = 32, 0.01  # pixels, and the mean square that an edit changes there at least
 Change = tuple[str, Callable[[Image.Image], Image.Image]]  # an instruction, what it does
 COLOURS: dict[str, Change] = {
     "inverted": ("invert its colours", ImageOps.invert),
@@ -36,6 +39,7 @@ COLOURS: dict[str, Change] = {
     ),
 }
 CHANGES: dict[str, Change] = {"mirrored": ("mirror it", ImageOps.mirror)} | COLOURS
+Edits = Iterator[tuple[str, str, str]]  # instruction, source, target: files in the set's folder
 
 
 def main() -> None:
@@ -47,22 +51,42 @@ def main() -> None:
         if not file.exists():
             raise UserError(f"{file} is missing: write the set with tools/emoji.py")
         known = {row["id"]: row["image"] for row in map(json.loads, file.read_text().splitlines())}
-        edits = [*styles(known), *tones(known), *changed(folder, known)]
+        small = shrunk(folder)
+        every = [*changed(folder, known), *styles(known), *tones(known)]
+        edits = [
+            (said, source, target) for said, source, target in every
+            if np.square(small(source) - small(target)).mean() > LEAST
+        ]
         rows = (
             {"id": f"{source}>{number}", "instruction": said, "source": source, "target": target}
             for number, (said, source, target) in enumerate(edits)
         )
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         files.write(folder / f"{name}.jsonl", lines.encode())
-        print(f"{len(edits):,} edits are in {folder / name}.jsonl")
-
-
-Edits = Iterator[tuple[str, str, str]]  # instruction, source, target
+        print(f"{len(edits):,} edits are in {folder / name}.jsonl; "
+              f"{len(every) - len(edits):,} that hardly show are left out")
 
 
 def one_of(choices: Sequence, name: str):
     """The same one for a name, always."""
     return choices[int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(choices)]
+
+
+def shrunk(folder: epath.Path) -> Callable[[str], np.ndarray]:
+    """`file -> (SIDE, SIDE, 3)` in [-1, 1], read once."""
+
+    @functools.cache
+    def small(file: str) -> np.ndarray:
+        picture = images.opened((folder / file).read_bytes()).convert("RGB")
+        little = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        return np.asarray(little, np.float32) / 127.5 - 1
+
+    return small
+
+
+def changed_file(name: str, into: str) -> str:
+    """Where the picture of that name is, changed into one of CHANGES."""
+    return f"changed/{into}/{name}.png"
 
 
 def styles(known: dict[str, str]) -> Edits:
@@ -78,31 +102,30 @@ def styles(known: dict[str, str]) -> Edits:
 
 
 def tones(known: dict[str, str]) -> Edits:
-    """Of each picture with one skin tone: from the one without, and from each with another."""
+    """Of each picture with one skin tone: from the one without, and from each with another; and of
+    their mirror images, which changed() writes."""
     for name, target in known.items():
         found = [part for part in name.partition("/")[2].split("-") if part in TONES]
         if len(found) != 1:
             continue
         [tone] = found
         said = f"give it {TONES[tone]} skin"
-        if source := known.get(name.replace(f"-{tone}", "")):
-            yield said, source, target
-        others = (name.replace(tone, other) for other in TONES if other != tone)
-        for source in (known[other] for other in others if other in known):
-            yield said, source, target
+        before = [name.replace(f"-{tone}", "")]
+        before += [name.replace(tone, other) for other in TONES if other != tone]
+        for source in (other for other in before if other in known):
+            yield said, known[source], target
+            yield said, changed_file(source, "mirrored"), changed_file(name, "mirrored")
 
 
 def changed(folder: epath.Path, known: dict[str, str]) -> Edits:
-    """Of each picture its mirror image, or one in other colours, which is written."""
+    """Of each picture its mirror image, and one in other colours, which are written."""
     for name, source in known.items():
         picture = images.opened((folder / source).read_bytes()).convert("RGB")
-        into = one_of(list(COLOURS), name)
-        if one_of(range(2), f"{name} in other colours"):
-            into = "mirrored"
-        said, change = CHANGES[into]
-        target = f"changed/{into}/{name}.png"
-        files.write(folder / target, images.png(change(picture)))
-        yield said, source, target
+        for into in ("mirrored", one_of(list(COLOURS), name)):
+            said, change = CHANGES[into]
+            target = changed_file(name, into)
+            files.write(folder / target, images.png(change(picture)))
+            yield said, source, target
 
 
 if __name__ == "__main__":

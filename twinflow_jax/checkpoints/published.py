@@ -138,7 +138,7 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
     pipeline = _pipeline(path)
     owners = {name: one for name, one in every.items() if pipeline in one.pipelines}
     if not pipeline and any((path / place).exists() for place in PROCESSORS):
-        # As exports of what was no pipeline are; families that draw from text have no processor.
+        # An export of what was imported without a model_index.json has none either.
         pipeline = "network that looks at pictures"
         owners = {name: one for name, one in every.items() if one.editing and _all_in(path, one)}
     if wanted and owners and wanted not in owners:
