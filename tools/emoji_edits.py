@@ -72,13 +72,16 @@ def one_of(choices: Sequence, name: str):
     return choices[int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(choices)]
 
 
+def opened(folder: epath.Path, file: str) -> Image.Image:
+    return images.opened((folder / file).read_bytes()).convert("RGB")
+
+
 def shrunk(folder: epath.Path) -> Callable[[str], np.ndarray]:
     """`file -> (SIDE, SIDE, 3)` in [-1, 1], read once."""
 
     @functools.cache
     def small(file: str) -> np.ndarray:
-        picture = images.opened((folder / file).read_bytes()).convert("RGB")
-        little = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        little = opened(folder, file).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         return np.asarray(little, np.float32) / 127.5 - 1
 
     return small
@@ -120,7 +123,7 @@ def tones(known: dict[str, str]) -> Edits:
 def changed(folder: epath.Path, known: dict[str, str]) -> Edits:
     """Of each picture its mirror image, and one in other colours, which are written."""
     for name, source in known.items():
-        picture = images.opened((folder / source).read_bytes()).convert("RGB")
+        picture = opened(folder, source)
         for into in ("mirrored", one_of(list(COLOURS), name)):
             said, change = CHANGES[into]
             target = changed_file(name, into)

@@ -135,12 +135,19 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
     every = {k: f.text_to_image for k, f in models.FAMILIES.items() if f.text_to_image}
     if wanted not in (None, *every):
         raise UserError(f"{wanted!r} is no family that draws from text")
+
+    def accepted(networks: dict[str, Network]) -> int:
+        return sum(n.accepts(_class_in(path / n.folder)) for n in networks.values())
+
     pipeline = _pipeline(path)
     owners = {name: one for name, one in every.items() if pipeline in one.pipelines}
     if not pipeline and any((path / place).exists() for place in PROCESSORS):
         # An export of what was imported without a model_index.json has none either.
         pipeline = "network that looks at pictures"
-        owners = {name: one for name, one in every.items() if one.editing and _all_in(path, one)}
+        owners = {
+            name: one for name, one in every.items()
+            if one.editing and accepted(one.networks) == len(one.networks)
+        }
     if wanted and owners and wanted not in owners:
         known = " or ".join(sorted(owners))
         raise UserError(f"{path} is of a {pipeline}: import it with --family {known}")
@@ -162,9 +169,6 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
             )
         return family, {found[family][0]: path}
 
-    def accepted(networks: dict[str, Network]) -> int:
-        return sum(n.accepts(_class_in(path / n.folder)) for n in networks.values())
-
     for place in ("transformer/config.json", "unet/config.json"):
         given = _class_in((path / place).parent)
         if given and not any(n.accepts(given) for o in known.values() for n in o.networks.values()):
@@ -179,12 +183,6 @@ def _networks(path: epath.Path, wanted: str | None) -> tuple[str, dict[str, epat
     raise UserError(
         f"{path} is no pipeline folder: it has neither transformer/config.json nor config.json"
     )
-
-
-def _all_in(path: epath.Path, family: TextToImage) -> bool:
-    """Whether a folder has all of the family's published networks."""
-    networks = (network for network in family.networks.values() if network.published)
-    return all(network.accepts(_class_in(path / network.folder)) for network in networks)
 
 
 def _pipeline(path: epath.Path) -> str:
