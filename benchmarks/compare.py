@@ -134,16 +134,28 @@ def rivals(guidance: float) -> dict[str, Method]:
     } | {
         name: method(preset(name), **jumps)
         for name in ("meanflow", "meanflow_difference", "improved_meanflow", "alphaflow")
+    } | {
+        "twin_meanflow": method(
+            preset("twin_meanflow"), **jumps, twin_share=(0.05, 0.1, 0.2),
+            rectify_weight=(0.03, 0.05, 0.1),
+        )
     } | {name: matching(name, guidance) for name in ("vsd", "dmd", "dmd2", "sid")}
 
 
 def matching(preset: str, guidance: float) -> Method:
     """Of the scores of two networks, the data's guided as much as a moving teacher comes to. DMD
-    goes without its regression, which takes pairs."""
+    goes without its regression, which takes pairs: see `regressed`."""
     fields = {"regression_weight": 0.0} if preset == "dmd" else {}
     guided = objectives.preset(preset, real_guidance=1 / (1 - guidance), **fields)
     own = method(guided, fake_learning_rate=(1e-4, 3e-4, 1e-3), real_guidance=(1.0, 1.5, 2.0))
     return Method(own.own | {"optimizer.learning_rate": 2e-4}, own.search)
+
+
+def regressed(guidance: float) -> dict[str, Method]:
+    """DMD with its regression, on noise and what the start makes of it, without guidance."""
+    dmd = matching("dmd", guidance)
+    weight = {"objective.regression_weight": objectives.PRESETS["dmd"].regression_weight}
+    return {"dmd_pairs": Method(dmd.own | weight | {"data.pairs": "the start's"}, dmd.search)}
 
 
 def adapters(guidance: float, *rates: float) -> dict[str, Method]:
@@ -199,7 +211,7 @@ EDITS = Judge(
     {"right": 3, "another instruction": 3, "error": 4}, ("error", "mean square error"),
 )
 STUDIES = {
-    "digits": Study("configs/digits.py", CLASSES, 1000, 2000, rivals(0.0)),
+    "digits": Study("configs/digits.py", CLASSES, 1000, 2000, rivals(0.0) | regressed(0.0)),
     "digits_lora": Study(
         "configs/digits.py", CLASSES, 3000, 800, adapters(2.0, 1e-4, 3e-4, 3e-3),
         presets=False, shared={
@@ -209,8 +221,8 @@ STUDIES = {
         },
     ),
     "mnist": Study(
-        "configs/mnist.py:released", CLASSES, 2000, 8000, rivals(0.25), rates=(1.0, 2.0),
-        guidance=(1.0, 1.5),
+        "configs/mnist.py:released", CLASSES, 2000, 8000, rivals(0.25) | regressed(0.25),
+        rates=(1.0, 2.0), guidance=(1.0, 1.5),
     ),
     "emoji": Study(
         "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 6000, rivals(0.5),
@@ -297,12 +309,14 @@ class Run:
         if self.method == "start":
             steps = {"train.steps": study.start, "train.flow_matching_steps": study.start}
             return study.shared | steps
-        start = study.start
+        start, from_start = study.start, {}
         if isinstance(start, int):
-            start = str(Run("start", 0, self.seed).folder(out) / "run")
+            folder = Run("start", 0, self.seed).folder(out)
+            start, from_start = str(folder / "run"), {"data.pairs": str(folder / pairs_of(study))}
         budget = self.share * study.steps * cost(study, next(iter(study.methods)))
         steps = round(budget / cost(study, self.method, self.trial))
         chosen = spanning(settings(study, self.method, self.trial), steps)
+        chosen |= {key: value for key, value in from_start.items() if key in chosen}
         return study.shared | chosen | {
             "train.steps": steps, "train.flow_matching_steps": 0, "train.init_from": start,
         }
@@ -316,18 +330,31 @@ class Run:
         return [f"{key}={value}" for key, value in chosen.items()]
 
 
+def pairs_of(study: Study) -> str:
+    """The name that `sample` gives the pairs of a study's start."""
+    return f"pairs_run_step{study.start}_mul32nfe_seed0.safetensors"
+
+
 def do(run: Run, study: Study, out: pathlib.Path) -> None:
     """Trains and scores one run; the log of both is in its folder."""
     folder = run.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     work, table = folder / "run", folder / "table.json"
     evaluations = ",".join(EVALUATIONS if run.share == 1 else EVALUATIONS[:1])
+    chosen, commands = run.overrides(study, out), []
+    if "data.pairs" in chosen and not pathlib.Path(chosen["data.pairs"]).exists():
+        commands.append([
+            "-m", "twinflow_jax.sample", "--checkpoint", chosen["train.init_from"], "--pairs",
+            "--count", "500", "--steps", "32", "--style", "mul",
+            "--out", str(pathlib.Path(chosen["data.pairs"]).parent),
+        ])
+    commands += [
+        ["-m", "twinflow_jax.train", "--config", study.config, "--workdir", str(work),
+         *(f"--config.{change}" for change in run.changes(study, out))],
+        study.judge.command(str(work), evaluations, str(table)),
+    ]
     with open(folder / "log", "w") as log:
-        for command in (
-            ["-m", "twinflow_jax.train", "--config", study.config, "--workdir", str(work),
-             *(f"--config.{change}" for change in run.changes(study, out))],
-            study.judge.command(str(work), evaluations, str(table)),
-        ):
+        for command in commands:
             command = [sys.executable, *command]
             if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode:
                 return  # the same command tries again

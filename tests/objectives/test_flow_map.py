@@ -136,6 +136,7 @@ def test_the_flow_of_a_gaussian_is_a_fixed_point(preset):
     ("consistency_training", {}), ("consistency_distillation", {"guidance": 1.0}), ("scm", {}),
     ("meanflow", {"guidance": 0.5}), ("meanflow_difference", {}), ("improved_meanflow", {}),
     ("alphaflow", {"anneal_steps": 200}), ("shortcut", {}),
+    ("twin_meanflow", {"twin_share": 0.3, "rectify_clip": 0.5}),
 ])
 def test_methods_as_their_papers_write_them(preset, fields):
     """Loss and gradient against PyTorch, both in float64, from the same draws."""
@@ -157,7 +158,7 @@ def test_methods_as_their_papers_write_them(preset, fields):
     total, offset = 0.0, 0
     for role in draws:
         held = double(draws[role])
-        rows = slice(offset, offset := offset + held["t"].shape[0])
+        rows = slice(offset, offset := offset + held["z"].shape[0])
         x, cond = (torch.tensor(np.asarray(a, np.float64))[rows] for a in (batch.x, batch.cond))
         total = total + ORACLES[preset](Paper(mine, theirs, x, cond, objective.config), held, role)
     total = total / ROWS
@@ -238,7 +239,34 @@ def meanflow(paper: Paper, held, role, slope=None, tangent=None):
     if role == "jump":
         target = v - (t - r)[:, None] * (slope or Paper.slope)(paper, x_t, t, r, along)
     error = (u - target).detach()
-    return paper.descend(u, error, 1 / ((error**2).sum(1) + 0.01))
+    return paper.descend(u, error, ((error**2).sum(1) + 0.01) ** -paper.config.exponent)
+
+
+def along_its_own(paper: Paper, held, role):
+    """Improved MeanFlow's tangent."""
+    return meanflow(
+        paper, held, role, tangent=lambda paper, x_t, t: paper.F(x_t, t, t, paper.fixed)
+    )
+
+
+def with_twins(paper: Paper, held, role):
+    """L_adv and L_rectify of TwinFlow's paper, rows weighing as the others do."""
+    if role != "twin":
+        return along_its_own(paper, held, role)
+    z, t, s, one = held["z"], held["t_fake"], held["t_rectify"], torch.ones_like(held["t_fake"])
+    jump = paper.F(z, one, 0 * one, paper.params)
+    fake = (z - jump).detach()
+    mixed = lambda noise, t: t[:, None] * noise + (1 - t[:, None]) * fake
+    v_fake = paper.F(mixed(held["z_fake"], t), -t, -t, paper.params)
+    at = mixed(held["z_rectify"], s)
+    gap = paper.F(at, -s, -s, paper.fixed) - paper.F(at, s, s, paper.fixed)
+    total = 0.0
+    for prediction, error, weight in (
+        (v_fake, v_fake - (held["z_fake"] - fake), 1.0), (jump, gap.clamp(-0.5, 0.5), 0.05),
+    ):
+        error = error.detach()
+        total += paper.descend(prediction, error, weight * ((error**2).sum(1) + 0.01) ** -0.5)
+    return total
 
 
 def by_difference(paper: Paper, x_t, t, r, u):
@@ -276,9 +304,8 @@ ORACLES = {
     "scm": trig_free_scm,
     "meanflow": meanflow,
     "meanflow_difference": lambda *given: meanflow(*given, slope=by_difference),
-    "improved_meanflow": lambda *given: meanflow(
-        *given, tangent=lambda paper, x_t, t: paper.F(x_t, t, t, paper.fixed)
-    ),
+    "improved_meanflow": along_its_own,
+    "twin_meanflow": with_twins,
     "alphaflow": alphaflow,
     "shortcut": shortcut,
 }

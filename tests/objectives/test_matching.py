@@ -90,7 +90,7 @@ def test_every_rule_reaches_a_gaussian(fields):
     assert trained(objective, loss) == pytest.approx((MEAN, STD), abs=0.02)
 
 
-@pytest.mark.parametrize("preset", ["released", "tutorial"])
+@pytest.mark.parametrize("preset", ["released", "tutorial", "paper", "twin_meanflow"])
 def test_rectification_reaches_a_gaussian(preset):
     """TwinFlow's, alone: one network, which knows the velocity of its own samples at t < 0."""
     objective = objectives.build(objectives.preset(preset))

@@ -8,8 +8,8 @@ it is from that, per unit of alpha, and the limit of short pieces:
     Delta_0 = F - w + (t - r) dF/dt,   dF/dt along (u, 1, 0)
 
 with u = w, or the network's own velocity (`along`). The loss is |F - sg(F - n(Delta))|^2, n being
-`normaliser`. Rows stand in two roles: `diagonal` learns the velocity, F(x_t, t, t) on w, and `jump`
-the residual. A setting of the fields is a method; `PRESETS` (objectives/__init__.py) has the
+`normaliser`. Rows stand in three roles: `diagonal` learns the velocity, F(x_t, t, t) on w, `jump`
+the residual, and `twin` TwinFlow's twin losses, with the same n(.) of their errors. A setting of the fields is a method; `PRESETS` (objectives/__init__.py) has the
 published ones by name, and says what differs. RCGM's roles and guidance as released are in
 `twinflow`.
 
@@ -37,7 +37,7 @@ from twinflow_jax.objectives.draws import (
     role_slices,
 )
 
-ROLES = ("diagonal", "jump")
+ROLES = ("diagonal", "jump", "twin")
 SHORTEST = 1e-4  # a first piece: rows with less between t and r learn the velocity
 FINEST = 7  # shortcut's jumps are 1, 1/2, ... 1/64; their halves go down to 2^-7
 
@@ -96,6 +96,12 @@ class Config(Shared):
         0, "training steps over which the derivative's weight rises from 0 to 1", least=0
     )
 
+    twin_share: float = option(
+        0.0, "share of rows that learn the twin losses, of TwinFlow; 0 is none", least=0, below=1
+    )
+    rectify_weight: float = option(1.0, "weight of the rectification loss of twin rows", least=0)
+    rectify_clip: float = option(0.0, "limit on fake minus real velocities; 0 is none", least=0)
+
     def __post_init__(self):
         super().__post_init__()
         if self.logit_normal and (len(self.logit_normal) != 2 or self.logit_normal[1] <= 0):
@@ -127,13 +133,21 @@ class Config(Shared):
         return self.diagonal < 1 and self.target_time != "zero"
 
     @property
+    def learns_fake(self) -> bool:
+        return self.twin_share > 0
+
+    @property
     def counts_steps(self) -> bool:
         return bool(self.anneal_steps or self.warmup)
 
 
 def counts(batch_size: int, config: Config) -> Counts:
     """Rows per role of a batch."""
-    return allocate(batch_size, {"diagonal": config.diagonal, "jump": 1 - config.diagonal})
+    base = 1 - config.twin_share
+    return allocate(batch_size, {
+        "diagonal": config.diagonal * base, "jump": (1 - config.diagonal) * base,
+        "twin": config.twin_share,
+    })
 
 
 def draw(
@@ -143,6 +157,9 @@ def draw(
     draws = {}
     for role, rows in counts(batch_size, config).items():
         if rows == 0:
+            continue
+        if role == "twin":
+            draws[role] = twin.draw(jax.random.split(key, 5), rows, sample_shape)
             continue
         key, noise_key, *keys = jax.random.split(key, 4)
         draws[role] = {"z": normal(noise_key, rows, sample_shape)}
@@ -183,6 +200,13 @@ def loss(
     terms = {}
     for role in draws:
         mine, part = draws[role], jax.tree.map(lambda a: a[at[role]], batch)  # noqa: B023
+        if role == "twin":
+            twins = twin.targets(apply, params, mine, part.cond, config.rectify_clip)
+            for name, (v_pred, target) in twins.items():
+                error = jax.lax.stop_gradient(v_pred) - target
+                terms[name] = jnp.sum(distance(v_pred, error, config)) / total
+            terms["rectify"] *= config.rectify_weight
+            continue
         z, t = mine["z"], mine["t"]
         x_t, w = path.interpolate(part.x, z, t), path.velocity(part.x, z)
         w = known_velocity(apply, teacher, x_t, t, w, part, config)

@@ -74,13 +74,7 @@ def draw(
     rows = counts(batch_size, config)
     keys = jax.random.split(key, 9)
     draws = {
-        "twin": {
-            "z": normal(keys[0], rows["twin"], sample_shape),
-            "z_fake": normal(keys[1], rows["twin"], sample_shape),
-            "t_fake": jax.random.uniform(keys[2], (rows["twin"],)),
-            "z_rectify": normal(keys[3], rows["twin"], sample_shape),
-            "t_rectify": jax.random.uniform(keys[4], (rows["twin"],)),
-        },
+        "twin": twin.draw(keys[:5], rows["twin"], sample_shape),
         "base": {
             "z": normal(keys[5], rows["base"], sample_shape),
             "t": jax.random.uniform(keys[6], (rows["base"],)),
@@ -102,7 +96,9 @@ def loss(
     take = lambda role: jax.tree.map(lambda a: a[at[role]], batch.cond)
     terms = {}
     if rows["twin"]:
-        terms |= twin_terms(apply, params, draws["twin"], take("twin"), config)
+        twins = twin.targets(apply, params, draws["twin"], take("twin"), config.rectify_clip)
+        terms |= {name: distances.l2(*pair) for name, pair in twins.items()}
+        terms["rectify"] *= config.rectify_weight
     if rows["base"]:
         teacher = jax.lax.stop_gradient(teacher_params)
         terms["base"] = base_term(
@@ -110,23 +106,6 @@ def loss(
         )
     terms = {name: jnp.sum(per_row) / total for name, per_row in terms.items()}
     return sum(terms.values()), terms
-
-
-def twin_terms(apply: Apply, params, draws, cond, config: Config) -> dict[str, Losses]:
-    """Adversarial and rectification losses of each twin row."""
-    z, t = draws["z"], draws["t_fake"]
-    ones = jnp.ones_like(t)
-    v_one = apply(params, z, ones, jnp.zeros_like(ones), cond)
-    x_fake = jax.lax.stop_gradient(z - v_one)
-    v_fake = apply(params, path.interpolate(x_fake, draws["z_fake"], t), -t, -t, cond)
-    gap = twin.fake_minus_real(
-        apply, jax.lax.stop_gradient(params), x_fake, draws["z_rectify"], draws["t_rectify"], cond
-    )
-    straight = jax.lax.stop_gradient(v_one - path.clip(gap, config.rectify_clip))
-    return {
-        "adversarial": distances.l2(v_fake, path.velocity(x_fake, draws["z_fake"])),
-        "rectify": config.rectify_weight * distances.l2(v_one, straight),
-    }
 
 
 def base_term(

@@ -1,10 +1,12 @@
 """The network passes that the twin (fake) trajectory needs, shared by every form."""
 
+import jax
 import jax.numpy as jnp
 
 from twinflow_jax.arrays import Apply, Samples, Times, Velocities
 from twinflow_jax.objectives import path
 from twinflow_jax.objectives.direction import direction
+from twinflow_jax.objectives.draws import normal
 from twinflow_jax.objectives.passes import Pass, together
 
 
@@ -42,3 +44,37 @@ def fake_minus_real(
     """
     fake, real = together(apply, twin_passes(params, x_fake, z, t, cond))
     return direction("twin", real, fake)
+
+
+def draw(keys: jax.Array, rows: int, sample_shape: tuple[int, ...]) -> dict[str, jax.Array]:
+    """What is random in `targets`, by five keys."""
+    return {
+        "z": normal(keys[0], rows, sample_shape),
+        "z_fake": normal(keys[1], rows, sample_shape),
+        "t_fake": jax.random.uniform(keys[2], (rows,)),
+        "z_rectify": normal(keys[3], rows, sample_shape),
+        "t_rectify": jax.random.uniform(keys[4], (rows,)),
+    }
+
+
+def targets(
+    apply: Apply, params, draws, cond, rectify_clip: float
+) -> dict[str, tuple[Velocities, Velocities]]:
+    """What twin rows predict and should have, without gradient, by the name of the loss.
+
+    adversarial (L_adv): F(x', -t', -t') and z' - x_fake, at fresh noise and time. rectify
+    (L_rectify): F(z, 1, 0), and itself minus (fake - real), which rectify_clip limits; 0 does not.
+    """
+    z, t = draws["z"], draws["t_fake"]
+    ones = jnp.ones_like(t)
+    v_one = apply(params, z, ones, jnp.zeros_like(ones), cond)
+    x_fake = jax.lax.stop_gradient(z - v_one)
+    v_fake = apply(params, path.interpolate(x_fake, draws["z_fake"], t), -t, -t, cond)
+    gap = fake_minus_real(
+        apply, jax.lax.stop_gradient(params), x_fake, draws["z_rectify"], draws["t_rectify"], cond
+    )
+    straight = jax.lax.stop_gradient(v_one - path.clip(gap, rectify_clip))
+    return {
+        "adversarial": (v_fake, path.velocity(x_fake, draws["z_fake"])),
+        "rectify": (v_one, straight),
+    }
