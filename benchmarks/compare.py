@@ -137,7 +137,7 @@ def rivals(guidance: float) -> dict[str, Method]:
     } | {
         "twin_meanflow": method(
             preset("twin_meanflow"), **jumps, twin_share=(0.05, 0.1, 0.2),
-            rectify_weight=(0.03, 0.05, 0.1),
+            rectify_weight=(0.05, 0.1, 0.3),
         )
     } | {name: matching(name, guidance) for name in ("vsd", "dmd", "dmd2", "sid")}
 

@@ -84,6 +84,7 @@ def evaluate(objective, batch, draws, micro_steps: int = 1):
         ("meanflow", {"guidance": 0.5}, 3.0),
         ("meanflow_difference", {}, 2.0),
         ("improved_meanflow", {}, 1.5),
+        ("twin_meanflow", {"twin_share": 1 / 3}, 1 + 4 / 3),
         ("alphaflow", {}, 1.5),
         ("shortcut", {}, 1.25),
         ("dmd", {}, 5.0),  # generator, regression, two scores, the fake's own loss

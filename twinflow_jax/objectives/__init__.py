@@ -82,10 +82,10 @@ PRESETS = {
     "improved_meanflow": flow_map.Config(
         logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=1.0, along="own"
     ),
-    # The same beside TwinFlow's twin losses (2512.05150), which its paper has beside RCGM alone: ours.
+    # The same beside TwinFlow's twin losses (2512.05150), which its paper has beside RCGM: ours.
     "twin_meanflow": flow_map.Config(
         logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=0.5, along="own",
-        twin_share=0.1, rectify_weight=0.05,
+        twin_share=0.05, rectify_weight=0.1,
     ),
     # alpha-Flow, 2510.20771: alpha falls as a sigmoid (gamma 25) from 1 to 0, in 400,000 steps;
     # within .005 of 0 it is the exact derivative. Rows weigh alpha / (mean square + c), targets are

@@ -9,9 +9,9 @@ it is from that, per unit of alpha, and the limit of short pieces:
 
 with u = w, or the network's own velocity (`along`). The loss is |F - sg(F - n(Delta))|^2, n being
 `normaliser`. Rows stand in three roles: `diagonal` learns the velocity, F(x_t, t, t) on w, `jump`
-the residual, and `twin` TwinFlow's twin losses, with the same n(.) of their errors. A setting of the fields is a method; `PRESETS` (objectives/__init__.py) has the
-published ones by name, and says what differs. RCGM's roles and guidance as released are in
-`twinflow`.
+the residual, and `twin` TwinFlow's twin losses (twin.py), with the same n of their errors. A
+setting of the fields is a method; `PRESETS` (objectives/__init__.py) has the published ones by
+name, and says what differs. RCGM's roles and guidance as released are in `twinflow`.
 
 Sources: consistency models arXiv 2303.01469, sCM 2410.11081, shortcut 2410.12557, MeanFlow
 2505.13447, improved MeanFlow 2512.02012, alpha-Flow 2510.20771, RCGM 2512.05150 (equation 1).
@@ -95,12 +95,10 @@ class Config(Shared):
     warmup: int = option(
         0, "training steps over which the derivative's weight rises from 0 to 1", least=0
     )
-
     twin_share: float = option(
         0.0, "share of rows that learn the twin losses, of TwinFlow; 0 is none", least=0, below=1
     )
     rectify_weight: float = option(1.0, "weight of the rectification loss of twin rows", least=0)
-    rectify_clip: float = option(0.0, "limit on fake minus real velocities; 0 is none", least=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -201,7 +199,7 @@ def loss(
     for role in draws:
         mine, part = draws[role], jax.tree.map(lambda a: a[at[role]], batch)  # noqa: B023
         if role == "twin":
-            twins = twin.targets(apply, params, mine, part.cond, config.rectify_clip)
+            twins = twin.targets(apply, params, mine, part.cond)
             for name, (v_pred, target) in twins.items():
                 error = jax.lax.stop_gradient(v_pred) - target
                 terms[name] = jnp.sum(distance(v_pred, error, config)) / total

@@ -58,7 +58,7 @@ def draw(keys: jax.Array, rows: int, sample_shape: tuple[int, ...]) -> dict[str,
 
 
 def targets(
-    apply: Apply, params, draws, cond, rectify_clip: float
+    apply: Apply, params, draws, cond, rectify_clip: float = 0.0
 ) -> dict[str, tuple[Velocities, Velocities]]:
     """What twin rows predict and should have, without gradient, by the name of the loss.
 
