@@ -327,12 +327,12 @@ def test_the_remainder_goes_to_the_last_role_in_use():
 @pytest.mark.parametrize("preset", list(objectives.PRESETS))
 def test_draws_have_the_rows_that_the_roles_count(preset):
     objective = build(preset)
-    counts = {role: rows for role, rows in objective.counts(20).items() if rows}
-    draws = objective.draw(jax.random.key(0), 20, SHAPE)
+    counts = {role: rows for role, rows in objective.counts(40).items() if rows}
+    draws = objective.draw(jax.random.key(0), 40, SHAPE)
     assert list(draws) == list(counts)
     for role, rows in counts.items():
         assert all(values.shape[0] == rows for values in draws[role].values())
-    parts = [objective.cut(draws, start, start + 5) for start in range(0, 20, 5)]
+    parts = [objective.cut(draws, start, start + 10) for start in range(0, 40, 10)]
     for role in draws:
         joined = jax.tree.map(
             lambda *leaves: jnp.concatenate(leaves), *[p[role] for p in parts if role in p]
