@@ -139,13 +139,14 @@ def rivals(guidance: float) -> dict[str, Method]:
             preset("twin_meanflow"), **jumps, twin_share=(0.05, 0.1, 0.2),
             rectify_weight=(0.05, 0.1, 0.3),
         )
-    } | {name: matching(name, guidance) for name in ("vsd", "dmd", "dmd2", "sid")}
+    } | {
+        "vsd": matching("vsd", guidance), "dmd": matching("dmd", guidance, regression_weight=0.0),
+        "dmd2": matching("dmd2", guidance), "sid": matching("sid", guidance),
+    }
 
 
-def matching(preset: str, guidance: float) -> Method:
-    """Of the scores of two networks, the data's guided as much as a moving teacher comes to. DMD
-    goes without its regression, which takes pairs: see `regressed`."""
-    fields = {"regression_weight": 0.0} if preset == "dmd" else {}
+def matching(preset: str, guidance: float, **fields: float) -> Method:
+    """Of the scores of two networks, the data's guided as much as a moving teacher comes to."""
     guided = objectives.preset(preset, real_guidance=1 / (1 - guidance), **fields)
     own = method(guided, fake_learning_rate=(1e-4, 3e-4, 1e-3), real_guidance=(1.0, 1.5, 2.0))
     return Method(own.own | {"optimizer.learning_rate": 2e-4}, own.search)
@@ -154,8 +155,7 @@ def matching(preset: str, guidance: float) -> Method:
 def regressed(guidance: float) -> dict[str, Method]:
     """DMD with its regression, on noise and what the start makes of it, without guidance."""
     dmd = matching("dmd", guidance)
-    weight = {"objective.regression_weight": objectives.PRESETS["dmd"].regression_weight}
-    return {"dmd_pairs": Method(dmd.own | weight | {"data.pairs": "the start's"}, dmd.search)}
+    return {"dmd_pairs": Method(dmd.own | {"data.pairs": "the start's"}, dmd.search)}
 
 
 def adapters(guidance: float, *rates: float) -> dict[str, Method]:
@@ -309,14 +309,13 @@ class Run:
         if self.method == "start":
             steps = {"train.steps": study.start, "train.flow_matching_steps": study.start}
             return study.shared | steps
-        start, from_start = study.start, {}
-        if isinstance(start, int):
-            folder = Run("start", 0, self.seed).folder(out)
-            start, from_start = str(folder / "run"), {"data.pairs": str(folder / pairs_of(study))}
+        folder = Run("start", 0, self.seed).folder(out)
+        start = str(folder / "run") if isinstance(study.start, int) else study.start
         budget = self.share * study.steps * cost(study, next(iter(study.methods)))
         steps = round(budget / cost(study, self.method, self.trial))
         chosen = spanning(settings(study, self.method, self.trial), steps)
-        chosen |= {key: value for key, value in from_start.items() if key in chosen}
+        if "data.pairs" in chosen:
+            chosen["data.pairs"] = str(folder / pairs_of(study))
         return study.shared | chosen | {
             "train.steps": steps, "train.flow_matching_steps": 0, "train.init_from": start,
         }

@@ -4,7 +4,7 @@ import compare
 import pytest
 
 
-@pytest.mark.parametrize("method", ["twinflow", "rcgm", "dmd2"])
+@pytest.mark.parametrize("method", ["twinflow", "rcgm", "dmd2", "dmd_pairs"])
 def test_settings_make_as_many_forwards_each(method, tmp_path):
     study, drawn = compare.STUDIES["digits"], []
     budget = study.steps * compare.cost(study, "twinflow")

@@ -66,8 +66,7 @@ def targets(
     (L_rectify): F(z, 1, 0), and itself minus (fake - real), which rectify_clip limits; 0 does not.
     """
     z, t = draws["z"], draws["t_fake"]
-    ones = jnp.ones_like(t)
-    v_one = apply(params, z, ones, jnp.zeros_like(ones), cond)
+    (v_one,) = together(apply, [generator_pass(params, z, cond)])
     x_fake = jax.lax.stop_gradient(z - v_one)
     v_fake = apply(params, path.interpolate(x_fake, draws["z_fake"], t), -t, -t, cond)
     gap = fake_minus_real(
