@@ -7,7 +7,7 @@ velocities for 1,000 steps; every method goes on from there, for as many forward
 TwinFlow makes in 2,000 steps (a pass with gradient is three, an exact derivative one). What is
 sampled is an average of the weights (.99). Where there is a frozen network, it is the start. The
 settings are the presets' own without guidance, L2 for TwinFlow and RCGM; distribution matching
-trains the student at 2e-4, as in compare.py.
+trains the student at 2e-4, as in studies.py.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
 
-import compare  # noqa: E402
 import jax  # noqa: E402
 import optax  # noqa: E402
+import studies  # noqa: E402
 import toys  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -32,22 +32,22 @@ from twinflow_jax.training import state as training_state  # noqa: E402
 from twinflow_jax.training import step as training_step  # noqa: E402
 
 START, STEPS, CHUNK, AVERAGE = 1000, 2000, 20, 0.99
-METHODS = compare.rivals(0.0)
+METHODS = studies.rivals(0.0)
 
 
 def objective(name: str, steps: int) -> dict:
     """A method's fields, with schedules of the whole training."""
-    own = compare.spanning(METHODS[name].own, steps).items()
+    own = studies.spanning(METHODS[name].own, steps).items()
     return {k.removeprefix("objective."): v for k, v in own if k.startswith("objective.")}
 
 
 def turns_of(fields: dict) -> list[objectives.Objective]:
-    return compare.turns_of(objectives.build(fields).config)
+    return studies.turns_of(objectives.build(fields).config)
 
 
 def budget(name: str) -> int:
     """The steps that it trains for."""
-    cost = lambda name: compare.forwards(turns_of(objective(name, 100)), toys.BATCH)
+    cost = lambda name: studies.forwards(turns_of(objective(name, 100)), toys.BATCH)
     # Whole cycles, and whole chunks of them.
     return CHUNK * round(STEPS * cost("twinflow") / cost(name) / CHUNK)
 

@@ -2,9 +2,9 @@
 
 import json
 
-import compare
 import edits
 import pytest
+import studies
 
 from twinflow_jax import config as configs
 from twinflow_jax.training.loop import train
@@ -14,7 +14,7 @@ from twinflow_jax.training.loop import train
 def test_it_edits(tmp_path, monkeypatch):
     """One and four evaluations on digits that training never saw. Not so with another source, nor
     with instructions that were shuffled, .36 of which stay what they were."""
-    changes = compare.STUDIES["edits_lora"].shared | {
+    changes = studies.STUDIES["edits_lora"].shared | {
         "objective.guidance": 0.5, "optimizer.warmup": 100, "train.steps": 2400,
         "train.flow_matching_steps": 1200, "train.sample_every": 2400,
         "train.checkpoint_every": 2400, "sample.steps": (1,),
