@@ -16,7 +16,7 @@
     python -m twinflow_jax.sample --checkpoint runs/emoji_edit --out edited --steps 1 \\
         --image data/emoji/images/google/1f349.png --prompt "draw it in Twitter's style"
 
-Variants, as `configs/emoji_edit.py:NAME`, as in configs/emoji.py:
+Variants, as `configs/emoji_edit.py:NAME`, as in configs/emoji.py with its `released` objective:
   (none)   TwinFlow, from the weights of `flow`
   flow     flow matching: the model of many steps that the others start from
   rcgm     RCGM in place of TwinFlow, all else equal
@@ -39,7 +39,7 @@ def get_config(variant: str = "twinflow") -> ml_collections.ConfigDict:
 
 
 def edited(name: str) -> ml_collections.ConfigDict:
-    config = configs.load(f"{EMOJI}:{name}")
+    config = configs.load(f"{EMOJI}:{'released' if name == 'twinflow' else name}")
     config.pipeline = "checkpoints/minilm_edit"
     # An instruction is read at times near noise, where x_t does not show the result yet; and many
     # steps of few rows teach more than few of many (docs/benchmarks.md, "Edits of emoji").
@@ -49,6 +49,8 @@ def edited(name: str) -> ml_collections.ConfigDict:
     config.sample.prompts = ()
     config.optimizer.warmup = 100
     config.train.update(steps=8000, ema_decay=0.995, sample_every=2000, checkpoint_every=1000)
+    if name == "rcgm":
+        config.objective.guidance = 0.5  # all else equal
     if name != "flow":
         config.train.update(steps=2000, init_from="runs/emoji_edit_flow")
     return config

@@ -38,7 +38,7 @@ def get_config(variant: str = "gated") -> ml_collections.ConfigDict:
 
 def adapted(sees: str, order: int) -> ml_collections.ConfigDict:
     emoji = pathlib.Path(__file__).with_name("emoji.py")
-    config = variants.adapted(f"{emoji}:twinflow", order, targets=("all",))
+    config = variants.adapted(f"{emoji}:released", order, targets=("all",))
     config.adapter.whole = WHOLE[sees]
     config.model.time_conditioning = sees
     config.train.weights = "float32"

@@ -68,6 +68,15 @@ def test_overrides_reach_keys_that_a_file_does_not_name(tmp_path):
         configs.parse(str(file), overrides[:1])
 
 
+def test_a_preset_by_name_replaces_the_objective():
+    """Whatever the order, and without what belonged to the file's."""
+    overrides = ["objective.guidance=0.3", "objective=meanflow"]
+    run = configs.parse("configs/mnist.py", overrides)
+    assert run.objective == objectives.build(objectives.preset("meanflow", guidance=0.3)).config
+    with pytest.raises(UserError, match="no config key 'objective.ratios'"):
+        configs.parse("configs/mnist.py", [*overrides, "objective.ratios=(1,1,1,1)"])
+
+
 def test_a_key_may_take_one_value_or_several(tmp_path):
     file = tmp_path / "lengths.py"
     file.write_text(
@@ -122,6 +131,7 @@ def test_help_config_prints_every_key_with_its_present_value(capsys, monkeypatch
         ("optimizer.betas=(.9,'x')", "takes tuple of 2 float"),
         ("optimizer.betas=(.9,)", "takes tuple of 2 float"),
         ("train=1", "is a section"),
+        ("objective=meanflw", "no objective preset 'meanflw'; choose from .*meanflow"),
         ("train.steps.x=1", "no config key"),
     ],
 )

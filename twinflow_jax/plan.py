@@ -151,10 +151,8 @@ def varied(file: str, overrides: list[str], objective, strategy, remat, scale, t
     """The run with another objective, strategy, rematerialisation, multiple of its batch, and
     tokens of text."""
     from twinflow_jax import config as configs
-    from twinflow_jax import objectives
 
-    fields = objectives.preset(objective) if objective else {}
-    more = [f"objective.{name}={value}" for name, value in fields.items()]
+    more = [f"objective={objective}"] if objective else []
     more += [f"mesh.strategy={strategy}"] if strategy else []
     more += [f"model.remat={remat}"] if remat else []
     run = configs.parse(file, [*overrides, *more])

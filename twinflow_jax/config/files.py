@@ -1,8 +1,9 @@
 """Config files, overrides from the command line, and the record that a run keeps of them.
 
 A config file is Python with `get_config()`, perhaps taking a variant: `configs/x.py:tiny` calls
-`get_config("tiny")`. Overrides are `--config.a.b=value`. A misspelled key is refused with the
-nearest name, and so is a value of another type.
+`get_config("tiny")`. Overrides are `--config.a.b=value`, and `--config.objective=meanflow` is that
+preset in place of the file's objective. A misspelled key is refused with the nearest name, and so
+is a value of another type.
 """
 
 import ast
@@ -17,7 +18,7 @@ from typing import Any
 
 import ml_collections
 
-from twinflow_jax import keys
+from twinflow_jax import keys, objectives
 from twinflow_jax.config.run import Run, keys_of, parts
 from twinflow_jax.errors import UserError, noted, reason, tell
 from twinflow_jax.keys import nearest
@@ -93,26 +94,31 @@ def _find(name: str) -> pathlib.Path:
 
 
 def overridden(fields: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Nested fields with "section.key=value" overrides applied.
+    """Nested fields with "section.key=value" overrides applied, first those that say which keys
+    there are: "objective=preset", and the kinds of an objective and of a network.
 
     Raises:
-      UserError: no such key, or a value of another type.
+      UserError: no such key or preset, or a value of another type.
     """
-    def is_choice(text: str) -> bool:  # of which keys there are
-        return text.startswith(("model.name=", "objective.form="))
-
+    preset, kinds = "objective=", ("model.name=", "objective.form=")
+    order = lambda text: (not text.startswith(preset), not text.startswith(kinds))
     problems = []
-    for text in sorted(overrides, key=is_choice, reverse=True):
+    for text in sorted(overrides, key=order):
         name, equals, value = text.partition("=")
         if not equals:
             problems.append(f"override {text!r} has no value; write --config.{name}=VALUE")
             continue
         section, _, leaf = name.rpartition(".")
         with noted(problems):
+            if text.startswith(preset):
+                fields = fields | {"objective": objectives.preset(value)}
+                continue
             changed = {leaf: value_of(name, value, fields)}
             if section:
                 changed = {section: fields.get(section, {}) | changed}
-            fields = _left(fields | changed, section) if is_choice(text) else fields | changed
+            fields = fields | changed
+            if text.startswith(kinds):
+                fields = _left(fields, section)
     tell(problems)
     return fields
 
