@@ -15,7 +15,8 @@ HEAD = """\
 Every key of a run. Set them in a config file (`config.train.steps = 500`) or on the command line
 (`--config.train.steps=500`); `--config FILE --help-config` prints those of one config with their
 present values. `--config.objective=meanflow` is that preset in place of the config's objective;
-[choose.md](choose.md#an-objective) says which. This page is made from the code: `python -m twinflow_jax.config.reference`.
+[choose.md](choose.md#an-objective) says which. This page is made from the code:
+`python -m twinflow_jax.config.reference`.
 """
 
 
