@@ -19,7 +19,7 @@
     python -m twinflow_jax.sample --checkpoint runs/emoji --out samples --steps 1 \\
         --prompt "3d emoji of a red car"
 
-An hour and a half of one core. Variants, as `configs/emoji.py:NAME`:
+Two hours of one core. Variants, as `configs/emoji.py:NAME`:
   (none)         TwinFlow, from the weights of `flow`: more guidance, a heavier rectification
   released       the released weight of rectification, guidance .5
   flow           flow matching: the model of many steps that the others start from
