@@ -10,6 +10,7 @@ Variants, as `configs/mnist.py:NAME`:
   (none)         few twin rows, a heavier rectification and a higher rate: best at one evaluation
   released       the roles in equal parts, as released
   twin_meanflow  improved MeanFlow with the twin losses on a twentieth of its rows
+                 (seed 42: 18.2, 20.7 and 26.3, accuracy .988 and more; it takes a JVP)
 """
 
 import ml_collections
