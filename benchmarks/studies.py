@@ -193,11 +193,11 @@ STUDIES = {
         rates=(1.0, 2.0), guidance=(1.0, 1.5),
     ),
     "emoji": Study(
-        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 6000, rivals(0.5, 0.1),
+        "configs/emoji.py:released", CAPTIONS, "runs/emoji_flow", 6000, rivals(0.5, 0.1),
         rates=(1.0, 2.0), guidance=(1.0, 1.5),
     ),
     "emoji_lora": Study(
-        "configs/emoji.py", CAPTIONS, "runs/emoji_flow", 400, adapters(2.0, 3e-4, 3e-3),
+        "configs/emoji.py:released", CAPTIONS, "runs/emoji_flow", 400, adapters(2.0, 3e-4, 3e-3),
         shared={"optimizer.warmup": 20}, presets=False,
     ),
     "edits_lora": Study(

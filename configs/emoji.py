@@ -86,14 +86,16 @@ def twinflow() -> ml_collections.ConfigDict:
 
 def rcgm() -> ml_collections.ConfigDict:
     config = twinflow()
-    config.objective = objectives.preset("rcgm", distance="l2", guidance=0.75)
+    guidance = config.objective.guidance
+    config.objective = objectives.preset("rcgm", distance="l2", guidance=guidance)
     return config
 
 
 def twin_meanflow() -> ml_collections.ConfigDict:
     config = twinflow()
+    guidance = config.objective.guidance
     # A twentieth of 16 rows is none.
-    config.objective = objectives.preset("twin_meanflow", twin_share=0.1, guidance=0.75)
+    config.objective = objectives.preset("twin_meanflow", twin_share=0.1, guidance=guidance)
     return config
 
 
