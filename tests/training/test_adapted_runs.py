@@ -329,5 +329,7 @@ def test_jumps_that_one_time_cannot_tell_apart_are_refused(small_config):
         with pytest.raises(UserError, match="order is 1 .* sees t - r / 2 alone"):
             small_config(f"objective.form={kind}", *half_r)
         small_config(f"objective.form={kind}", half_r[0], *DIT)
+    with pytest.raises(UserError, match=r"flow_map\), or another"):
+        small_config("objective=meanflow", half_r[0], *DIT)
     for fits in ("ratios=(1,1,0,1)", "target_time=zero"):
         small_config("objective.form=twinflow", *half_r, f"objective.{fits}")

@@ -290,10 +290,12 @@ class Run:
             )
         half_r = getattr(self.model, "time_conditioning", "") == "half_r"
         if half_r and self.objective.any_jumps and self.objective.order == 1:
+            whole = self.objective.derivative in ("jvp", "difference")
+            more = "" if whole else "objective.order=2, "
             problems.append(
                 "objective.order is 1 with jumps of any length, but model.time_conditioning "
                 "'half_r' sees t - r / 2 alone, the same for many of them: take "
-                "objective.target_time=zero (twinflow, flow_map), objective.order=2, or another "
+                f"objective.target_time=zero (twinflow, flow_map), {more}or another "
                 "time_conditioning"
             )
         drawn = self.family.text_to_image is not None
