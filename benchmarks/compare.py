@@ -3,7 +3,7 @@
     python benchmarks/compare.py digits --out runs/compare_digits
     python benchmarks/compare.py mnist --out runs/compare --methods twinflow,rcgm --trials 16
     python benchmarks/compare.py emoji --out runs/compare_emoji   # after configs/emoji.py's :flow
-    python benchmarks/compare.py digits_lora --out runs/compare_lora --trials 4
+    python benchmarks/compare.py digits_lora --out runs/compare_digits_lora --trials 4
         # or emoji_lora, or edits_lora
 
 For each seed a network learns velocities first; every method goes on from there, for as many
@@ -262,10 +262,17 @@ def main() -> None:
     study, seeds, began = STUDIES[args.study], [int(s) for s in args.seeds.split(",")], time.time()
     if args.steps:
         study = dataclasses.replace(study, steps=args.steps)
+    record, mine = args.out / "study.json", {"study": args.study, "steps": study.steps}
+    if record.exists() and (other := json.loads(record.read_text())) != mine:
+        parser.error(f"{args.out} is of {other['study']} in {other['steps']} steps, not of "
+                     f"{args.study} in {study.steps}: give another --out")
     asked = args.methods or dict.fromkeys(study.methods)
     trials = {name: numbers or range(args.trials) for name, numbers in asked.items()}
     if unknown := [name for name in trials if name not in study.methods]:
         parser.error(f"--methods has {', '.join(unknown)}; choose from {', '.join(study.methods)}")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(mine))
 
     def finish(runs: list[Run], what: str) -> None:
         def one(run: Run) -> None:

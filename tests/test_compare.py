@@ -1,5 +1,7 @@
 """benchmarks/compare.py and studies.py: the same budget for every method and setting."""
 
+import sys
+
 import compare
 import pytest
 import studies
@@ -28,3 +30,11 @@ def test_every_method_of_a_study_parses(name):
 
 def test_trials_may_be_named():
     assert compare.trials_of("dmd2,rcgm:64,rcgm:0") == {"dmd2": [], "rcgm": [64, 0]}
+
+
+def test_the_folder_of_another_study_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "study.json").write_text('{"study": "mnist", "steps": 8000}')
+    monkeypatch.setattr(sys, "argv", ["compare.py", "digits", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "is of mnist in 8000 steps, not of digits in 2000" in capsys.readouterr().err
