@@ -66,6 +66,8 @@ def method(preset: dict[str, object], **search: tuple) -> Method:
 
 def rivals(guidance: float, twin_share: float = 0.05) -> dict[str, Method]:
     """Every objective, TwinFlow first. twin_share: of twin_meanflow's rows."""
+    # A frozen teacher's guidance, 1 + g, as much as a moving one's comes to, 1 / (1 - g).
+    frozen = {"guidance": 1 / (1 - guidance) - 1, "teacher_decay": 1.0} if guidance else {}
     twinflow = objectives.preset("released", distance="l2", guidance=guidance)
     released = {"teacher_decay": (0.99, 0.999)}
     preset = functools.partial(objectives.preset, guidance=guidance)
@@ -87,15 +89,16 @@ def rivals(guidance: float, twin_share: float = 0.05) -> dict[str, Method]:
             preset("flow_matching", teacher_decay=0.99), sample_weight=(True, False)
         ),
         "consistency_training": method(
-            preset("consistency_training"), last_step=(1 / 256, 1 / 128, 1 / 32),
-            limit=(0.3, 1.0, 4.0),
+            objectives.preset("consistency_training", **frozen),
+            last_step=(1 / 256, 1 / 128, 1 / 32), limit=(0.3, 1.0, 4.0),
         ),
         "consistency_distillation": method(
-            preset("consistency_distillation"), step=(1 / 128, 1 / 64, 1 / 16),
-            limit=(0.3, 1.0, 4.0),
+            objectives.preset("consistency_distillation", **frozen),
+            step=(1 / 128, 1 / 64, 1 / 16), limit=(0.3, 1.0, 4.0),
         ),
         "scm": method(
-            preset("scm"), limit=(0.03, 0.1, 1.0), logit_normal=((), (-1.0, 1.4), (0.0, 1.4))
+            objectives.preset("scm", **frozen), limit=(0.03, 0.1, 1.0),
+            logit_normal=((), (-1.0, 1.4), (0.0, 1.4)),
         ),
         "shortcut": method(preset("shortcut"), diagonal=(0.5, 0.75, 0.875)),
     } | {
@@ -115,8 +118,12 @@ def rivals(guidance: float, twin_share: float = 0.05) -> dict[str, Method]:
 
 def matching(preset: str, guidance: float, **fields: float) -> Method:
     """Of the scores of two networks, the data's guided as much as a moving teacher comes to."""
-    guided = objectives.preset(preset, real_guidance=1 / (1 - guidance), **fields)
-    own = method(guided, fake_learning_rate=(1e-4, 3e-4, 1e-3), real_guidance=(1.0, 1.5, 2.0))
+    scales = 1.0, 1 / (1 - 1.5 * guidance), 1 / (1 - guidance)  # none, more, and the study's
+    guided = objectives.preset(preset, real_guidance=scales[-1], **fields)
+    own = method(
+        guided, fake_learning_rate=(1e-4, 3e-4, 1e-3),
+        real_guidance=tuple(dict.fromkeys(scales)),
+    )
     return Method(own.own | {"optimizer.learning_rate": 2e-4}, own.search)
 
 
@@ -214,7 +221,8 @@ STUDIES = {
 
 
 def settings(study: Study, name: str, trial: int) -> Settings:
-    """Of one trial, no two of which are alike; trial 0 is the method's own, or the start's none."""
+    """Of one trial: 0 is the method's own, or the start's none; later ones are drawn, no two alike
+    until all were, and one of them may be the method's own again."""
     if name == "start":
         return {}
     chosen = study.methods[name]

@@ -58,12 +58,13 @@ def main() -> int:
     if args.hlo and len(variants) > 1:
         raise UserError(f"--hlo writes one program, but {len(variants)} plans are asked for")
     hlo_file = epath.Path(args.hlo) if args.hlo else None
+    # All of them first: the plan of one takes minutes.
+    runs = [varied(args.config, overrides, *what) for _, *what in variants]
     plans = []
     bar = tqdm(variants, unit="plan", disable=not sys.stderr.isatty())
     told = lambda known: bar.write(report.known(known), file=sys.stderr)
     bar.write(report.HEADER) if len(variants) > 1 else None
-    for where, objective, strategy, remat, scale, text in bar:
-        run = varied(args.config, overrides, objective, strategy, remat, scale, text)
+    for (where, *_), run in zip(bar, runs, strict=True):
         try:
             with ticking(bar):
                 if args.mode == "sample":

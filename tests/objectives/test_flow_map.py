@@ -326,6 +326,11 @@ def test_shortcut_times_lie_on_the_grid():
     ({"derivative": "substeps", "warmup": 10}, "warmup is of a derivative"),
     ({"velocity": "jump"}, "derivative=substeps"),
     ({"velocity": "teacher"}, "teacher_decay=1"),
+    ({"order": 2}, "which are of sub-steps"),
+    ({"last_step": 0.1, "anneal_steps": 10}, "which are of sub-steps"),
+    ({"velocity": "jump", "derivative": "substeps", "teacher_decay": 1.0}, "teacher_decay below 1"),
+    ({"diagonal": 0.0, "target_time": "zero", "guidance": 0.5}, "guidance is of velocities"),
+    ({"diagonal": 0.0, "target_time": "zero", "twin_share": 0.1}, "twin_share compares"),
 ])
 def test_fields_that_do_not_go_together(fields, words):
     with pytest.raises(UserError, match=words):

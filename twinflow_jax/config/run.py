@@ -289,8 +289,8 @@ class Run:
                 "it is for, or train.weights=bfloat16"
             )
         half_r = getattr(self.model, "time_conditioning", "") == "half_r"
+        whole = self.objective.derivative in ("jvp", "difference")
         if half_r and self.objective.any_jumps and self.objective.order == 1:
-            whole = self.objective.derivative in ("jvp", "difference")
             more = "" if whole else "objective.order=2, "
             problems.append(
                 "objective.order is 1 with jumps of any length, but model.time_conditioning "
@@ -329,11 +329,16 @@ class Run:
             ]
             if not self.optimizer.learning_rate:
                 problems.append("optimizer.learning_rate is 0, which never trains the student")
+            if self.optimizer.moments != "float32" and self.objective.fake_betas[1] > 0.995:
+                problems.append(
+                    f"optimizer.moments is {self.optimizer.moments!r}, whose three digits a beta "
+                    f"of {self.objective.fake_betas[1]} never moves: use objective.fake_betas up "
+                    "to .995, or optimizer.moments=float32"
+                )
         conditional = self.pipeline or self.model.num_classes
-        guided = self.objective.guidance or getattr(self.objective, "real_guidance", 1) != 1
-        if guided and not (drawn or self.model.num_classes):
+        if self.objective.guided and not (drawn or self.model.num_classes):
             problems.append(
-                "the objective's guidance compares a condition with none, but model.num_classes is "
+                f"{self.objective.guided} compares a condition with none, but model.num_classes is "
                 "0: set it to the classes of the data, or guide nothing (objective.guidance=0, "
                 "objective.real_guidance=1)"
             )

@@ -89,8 +89,8 @@ PRESETS = {
     ),
     # alpha-Flow, 2510.20771: alpha falls as a sigmoid (gamma 25) from 1 to 0, in 400,000 steps;
     # within .005 of 0 it is the exact derivative. Rows weigh alpha / (mean square + c), targets are
-    # clipped to +-4. Here to .005 in 10,000 steps and no further; weights of the sum of squares,
-    # without alpha; no clip.
+    # clipped to +-4. Here to .005 in 10,000 steps and no further; weights of the sum of squares;
+    # errors per unit of alpha, so that c stands where theirs is c / alpha^2; no clip.
     "alphaflow": flow_map.Config(
         logit_normal=(-0.4, 1.0), normaliser="power", limit=0.01, exponent=1.0,
         derivative="substeps", piece="ratio", step=1.0, last_step=0.005, anneal="sigmoid",

@@ -33,9 +33,14 @@ class Shared(keys.Part):
     teacher_decay: float = option(
         0.99,
         "0: the student is the teacher; below 1: its moving average with this decay; 1: frozen "
-        "(it gives guidance only, and the student takes the sub-steps, as released)",
+        "(it gives velocities only: guidance, w or the real score; jumps are the student's own)",
         least=0, most=1,
     )
+
+    @property
+    def guided(self) -> str:
+        """The key by which velocities are guided, if they are."""
+        return "objective.guidance" if self.guidance else ""
 
     @property
     def auxiliary(self) -> dict[str, dict[str, Any]]:

@@ -112,6 +112,11 @@ class Config(Shared):
                 f"objective.last_step is {self.last_step} and objective.anneal_steps "
                 f"{self.anneal_steps}: give both, or neither"
             )
+        if self.derivative != "substeps" and (self.order != 1 or self.anneal_steps):
+            raise UserError(
+                f"objective.order is {self.order} and objective.anneal_steps {self.anneal_steps}, "
+                "which are of sub-steps: set objective.derivative=substeps, or leave both out"
+            )
         if self.warmup and self.derivative == "substeps":
             raise UserError(
                 "objective.warmup is of a derivative: set objective.derivative to jvp or difference"
@@ -125,6 +130,28 @@ class Config(Shared):
                 "objective.velocity=teacher needs a frozen one: set objective.teacher_decay=1, "
                 "and train.init_from to what it was trained to"
             )
+        if self.velocity == "jump" and self.teacher_decay == 1:
+            raise UserError(
+                "objective.velocity=jump is of a teacher that learns jumps, and a frozen one does "
+                "not: set objective.teacher_decay below 1"
+            )
+        stays = self.diagonal > 0 or self.target_time != "zero"  # F(x_t, t, t), a velocity
+        if self.guidance and not stays and self.teacher_decay != 1:
+            raise UserError(
+                "objective.guidance is of velocities, at r = t, and with objective.diagonal=0 and "
+                "target_time=zero nothing trains them: set objective.teacher_decay=1, a frozen "
+                "teacher's, or give objective.diagonal a share"
+            )
+        if self.twin_share and not stays:
+            raise UserError(
+                "objective.twin_share compares with velocities, at r = t, and with "
+                "objective.diagonal=0 and target_time=zero nothing trains them: give "
+                "objective.diagonal a share"
+            )
+
+    @property
+    def learns_jumps(self) -> bool:
+        return self.diagonal < 1 or self.twin_share > 0
 
     @property
     def any_jumps(self) -> bool:

@@ -79,6 +79,10 @@ class Config(Shared):
             )
 
     @property
+    def guided(self) -> str:
+        return "objective.real_guidance" if self.real_guidance != 1 else ""
+
+    @property
     def auxiliary(self) -> dict[str, dict[str, Any]]:
         """The fake score."""
         return {FAKE: {"learning_rate": self.fake_learning_rate, "betas": self.fake_betas}}

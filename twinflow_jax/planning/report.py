@@ -110,6 +110,9 @@ def by_objective(names: Sequence[str], plans: Sequence[Plan]) -> str:
         + f"{'step s':>8}"
     ]
     for name, plan in zip(names, plans, strict=True):
+        if not plan.parts:  # refused before anything was counted
+            lines.append(f"{name:<22}  {plan.refused}")
+            continue
         start = f"{name:<22}" + "".join(
             f"{plan.passes.get(key, 0):>{width}.2f}" for key, width in passes.items()
         )

@@ -128,10 +128,10 @@ def check_start(run: Run) -> None:
         return
     if imported.is_imported(source):
         checkpoint = imported.open_imported(source)
-        if getattr(run.objective, "guidance", 0) and checkpoint.is_distilled:
+        if (key := run.objective.guided) and checkpoint.is_distilled:
             warnings.warn(
                 f"train.init_from {source} is a distilled model, whose velocities are guided "
-                "already: objective.guidance guides them again; set it to 0",
+                f"already: {key} guides them again; set it to none",
                 stacklevel=2,
             )
         checkpoint.recorded("transformer")  # or says that there is none

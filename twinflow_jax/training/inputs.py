@@ -57,9 +57,8 @@ def take(conditions: Conditions, index) -> Conditions:
 def open_data(run: Run) -> data.Dataset | list[Records]:
     """The named dataset, or the folders of records, of a run."""
     if run.data.records:
-        return records.open_folders(
-            run.data.records, run.model, run.objective.image_free, run.objective.pairs
-        )
+        free = run.objective.image_free and not run.train.flow_matching_steps
+        return records.open_folders(run.data.records, run.model, free, run.objective.pairs)
     dataset = data.load(run.data.name)
     if run.data.pairs:
         found = pairs.read(run.data.pairs)

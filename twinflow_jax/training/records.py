@@ -76,7 +76,8 @@ def check_split(folder: Records, split: str, settings: Settings, image_free: boo
         if not image_free:
             raise UserError(
                 f"the records in {folder.folder} are prompts without pictures, which only "
-                "objective presets image_free, vsd, dmd2 and sid train on"
+                "objective presets image_free, vsd, dmd2 and sid train on, without "
+                "train.flow_matching_steps"
             )
         return
     shape, taken = folder.sample_shape(split), settings.sample_shape
