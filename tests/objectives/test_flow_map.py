@@ -320,6 +320,11 @@ def test_shortcut_times_lie_on_the_grid():
     assert (t <= 1).all() and (u <= 1).all()
 
 
+def test_velocities_alone_are_no_jumps():
+    assert not flow_map.Config(diagonal=1.0).learns_jumps
+    assert flow_map.Config(diagonal=0.9).learns_jumps
+
+
 @pytest.mark.parametrize("fields, words", [
     ({"logit_normal": (1.0,)}, "a mean and a deviation"),
     ({"last_step": 0.1}, "give both, or neither"),

@@ -138,10 +138,13 @@ def test_what_each_objective_holds_and_passes(monkeypatch):
     small = planned("released", *adapters), planned("dmd2", *adapters)
     assert 0 < small[0].gradients < weights / 10 and small[1].gradients == 2 * small[0].gradients
     refused = dataclasses.replace(whole, refused="needs 120G of 95G; what would help: fewer rows")
-    lines = report.by_objective(["released", "dmd2", "large"], [whole, dmd2, refused]).split("\n")
+    early = dataclasses.replace(refused, parts={}, refused="no such mesh")  # nothing counted yet
+    names = ["released", "dmd2", "large", "early"]
+    lines = report.by_objective(names, [whole, dmd2, refused, early]).split("\n")
     numbers = [float(value) for value in lines[2].split()[1:]]
     assert len(numbers) == 12 == len(lines[0].split()) - 2 and numbers[-1] == 0.3
     assert lines[3].endswith("needs 120G of 95G")
+    assert lines[4].split() == ["early", "no", "such", "mesh"]
 
 
 def test_where_each_weight_lies():

@@ -118,6 +118,8 @@ def test_every_turn_that_lies_ahead_is_compiled_and_rehearsed(small_config, base
      "student: give more steps"),
     ("dmd2", {"turns": "exclusive"}, ("train.steps=1",), "never trains the fake: give more steps"),
     ("dmd2", {}, ("optimizer.learning_rate=0.0",), "optimizer.learning_rate is 0, which never"),
+    ("dmd2", {}, ("optimizer.moments=bfloat16", "optimizer.betas=(0.9,0.95)"),
+     "use objective.fake_betas up to .995"),
 ])
 def test_what_never_learns_is_refused(small_config, preset, fields, more, message):
     with pytest.raises(UserError, match=message):

@@ -257,6 +257,8 @@ def test_captions_alone_train_without_pictures(write, config, tmp_path):
         ({"8x8": 9}, {}, ("data.text_tokens=1,16",), "has 1, but the condition .* has 2 tokens"),
         ({"8x8": 5}, {}, (), "5 rows to train on, too few for a batch of 8"),
         ({records.PROMPTS: 9}, {}, (), "prompts without pictures"),
+        ({records.PROMPTS: 9}, {}, ("objective=image_free", "train.init_from=a_start",
+         "train.flow_matching_steps=1"), "without train.flow_matching_steps"),
         ({"8x8": 9}, {}, ("pipeline=random",), "pipeline is random"),
     ],
 )
