@@ -207,7 +207,7 @@ def plot(study: Study, rows: list[dict]):
     for axis, nfe in zip(axes, EVALUATIONS, strict=True):
         for place, row in enumerate(rows):
             values = row["scores"][nfe][distance]
-            color = "tab:orange" if row["method"] == next(iter(study.methods)) else "tab:blue"
+            color = "tab:orange" if row["method"].startswith("twin") else "tab:blue"  # twin losses
             axis.plot(values, [place] * len(values), ".", color=color)
             axis.plot(statistics.mean(values), place, "|", color=color, markersize=14)
         axis.set(title=f"{nfe} NFE", xlabel=said, xscale="log")

@@ -67,7 +67,7 @@ def method(preset: dict[str, object], **search: tuple) -> Method:
 def rivals(guidance: float, twin_share: float = 0.05) -> dict[str, Method]:
     """Every objective, TwinFlow first. twin_share: of twin_meanflow's rows."""
     # A frozen teacher's guidance, 1 + g, as much as a moving one's comes to, 1 / (1 - g).
-    frozen = {"guidance": 1 / (1 - guidance) - 1, "teacher_decay": 1.0} if guidance else {}
+    frozen = 1 / (1 - guidance) - 1
     twinflow = objectives.preset("released", distance="l2", guidance=guidance)
     released = {"teacher_decay": (0.99, 0.999)}
     preset = functools.partial(objectives.preset, guidance=guidance)
@@ -89,16 +89,15 @@ def rivals(guidance: float, twin_share: float = 0.05) -> dict[str, Method]:
             preset("flow_matching", teacher_decay=0.99), sample_weight=(True, False)
         ),
         "consistency_training": method(
-            objectives.preset("consistency_training", **frozen),
-            last_step=(1 / 256, 1 / 128, 1 / 32), limit=(0.3, 1.0, 4.0),
+            preset("consistency_training"), last_step=(1 / 256, 1 / 128, 1 / 32),
+            limit=(0.3, 1.0, 4.0),
         ),
         "consistency_distillation": method(
-            objectives.preset("consistency_distillation", **frozen),
-            step=(1 / 128, 1 / 64, 1 / 16), limit=(0.3, 1.0, 4.0),
+            preset("consistency_distillation", guidance=frozen), step=(1 / 128, 1 / 64, 1 / 16),
+            limit=(0.3, 1.0, 4.0),
         ),
         "scm": method(
-            objectives.preset("scm", **frozen), limit=(0.03, 0.1, 1.0),
-            logit_normal=((), (-1.0, 1.4), (0.0, 1.4)),
+            preset("scm"), limit=(0.03, 0.1, 1.0), logit_normal=((), (-1.0, 1.4), (0.0, 1.4))
         ),
         "shortcut": method(preset("shortcut"), diagonal=(0.5, 0.75, 0.875)),
     } | {

@@ -334,7 +334,6 @@ def test_velocities_alone_are_no_jumps():
     ({"order": 2}, "which are of sub-steps"),
     ({"last_step": 0.1, "anneal_steps": 10}, "which are of sub-steps"),
     ({"velocity": "jump", "derivative": "substeps", "teacher_decay": 1.0}, "teacher_decay below 1"),
-    ({"diagonal": 0.0, "target_time": "zero", "guidance": 0.5}, "guidance is of velocities"),
     ({"diagonal": 0.0, "target_time": "zero", "twin_share": 0.1}, "twin_share compares"),
 ])
 def test_fields_that_do_not_go_together(fields, words):

@@ -135,14 +135,7 @@ class Config(Shared):
                 "objective.velocity=jump is of a teacher that learns jumps, and a frozen one does "
                 "not: set objective.teacher_decay below 1"
             )
-        stays = self.diagonal > 0 or self.target_time != "zero"  # F(x_t, t, t), a velocity
-        if self.guidance and not stays and self.teacher_decay != 1:
-            raise UserError(
-                "objective.guidance is of velocities, at r = t, and with objective.diagonal=0 and "
-                "target_time=zero nothing trains them: set objective.teacher_decay=1, a frozen "
-                "teacher's, or give objective.diagonal a share"
-            )
-        if self.twin_share and not stays:
+        if self.twin_share and self.diagonal == 0 and self.target_time == "zero":
             raise UserError(
                 "objective.twin_share compares with velocities, at r = t, and with "
                 "objective.diagonal=0 and target_time=zero nothing trains them: give "
