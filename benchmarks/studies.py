@@ -220,8 +220,8 @@ STUDIES = {
 
 
 def settings(study: Study, name: str, trial: int) -> Settings:
-    """Of one trial: 0 is the method's own, or the start's none; later ones are drawn, no two alike
-    until all were, and one of them may be the method's own again."""
+    """Of one trial, no two alike until all were drawn; 0 is the method's own, or the start's none.
+    """
     if name == "start":
         return {}
     chosen = study.methods[name]
@@ -233,6 +233,10 @@ def settings(study: Study, name: str, trial: int) -> Settings:
         space |= times("objective.guidance", study.guidance)
     points = list(itertools.product(*space.values()))
     random.Random(name).shuffle(points)
+    known = study.own | chosen.own
+    if (own := tuple(known[key] for key in space)) in points:  # trial 0; the last takes its place
+        place, last = points.index(own), points.pop()
+        points[place:place + 1] = [last] if place < len(points) else []
     return chosen.own | dict(zip(space, points[(trial - 1) % len(points)], strict=True))
 
 
