@@ -37,7 +37,7 @@ import warnings
 import jax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from studies import STUDIES, Settings, Study, cost, settings, spanning
+from studies import STUDIES, Settings, Study, color, cost, settings, spanning
 from tqdm import tqdm
 
 from twinflow_jax import arguments, images
@@ -207,9 +207,9 @@ def plot(study: Study, rows: list[dict]):
     for axis, nfe in zip(axes, EVALUATIONS, strict=True):
         for place, row in enumerate(rows):
             values = row["scores"][nfe][distance]
-            color = "tab:orange" if row["method"].startswith("twin") else "tab:blue"  # twin losses
-            axis.plot(values, [place] * len(values), ".", color=color)
-            axis.plot(statistics.mean(values), place, "|", color=color, markersize=14)
+            shade = color(row["method"])
+            axis.plot(values, [place] * len(values), ".", color=shade)
+            axis.plot(statistics.mean(values), place, "|", color=shade, markersize=14)
         axis.set(title=f"{nfe} NFE", xlabel=said, xscale="log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")

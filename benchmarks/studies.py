@@ -66,8 +66,7 @@ def method(preset: dict[str, object], **search: tuple) -> Method:
 
 def rivals(guidance: float, twin_share: float = 0.05) -> dict[str, Method]:
     """Every objective, TwinFlow first. twin_share: of twin_meanflow's rows."""
-    # A frozen teacher's guidance, 1 + g, as much as a moving one's comes to, 1 / (1 - g).
-    frozen = 1 / (1 - guidance) - 1
+    frozen = in_effect(guidance) - 1  # a frozen teacher's g guides by 1 + g
     twinflow = objectives.preset("released", distance="l2", guidance=guidance)
     released = {"teacher_decay": (0.99, 0.999)}
     preset = functools.partial(objectives.preset, guidance=guidance)
@@ -115,9 +114,14 @@ def rivals(guidance: float, twin_share: float = 0.05) -> dict[str, Method]:
     }
 
 
+def in_effect(guidance: float) -> float:
+    """What a moving teacher's guidance comes to: it learns its own guided targets."""
+    return 1 / (1 - guidance)
+
+
 def matching(preset: str, guidance: float, **fields: float) -> Method:
     """Of the scores of two networks, the data's guided as much as a moving teacher comes to."""
-    scales = 1.0, 1 / (1 - 1.5 * guidance), 1 / (1 - guidance)  # none, more, and the study's
+    scales = 1.0, in_effect(1.5 * guidance), in_effect(guidance)  # none, more, and the study's
     guided = objectives.preset(preset, real_guidance=scales[-1], **fields)
     own = method(
         guided, fake_learning_rate=(1e-4, 3e-4, 1e-3),
@@ -219,6 +223,11 @@ STUDIES = {
 }
 
 
+def color(method: str) -> str:
+    """In plots: methods with twin losses stand out, and all weights among adapters."""
+    return "tab:orange" if method in ("twinflow", "twin_meanflow", "full") else "tab:blue"
+
+
 def settings(study: Study, name: str, trial: int) -> Settings:
     """Of one trial, no two alike until all were drawn; 0 is the method's own, or the start's none.
     """
@@ -235,8 +244,8 @@ def settings(study: Study, name: str, trial: int) -> Settings:
     random.Random(name).shuffle(points)
     known = study.own | chosen.own
     if (own := tuple(known[key] for key in space)) in points:  # trial 0; the last takes its place
-        place, last = points.index(own), points.pop()
-        points[place:place + 1] = [last] if place < len(points) else []
+        points[points.index(own)] = points[-1]
+        points.pop()
     return chosen.own | dict(zip(space, points[(trial - 1) % len(points)], strict=True))
 
 

@@ -146,7 +146,7 @@ def plot(found: dict, order: list[str]):
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (toy, distances) in zip(axes, found.items(), strict=True):
         for place, name in enumerate(order):
-            color = "tab:orange" if name.startswith("twin") else "tab:blue"  # twin losses
+            color = studies.color(name)
             axis.plot(distances[name], [place] * len(distances[name]), ".", color=color)
             axis.plot(statistics.mean(distances[name]), place, "|", color=color, markersize=14)
         axis.set(title=toy, xlabel="energy distance at 1 NFE", xscale="log")

@@ -99,11 +99,14 @@ class Optimizer(keys.Part):
                 f"optimizer.weight_decay is {self.weight_decay}, but {self.name!r} has none: "
                 "use optimizer.name=adamw"
             )
-        if self.moments != "float32" and self.betas[1] > 0.995:
+        self.check_betas(self.betas, "optimizer.betas")
+
+    def check_betas(self, betas: tuple[float, float], key: str) -> None:
+        """Refuses those of `key` that moments of this type cannot follow."""
+        if self.moments != "float32" and betas[1] > 0.995:
             raise UserError(
                 f"optimizer.moments is {self.moments!r}, whose three digits a beta of "
-                f"{self.betas[1]} never moves: use optimizer.betas up to .995, or "
-                "optimizer.moments=float32"
+                f"{betas[1]} never moves: use {key} up to .995, or optimizer.moments=float32"
             )
 
 
@@ -289,9 +292,9 @@ class Run:
                 "it is for, or train.weights=bfloat16"
             )
         half_r = getattr(self.model, "time_conditioning", "") == "half_r"
-        whole = self.objective.derivative in ("jvp", "difference")
         if half_r and self.objective.any_jumps and self.objective.order == 1:
-            more = "" if whole else "objective.order=2, "
+            steps = self.objective.derivative in ("", "substeps")
+            more = "objective.order=2, " if steps else ""
             problems.append(
                 "objective.order is 1 with jumps of any length, but model.time_conditioning "
                 "'half_r' sees t - r / 2 alone, the same for many of them: take "
@@ -329,12 +332,9 @@ class Run:
             ]
             if not self.optimizer.learning_rate:
                 problems.append("optimizer.learning_rate is 0, which never trains the student")
-            if self.optimizer.moments != "float32" and self.objective.fake_betas[1] > 0.995:
-                problems.append(
-                    f"optimizer.moments is {self.optimizer.moments!r}, whose three digits a beta "
-                    f"of {self.objective.fake_betas[1]} never moves: use objective.fake_betas up "
-                    "to .995, or optimizer.moments=float32"
-                )
+            for name, own in self.objective.auxiliary.items():
+                with noted(problems):
+                    self.optimizer.check_betas(own["betas"], f"objective.{name}_betas")
         conditional = self.pipeline or self.model.num_classes
         if self.objective.guided and not (drawn or self.model.num_classes):
             problems.append(
